@@ -1,0 +1,350 @@
+"""The adapters of a live model: add, load, activate, switch off, delete, remove."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fxpeft import checkpoint, serving
+from fxpeft.config import AdapterConfig
+from fxpeft.errors import AdapterError
+from fxpeft.methods import method_of
+from fxpeft.methods.base import SiteAdapter
+from fxpeft.passes.base import PassError, attribute
+from fxpeft.passes.live import trace_module, unbind
+from fxpeft.plan import AdapterPlan, base_state, make_plan
+from fxpeft.state import (
+    Adapter,
+    ModelState,
+    Values,
+    attach,
+    check_together,
+    detach,
+    drop_state,
+    ensure_state,
+    hosts,
+    placement,
+    rebind,
+    set_trainable,
+    state_of,
+    unwrap,
+)  # fmt: skip
+
+
+def add_adapter(
+    model: nn.Module, config: AdapterConfig, name: str = "default", *, autocast_adapter_dtype: bool = True
+) -> None:
+    """Add a fresh adapter, make it the active one and freeze the base.
+
+    Args:
+        model: any module; it is changed in place and keeps its names and weights.
+        config: for instance a :class:`fxpeft.LoraConfig`; a copy is kept.
+        autocast_adapter_dtype: keep parameters in float32 where the base is in half precision.
+
+    Raises:
+        AdapterError: the name is taken or the config doesn't fit the model; nothing was changed.
+    """
+    model = unwrap(model)
+    plan = make_plan(model, config)
+    name = check_name(model, name)
+    install_adapter(model, Adapter(name, plan, fresh_values(model, plan, autocast=autocast_adapter_dtype)))
+
+
+def load_adapter(
+    model: nn.Module,
+    source: str | Path,
+    name: str = "default",
+    *,
+    trainable: bool = False,
+    autocast_adapter_dtype: bool = True,
+    allow_pickle: bool = False,
+    check_finite: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> None:
+    """Load an adapter that fxpeft or PEFT saved, and make it the active one.
+
+    Args:
+        source: a folder, or an id on the Hugging Face hub.
+        trainable: train it further; a loaded adapter is frozen by default.
+        allow_pickle: read ``adapter_model.bin``. Unpickling runs code from the file: only for
+            files that you trust.
+        check_finite: refuse NaN and infinity.
+        revision, subfolder, token, local_files_only: as in ``huggingface_hub``.
+
+    Raises:
+        CheckpointError: missing, damaged, foreign or mismatching files; every key that was not
+            used and every site that was not filled is named, and nothing was changed.
+    """
+    model = unwrap(model)
+    name = check_name(model, name)
+    found = checkpoint.read(
+        source, allow_pickle=allow_pickle, revision=revision, subfolder=subfolder, token=token,
+        local_files_only=local_files_only,
+    )  # fmt: skip
+    found.config.inference_mode = not trainable
+    plan = make_plan(model, found.config, heads=False)
+    values = checkpoint.assign(model, plan, found, check_finite=check_finite)
+    install_adapter(model, Adapter(name, plan, placed(model, values, autocast=autocast_adapter_dtype)))
+
+
+def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's format, atomically.
+
+    Args:
+        path: a folder, made where missing.
+        name: which adapter; the active one by default.
+    """
+    state = state_of(model)
+    adapter = state.get(name if name is not None else _only_active(state))
+    checkpoint.write(path, unwrap(model), adapter)
+
+
+def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    """An adapter's tensors under PEFT's checkpoint keys; they share memory with the adapter."""
+    state = state_of(model)
+    return checkpoint.to_tensors(state.get(name if name is not None else _only_active(state)))
+
+
+def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Make these adapters, and no others, the active ones; their updates add up.
+
+    On a model prepared with :func:`fxpeft.prepare_hotswap` this is a copy into the slots.
+    """
+    model, state = unwrap(model), state_of(model)
+    wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    adapters = [state.get(name) for name in wanted]
+    check_together(adapters)
+    if state.serving is not None:
+        serving.activate(model, state, adapters if state.enabled else [])
+        state.active = wanted
+        return
+    _switch(model, state, wanted, state.enabled)
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the active adapters, in order; also while they are disabled."""
+    return list(state_of(model).active)
+
+
+def enable_adapters(model: nn.Module) -> None:
+    """Let the active adapters take part in the forward again."""
+    _set_enabled(model, True)
+
+
+def disable_adapters(model: nn.Module) -> None:
+    """Run the bare base model until :func:`enable_adapters`."""
+    _set_enabled(model, False)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Run the bare base model inside a ``with`` block."""
+    before = state_of(model).enabled
+    _set_enabled(model, False)
+    try:
+        yield
+    finally:
+        _set_enabled(model, before)
+
+
+def set_scale(model: nn.Module, name: str, scale: float) -> None:
+    """Multiply an adapter's own scale (alpha / rank) by ``scale``; 1 is the adapter as trained.
+
+    Recompiles nothing: scales are tensors.
+    """
+    model, state = unwrap(model), state_of(model)
+    adapter = state.get(name)
+    before = adapter.strength
+    adapter.strength = scale
+    if state.serving is not None:
+        try:
+            serving.activate(model, state, state.running())
+        except BaseException:
+            adapter.strength = before
+            raise
+    for part in adapter.parts.values():
+        if isinstance(part, SiteAdapter):
+            part.set_strength(scale)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Forget an adapter. Where it was active, the others that were stay so."""
+    model, state = unwrap(model), state_of(model)
+    adapter = state.get(name)
+    if name in state.active:
+        set_adapter(model, [n for n in state.active if n != name])
+    del state.adapters[name]
+    if state.serving is None:
+        detach(model, adapter)
+    if not state.adapters and state.serving is None:
+        drop_state(model)
+
+
+def remove(model: nn.Module) -> None:
+    """Take everything out of the model that fxpeft put in: it is then what it was before.
+
+    Classes, ``state_dict``, ``requires_grad`` and outputs are bit-identical to the bare model's.
+    """
+    model, state = unwrap(model), state_of(model)
+    if state.serving is not None:
+        serving.release_slots(model, state)
+    else:
+        for adapter in state.adapters.values():
+            for module in hosts(model, [adapter]).values():
+                unbind(module)
+            detach(model, adapter)
+    drop_state(model)
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many parameters are trained; prints as a line."""
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(self.total, 1)
+        return f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {share:.4f}"
+
+
+def trainable_parameters(model: nn.Module, *, show: bool = True) -> ParameterCount:
+    """Count the parameters that an optimiser would train; 4-bit weights count as the weights they hold.
+
+    Args:
+        show: print the line that PEFT's ``print_trainable_parameters`` prints.
+    """
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = parameter.numel()
+        if type(parameter).__name__ == "Params4bit":
+            count *= 2 * parameter.element_size()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    counted = ParameterCount(trainable, total)
+    if show:
+        print(counted)
+    return counted
+
+
+# --- what add, load and hotswap share ---
+
+
+def check_name(model: nn.Module, name: str) -> str:
+    """A name that can be an attribute and is not taken."""
+    if not re.fullmatch(r"[^.\s]+", name) or hasattr(nn.Module, name) or hasattr(nn.Module(), name):
+        raise AdapterError(f"adapter name {name!r}: expected no dots or spaces, and no attribute of nn.Module")
+    state = vars(model).get("_fxpeft")
+    if state is not None and name in state.adapters:
+        raise AdapterError(f"an adapter named {name!r} is there already; delete_adapter it, or use hotswap to replace it")
+    return name
+
+
+def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Values:
+    """First values of a new adapter."""
+    method, config = method_of(plan.config), plan.config
+    values = Values()
+    for site, site_plan in plan.sites.items():
+        device, dtype = placement(model.get_submodule(site), model, autocast)
+        shapes = method.shapes(config, site_plan)
+        parameters = {key: torch.empty(shape, device=device, dtype=dtype) for key, shape in shapes.items()}
+        method.initialise(config, site_plan, parameters)
+        values.sites[site] = parameters
+    for path in plan.saved:
+        state = base_state(model.get_submodule(path))
+        values.saved[path] = {key: tensor.detach().clone() for key, tensor in state.items()}
+    for path in plan.tensors:
+        values.tensors[path] = attribute(model, path).detach().clone()
+    return values
+
+
+def placed(model: nn.Module, values: Values, *, autocast: bool) -> Values:
+    """A checkpoint's values on the devices of their modules, in memory of their own."""
+    out = Values()
+    for site, parameters in values.sites.items():
+        device, _ = placement(model.get_submodule(site), model, autocast)
+        out.sites[site] = {key: _cast(value, device, autocast) for key, value in parameters.items()}
+    for path, parts in values.saved.items():
+        own = base_state(model.get_submodule(path))
+        out.saved[path] = {key: value.to(own[key], copy=True) for key, value in parts.items()}
+    for path, value in values.tensors.items():
+        out.tensors[path] = value.to(attribute(model, path), copy=True)
+    return out
+
+
+def install_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Put a finished adapter into the model and make it the active one."""
+    _check_redirects(model, adapter)
+    fresh = "_fxpeft" not in vars(model)
+    state = ensure_state(model)
+    if state.serving is not None:
+        serving.install(model, state, adapter)
+        return
+    attach(model, adapter)
+    state.adapters[adapter.name] = adapter
+    try:
+        _switch(model, state, [adapter.name], state.enabled)
+    except BaseException:
+        del state.adapters[adapter.name]
+        detach(model, adapter)
+        if fresh:
+            drop_state(model)
+        raise
+
+
+def _check_redirects(model: nn.Module, adapter: Adapter) -> None:
+    """Find out before anything is changed whether each module lets an adapter bring its own tensors."""
+    for path in adapter.values.tensors:
+        owner, _, leaf = path.rpartition(".")
+        module = model.get_submodule(owner)
+        if owner not in adapter.values.sites:
+            continue
+        try:
+            reads = [n for n in trace_module(module).graph.nodes if n.op == "get_attr" and n.target == leaf]
+        except PassError as error:
+            raise AdapterError(f"{owner}: {error}") from None
+        if not reads:
+            raise AdapterError(f"{owner}: its forward can't be traced, so it can't take the adapter's own {leaf!r}")
+
+
+def _switch(model: nn.Module, state: ModelState, names: list[str], enabled: bool) -> None:
+    """Rebind the modules of the adapters that come or go; on an error everything is bound as before."""
+    old, old_enabled = state.active, state.enabled
+    touched = hosts(model, [state.adapters[n] for n in dict.fromkeys((*old, *names)) if n in state.adapters])
+    state.active, state.enabled = names, enabled
+    try:
+        rebind(touched, state.running())
+    except BaseException:
+        state.active, state.enabled = [n for n in old if n in state.adapters], old_enabled
+        rebind(touched, state.running())
+        raise
+    set_trainable(state)
+
+
+def _set_enabled(model: nn.Module, enabled: bool) -> None:
+    model, state = unwrap(model), state_of(model)
+    if state.serving is not None:
+        serving.activate(model, state, [state.adapters[n] for n in state.active] if enabled else [])
+        state.enabled = enabled
+    else:
+        _switch(model, state, state.active, enabled)
+
+
+def _only_active(state: ModelState) -> str:
+    if len(state.active) != 1:
+        raise AdapterError(f"{len(state.active)} adapters are active; say which one: {', '.join(state.adapters)}")
+    return state.active[0]
+
+
+def _cast(value: Tensor, device: torch.device, autocast: bool) -> Tensor:
+    half = value.dtype in (torch.float16, torch.bfloat16)
+    return value.to(device=device, dtype=torch.float32 if autocast and half else value.dtype, copy=True)

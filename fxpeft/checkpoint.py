@@ -1,0 +1,255 @@
+"""PEFT's checkpoint format both ways: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from fxpeft.config import AdapterConfig
+from fxpeft.errors import AdapterError, CheckpointError, listing
+from fxpeft.methods import method_named, method_of
+from fxpeft.passes.base import attribute
+from fxpeft.plan import AdapterPlan, base_state
+from fxpeft.state import Adapter, Values
+
+PREFIX = "base_model.model."
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint's content, not yet checked against a model. ``source`` is for messages."""
+
+    source: str
+    config: AdapterConfig
+    tensors: dict[str, Tensor]
+
+
+def read(
+    source: str | Path,
+    *,
+    allow_pickle: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Checkpoint:
+    """Read a checkpoint from a folder or from the Hugging Face hub.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or no adapter of a known method.
+    """
+
+    def find(name: str) -> Path | None:
+        folder = Path(source)
+        if folder.is_dir():
+            path = folder / (subfolder or "") / name
+            return path if path.is_file() else None
+        return _from_hub(str(source), name, revision, subfolder, token, local_files_only)
+
+    config = read_config(find, str(source))
+    weights = find(WEIGHTS)
+    if weights is not None:
+        try:
+            return Checkpoint(str(source), config, load_file(weights))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{weights}: damaged or cut short, can't be read as safetensors: {error}") from error
+    pickled = find(PICKLE)
+    if pickled is None:
+        raise CheckpointError(f"{source}: expected {WEIGHTS}, found none; is this an adapter's folder?")
+    if not allow_pickle:
+        raise CheckpointError(
+            f"{pickled}: unpickling a file can run any code in it. Convert it to {WEIGHTS}, or pass allow_pickle=True "
+            "if you trust where it comes from"
+        )
+    try:
+        tensors = torch.load(pickled, map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise CheckpointError(f"{pickled}: can't be unpickled: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
+        raise CheckpointError(f"{pickled}: expected a dict of tensors, found {type(tensors).__name__}")
+    return Checkpoint(str(source), config, tensors)
+
+
+def read_config(find: Callable[[str], Path | None], source: str) -> AdapterConfig:
+    """Read and check ``adapter_config.json``."""
+    path = find(CONFIG)
+    if path is None:
+        raise CheckpointError(f"{source}: expected {CONFIG}, found none; is this an adapter's folder or hub id?")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged, can't be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected an object, found {type(values).__name__}")
+    try:
+        method = method_named(values.get("peft_type"), str(path))
+        config: AdapterConfig = method.config_class.from_dict(values, source=str(path))
+    except AdapterError as error:
+        raise CheckpointError(str(error)) from error
+    return config
+
+
+def _from_hub(
+    repo: str, name: str, revision: str | None, subfolder: str | None, token: str | bool | None, local: bool
+) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            hf_hub_download(
+                repo, name, revision=revision, subfolder=subfolder, token=token, local_files_only=local
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(f"{repo}: no such folder, not in the hub's cache, and the hub can't be asked") from error
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(f"{repo}: no such folder, and the hub has no such adapter: {error}") from error
+
+
+def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """An adapter's tensors under PEFT's keys."""
+    method, values = method_of(adapter.config), adapter.current()
+    tensors: dict[str, Tensor] = {}
+    for site, parameters in values.sites.items():
+        keys = method.keys(adapter.plan.sites[site].kind)
+        tensors.update({f"{PREFIX}{site}.{keys[name]}": value for name, value in parameters.items()})
+    for path, parts in values.saved.items():
+        tensors.update({f"{PREFIX}{path}.{k}": v for k, v in parts.items()})
+    for path, tensor in values.tensors.items():
+        owner, _, leaf = path.rpartition(".")
+        # PEFT wraps a site's module, which moves the base's own parameters one level down
+        tensors[f"{PREFIX}{owner}.base_layer.{leaf}" if owner in values.sites else PREFIX + path] = tensor
+    return tensors
+
+
+def write(folder: str | Path, model: nn.Module, adapter: Adapter) -> None:
+    """Write an adapter's two files, each to a temporary file first; the config comes last."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = adapter.config.to_dict()
+    values["inference_mode"] = True
+    if values["base_model_name_or_path"] is None:
+        values["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
+    if values["task_type"] is None and values["auto_mapping"] is None:
+        cls = next(c for c in type(model).__mro__ if not hasattr(c, "_fxpeft_base"))
+        values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+    tensors = {k: v.cpu().contiguous() for k, v in to_tensors(adapter).items()}
+    stored = {k: v.clone() for k, v in tensors.items()}  # tied modules may share memory, safetensors can't
+    _replace_file(folder / WEIGHTS, save_tensors(stored, metadata={"format": "pt"}))
+    _replace_file(folder / CONFIG, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    """Write beside the target and rename: a crash leaves the old file or the new one, never half of one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def assign(model: nn.Module, plan: AdapterPlan, found: Checkpoint, *, check_finite: bool = False) -> Values:
+    """Find the place of every tensor of a checkpoint.
+
+    Raises:
+        CheckpointError: keys that have no place, places that got no tensor, wrong shapes, NaN or
+            infinity with ``check_finite``; all of them are named.
+    """
+    method, config = method_of(plan.config), plan.config
+    left = {_short(key): tensor for key, tensor in found.tensors.items() if ".original_module." not in key}
+    values = Values()
+    missing: list[str] = []
+    wrong: list[str] = []
+
+    def take(key: str, shape: torch.Size | tuple[int, ...]) -> Tensor | None:
+        tensor = left.pop(key, None)
+        if tensor is None:
+            missing.append(f"{key} {list(shape)}")
+        elif tuple(tensor.shape) != tuple(shape):
+            wrong.append(f"{key}: expected {list(shape)}, found {list(tensor.shape)}")
+        elif check_finite and not torch.isfinite(tensor).all():
+            wrong.append(f"{key}: expected finite values, found NaN or infinity")
+        return tensor
+
+    for site, site_plan in plan.sites.items():
+        keys = method.keys(site_plan.kind)
+        taken = {n: take(f"{site}.{keys[n]}", s) for n, s in method.shapes(config, site_plan).items()}
+        values.sites[site] = {n: t for n, t in taken.items() if t is not None}
+    for path in plan.saved:
+        own = base_state(model.get_submodule(path))
+        taken = {k: take(f"{path}.{k}", v.shape) for k, v in own.items()}
+        values.saved[path] = {k: t for k, t in taken.items() if t is not None}
+    for path in plan.tensors:
+        owner, _, leaf = path.rpartition(".")
+        wrapped = f"{owner}.base_layer.{leaf}"
+        tensor = take(wrapped if wrapped in left else path, attribute(model, path).shape)
+        if tensor is not None:
+            values.tensors[path] = tensor
+    _base_weights(model, plan, left, values, wrong)
+    if missing or wrong or left:
+        parts = [
+            f"{title}\n{listing(items)}"
+            for title, items in (
+                ("places in the model that the file doesn't fill:", missing),
+                ("tensors that don't fit:", wrong),
+                ("keys of the file that have no place in the model:", [f"{k} {list(t.shape)}" for k, t in left.items()]),
+            )
+            if items
+        ]
+        raise CheckpointError(
+            f"{found.source} doesn't fit {type(model).__name__} with its own config; nothing was changed.\n"
+            + "\n".join(parts)
+            + "\nIs it an adapter of another base model, or are target_modules or rank_pattern in its config wrong?"
+        )
+    return values
+
+
+def _base_weights(
+    model: nn.Module, plan: AdapterPlan, left: dict[str, Tensor], values: Values, wrong: list[str]
+) -> None:
+    """Base weights in the file: PEFT saves embeddings too where they are targets or were resized.
+
+    Equal to the model's they need nothing; otherwise the adapter brings its own, as PEFT's would.
+    """
+    for key in list(left):
+        path = key.replace(".base_layer.", ".")
+        if not path.endswith(".weight"):
+            continue
+        try:
+            own = attribute(model, path)
+        except AttributeError:
+            continue
+        tensor = left.pop(key)
+        if own.shape != tensor.shape:
+            wrong.append(
+                f"{key}: expected {list(own.shape)}, found {list(tensor.shape)}; if the vocabulary was changed in "
+                "training, call resize_token_embeddings first"
+            )
+        elif not torch.equal(own.detach().cpu(), tensor.to(own.dtype)):
+            values.tensors[path] = tensor
+
+
+def _short(key: str) -> str:
+    return key.removeprefix(PREFIX).replace(".modules_to_save.", ".")

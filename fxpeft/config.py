@@ -1,0 +1,169 @@
+"""What every adapter config has: PEFT's field names, checked types, and PEFT's JSON both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from fxpeft.errors import AdapterError, listing
+from fxpeft.passes.names import NameSelector
+
+Self = TypeVar("Self", bound="AdapterConfig")
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+PEFT_VERSION = "0.21.0"  # whose format fxpeft writes
+
+
+@dataclass
+class AdapterConfig:
+    """Fields that all methods share, with PEFT 0.21's names, meanings and defaults.
+
+    Args:
+        task_type: one of PEFT's task types; ``SEQ_CLS``, ``TOKEN_CLS`` and ``QUESTION_ANS`` train
+            the model's head too, as in PEFT.
+        base_model_name_or_path, revision: the base model, recorded in the checkpoint.
+        inference_mode: the adapter is not trainable.
+        target_modules: names or dotted suffixes; or one regular expression for the whole name; or
+            ``"all-linear"``; ``None`` takes the architecture's attention projections.
+        exclude_modules: same forms; wins over ``target_modules``.
+        modules_to_save: modules trained as a whole and saved with the adapter.
+        layers_to_transform, layers_pattern: only these layer indices.
+
+    Raises:
+        AdapterError: a value of the wrong type or out of range; the field is named.
+    """
+
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    auto_mapping: dict[str, str] | None = None
+    target_modules: str | Collection[str] | None = None
+    exclude_modules: str | Collection[str] | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+
+    peft_type: ClassVar[str]
+    #: fields of PEFT's config that fxpeft knows but doesn't offer yet, with PEFT's default
+    unsupported: ClassVar[Mapping[str, Any]] = {}
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                setattr(self, name, sorted(set(value)))
+        self.check_types()
+        if self.task_type is not None and self.task_type not in TASK_TYPES:
+            raise AdapterError(f"task_type: expected one of {', '.join(TASK_TYPES)}, found {self.task_type!r}")
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise AdapterError(f"{name} can't be used when target_modules is a string; write it in the pattern")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise AdapterError("layers_pattern needs layers_to_transform: say which layers")
+
+    def check_types(self) -> None:
+        """Check every field against its annotation; files from elsewhere come through here too."""
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            if not _fits(getattr(self, f.name), hints[f.name]):
+                raise AdapterError(
+                    f"{type(self).__name__}.{f.name}: expected {_readable(hints[f.name])}, "
+                    f"found {getattr(self, f.name)!r}"
+                )
+
+    def selector(self) -> NameSelector:
+        """The targets by name; ``target_modules`` must be resolved, not ``None`` or ``all-linear``."""
+        assert self.target_modules is not None
+        layers = self.layers_to_transform
+        pattern = self.layers_pattern or ()
+        return NameSelector(
+            targets=self.target_modules,
+            exclude=self.exclude_modules or (),
+            below=self.modules_to_save or (),
+            layers=[layers] if isinstance(layers, int) else layers,
+            layers_pattern=[pattern] if isinstance(pattern, str) else pattern,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as PEFT writes it to ``adapter_config.json``."""
+        return {
+            **self.unsupported,
+            **dataclasses.asdict(self),
+            "peft_type": self.peft_type,
+            "peft_version": PEFT_VERSION,
+        }
+
+    @classmethod
+    def from_dict(cls: type[Self], values: Mapping[str, Any], source: str = "config") -> Self:
+        """Read a config that PEFT or fxpeft wrote.
+
+        Raises:
+            AdapterError: an unknown or unsupported field that is not at its default, or a value of
+                the wrong type; every such field is named.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        rest = {k: v for k, v in values.items() if k not in known and k not in ("peft_type", "peft_version")}
+        # a field that only a later PEFT knows is harmless while it is off
+        active = {k: v for k, v in rest.items() if (v != cls.unsupported[k] if k in cls.unsupported else bool(v))}
+        if active:
+            lines = (f"{k} = {v!r} ({'unsupported' if k in cls.unsupported else 'unknown'})" for k, v in active.items())
+            raise AdapterError(
+                f"{source}: fields that {cls.__name__} can't honour:\n{listing(lines)}\n"
+                "Set them to their defaults, or use an adapter that was trained without them."
+            )
+        try:
+            return cls(**{k: v for k, v in values.items() if k in known})
+        except AdapterError as error:
+            raise AdapterError(f"{source}: {error}") from None
+
+
+@dataclass
+class RankConfig(AdapterConfig):
+    """Fields of the low-rank methods.
+
+    Args:
+        r: rank. lora_alpha: the update is scaled by ``lora_alpha / r``, or by
+            ``lora_alpha / sqrt(r)`` with ``use_rslora``.
+        rank_pattern, alpha_pattern: name suffix or regular expression -> the site's own value.
+    """
+
+    r: int = 8
+    lora_alpha: int | float = 8
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+        super().__post_init__()
+        for where, rank in {"r": self.r, **self.rank_pattern}.items():
+            if rank <= 0:
+                raise AdapterError(f"rank of {where}: expected a positive integer, found {rank}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is typing.Literal:
+        return any(type(value) is type(arg) and value == arg for arg in args)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
+    if origin is not None:  # list[...], Collection[...]
+        holds = isinstance(value, list if origin is list else list | tuple | set | frozenset)
+        return holds and all(_fits(v, args[0]) for v in value)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, hint)
+
+
+def _readable(hint: Any) -> str:
+    return str(hint).replace("typing.", "").replace("collections.abc.", "") if typing.get_origin(hint) else hint.__name__

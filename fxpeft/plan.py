@@ -1,0 +1,168 @@
+"""Which sites an adapter has in a model, and what goes to each; made before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fxpeft.config import AdapterConfig
+from fxpeft.defaults import default_targets
+from fxpeft.errors import AdapterError, listing
+from fxpeft.methods import method_of
+from fxpeft.methods.base import SitePlan
+from fxpeft.passes.base import PassError, join
+from fxpeft.passes.live import Container, kind_of
+
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+@dataclass
+class AdapterPlan:
+    """What one adapter puts where.
+
+    Args:
+        sites: site name -> rank, scaling and kind there.
+        saved: modules that the adapter brings whole (``modules_to_save``).
+        tensors: single parameters that it brings (``bias``): dotted names in the base model.
+    """
+
+    config: AdapterConfig
+    sites: dict[str, SitePlan]
+    saved: list[str] = field(default_factory=list)
+    tensors: list[str] = field(default_factory=list)
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``named_modules`` of the base model: what fxpeft put into it is left out."""
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    seen: set[nn.Module] = set()
+    while stack:
+        name, module = stack.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        children = [(join(name, k), m) for k, m in module.named_children() if not isinstance(m, Container)]
+        stack.extend(reversed(children))
+
+
+def base_state(module: nn.Module) -> dict[str, Tensor]:
+    """``state_dict`` of the base module, what fxpeft put into it left out."""
+    found: dict[str, Tensor] = {}
+    for name, part in base_modules(module):
+        transient = part._non_persistent_buffers_set
+        for key, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None and key not in transient:
+                found[join(name, key)] = tensor
+    return found
+
+
+def make_plan(model: nn.Module, config: AdapterConfig, *, heads: bool = True) -> AdapterPlan:
+    """Find an adapter's sites in a model; the plan's config has its defaults filled in as PEFT does.
+
+    Args:
+        heads: let ``task_type`` add the model's head to ``modules_to_save``. A checkpoint's config
+            has it there already.
+
+    Raises:
+        AdapterError: no site was found, a pattern matches nothing, or a target can't be rewritten.
+    """
+    modules = dict(base_modules(model))
+    config = _resolve(model, modules, config, heads)
+    method, selector = method_of(config), config.selector()
+    sites: dict[str, SitePlan] = {}
+    for name in selector.select(modules):
+        sites[name] = method.plan(config, name, _site_kind(name, modules))
+    saved = _saved(modules, config)
+    if not sites:
+        raise AdapterError(_nothing_found(config, modules))
+    _check_patterns(config, sites)
+    return AdapterPlan(config, sites, saved, _bias_names(modules, method.bias(config), sites, saved))
+
+
+def _resolve(model: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig, heads: bool) -> AdapterConfig:
+    config = copy.deepcopy(config)
+    own = HEADS.get(config.task_type or "", ()) if heads else ()
+    if own:
+        saved = config.modules_to_save or []
+        config.modules_to_save = [*saved, *(h for h in own if h not in saved)]
+    if config.target_modules is None:
+        config.target_modules = default_targets(model)
+    elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        config.target_modules = all_linear(model, modules, config.task_type)
+    return config
+
+
+def all_linear(model: nn.Module, modules: dict[str, nn.Module], task_type: str | None) -> list[str]:
+    """Every linear module but the output head, as PEFT's ``all-linear``."""
+    head: Any = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if head is None and task_type == "SEQ_CLS":
+        head = next((getattr(model, h) for h in HEADS["SEQ_CLS"] if hasattr(model, h)), None)
+    return [
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and not _inside_attention(name, modules)
+    ]
+
+
+def _inside_attention(name: str, modules: dict[str, nn.Module]) -> bool:
+    return isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)
+
+
+def _site_kind(name: str, modules: dict[str, nn.Module]) -> Any:
+    if _inside_attention(name, modules):
+        raise AdapterError(
+            f"{name}: nn.MultiheadAttention reads this module's weight without calling it, so adapting it would do "
+            "nothing; add it to exclude_modules"
+        )
+    try:
+        return kind_of(modules[name])
+    except PassError as error:
+        raise AdapterError(f"{name}: {error}; take it out of target_modules or add it to exclude_modules") from None
+
+
+def _saved(modules: dict[str, nn.Module], config: AdapterConfig) -> list[str]:
+    wanted = config.modules_to_save or []
+    found = [n for n in modules if any(n.endswith(w) for w in wanted)]  # PEFT: a suffix, dotted or not
+    heads = HEADS.get(config.task_type or "", ())
+    missing = [w for w in wanted if w not in heads and not any(n.endswith(w) for n in found)]
+    if missing:
+        raise AdapterError(f"modules_to_save: no module of the model is named\n{listing(missing)}")
+    inner = [n for n in found if any(n.startswith(f"{other}.") for other in found)]
+    return [n for n in found if n not in inner]
+
+
+def _bias_names(modules: dict[str, nn.Module], mode: str, sites: dict[str, SitePlan], saved: list[str]) -> list[str]:
+    if mode == "none":
+        return []
+    inside = tuple(f"{name}." for name in saved)
+    owners = [n for n in modules if (mode == "all" or n in sites) and not f"{n}.".startswith(inside or ("\0",))]
+    return [f"{n}.bias" if n else "bias" for n in owners if isinstance(modules[n]._parameters.get("bias"), nn.Parameter)]
+
+
+def _check_patterns(config: AdapterConfig, sites: dict[str, SitePlan]) -> None:
+    """A pattern that matches no site is a typo; PEFT would ignore it silently."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, name, {}):
+            if not any(re.match(rf"(.*\.)?({pattern})$", site) for site in sites):
+                raise AdapterError(f"{name}: {pattern!r} matches none of the adapter's {len(sites)} sites")
+
+
+def _nothing_found(config: AdapterConfig, modules: dict[str, nn.Module]) -> str:
+    targets = config.target_modules
+    suffixes = sorted({n.rpartition(".")[2] for n in modules if n})
+    wanted = [targets] if isinstance(targets, str) else list(targets or ())
+    near = [n for w in wanted for n in difflib.get_close_matches(w.rpartition(".")[2], suffixes, n=5)]
+    skipped = [f"{n}: {why}" for n in modules if n and (why := config.selector().why_not(n)) not in (None, "matches no target")]
+    text = f"no module of the model is a target: target_modules={targets!r}"
+    if skipped:
+        text += f"\nmatched but left out:\n{listing(skipped)}"
+    return text + f"\nnearest names: {', '.join(dict.fromkeys(near)) or ', '.join(suffixes[:20])}"

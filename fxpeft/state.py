@@ -1,0 +1,254 @@
+"""What fxpeft keeps for one model: its adapters, which are active, and how they are bound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fxpeft.config import AdapterConfig
+from fxpeft.errors import AdapterError, listing
+from fxpeft.methods import method_of
+from fxpeft.methods.base import SiteAdapter
+from fxpeft.passes.base import attribute, join
+from fxpeft.passes.inject import Rewrite
+from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
+from fxpeft.plan import AdapterPlan, base_modules, base_state
+
+if TYPE_CHECKING:
+    from fxpeft.serving import Serving
+
+STATE = "_fxpeft"
+
+
+@dataclass
+class Values:
+    """The tensors of an adapter, each at its place in the model.
+
+    Args:
+        sites: site -> parameter name -> tensor, in the shapes of the method.
+        saved: module -> key of its ``state_dict`` -> the adapter's own copy (``modules_to_save``).
+        tensors: dotted parameter name in the base -> the adapter's own value (``bias``).
+    """
+
+    sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Adapter:
+    """One named set of a method's parameters.
+
+    Args:
+        values: the tensors. While the adapter is attached its modules hold the truth; see :meth:`current`.
+        strength: factor on the adapter's own scale; see :func:`fxpeft.set_scale`.
+        parts: while attached: host module's name -> what is registered there as ``adapters.<name>``.
+    """
+
+    name: str
+    plan: AdapterPlan
+    values: Values
+    strength: float = 1.0
+    parts: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def config(self) -> AdapterConfig:
+        """The adapter's config, defaults filled in."""
+        return self.plan.config
+
+    def hosts(self) -> set[str]:
+        """Names of the modules that the adapter touches."""
+        owners = (path.rpartition(".")[0] for path in self.values.tensors)
+        return {*self.values.sites, *self.values.saved, *owners}
+
+    def current(self) -> Values:
+        """The tensors as they are now, trained or cast since."""
+        if not self.parts:
+            return self.values
+        held = {site: self.parts[site] for site in self.values.sites}
+        return Values(
+            {s: {n: attribute(held[s], n).detach() for n in names} for s, names in self.values.sites.items()},
+            {path: {k: v.detach() for k, v in base_state(self.parts[path]).items()} for path in self.values.saved},
+            {p: attribute(self.parts[p.rpartition(".")[0]], p.rpartition(".")[2]).detach() for p in self.values.tensors},
+        )
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters of an attached adapter."""
+        for part in self.parts.values():
+            yield from part.parameters()
+
+
+@dataclass
+class ModelState:
+    """The adapters of one model. It names the base's modules and holds none: a copy of the model copies it."""
+
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: list[str] = field(default_factory=list)
+    enabled: bool = True
+    base_grads: dict[str, bool] = field(default_factory=dict)
+    serving: Serving | None = None
+
+    def get(self, name: str) -> Adapter:
+        """The adapter of that name, or an error that lists the names there are."""
+        if name not in self.adapters:
+            raise AdapterError(f"no adapter named {name!r}; loaded: {', '.join(self.adapters) or 'none'}")
+        return self.adapters[name]
+
+    def running(self) -> list[Adapter]:
+        """The adapters that take part in the forward now."""
+        return [self.adapters[name] for name in self.active] if self.enabled else []
+
+
+def state_of(model: nn.Module) -> ModelState:
+    """The model's state.
+
+    Raises:
+        AdapterError: the model has no adapters and is not prepared for any.
+    """
+    state: ModelState | None = vars(unwrap(model)).get(STATE)
+    if state is None:
+        raise AdapterError(f"{type(model).__name__} has no adapters: call add_adapter, load_adapter or prepare_hotswap")
+    return state
+
+
+def ensure_state(model: nn.Module) -> ModelState:
+    """The model's state, made where missing; then the base's parameters are frozen."""
+    if STATE not in vars(model):
+        state = ModelState()
+        for name, parameter in _base_parameters(model):
+            state.base_grads[name] = parameter.requires_grad
+            parameter.requires_grad_(False)
+        vars(model)[STATE] = state
+    return vars(model)[STATE]  # type: ignore[no-any-return]
+
+
+def drop_state(model: nn.Module) -> None:
+    """Forget the state and give the base's parameters their ``requires_grad`` back."""
+    state: ModelState = vars(model).pop(STATE)
+    for name, parameter in _base_parameters(model):
+        parameter.requires_grad_(state.base_grads.get(name, parameter.requires_grad))
+
+
+def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    seen: set[nn.Parameter] = set()  # a tied one counts once, under its first name
+    for module_name, module in base_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter not in seen:
+                seen.add(parameter)
+                yield join(module_name, name), parameter
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``'s wrapper."""
+    inner = vars(model).get("_modules", {}).get("_orig_mod")
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def hosts(model: nn.Module, adapters: Iterable[Adapter]) -> dict[str, nn.Module]:
+    """Every module that the adapters touch, by name."""
+    names = {name for adapter in adapters for name in adapter.hosts()}
+    return {name: model.get_submodule(name) for name in names}
+
+
+def attach(model: nn.Module, adapter: Adapter) -> None:
+    """Register the adapter's parameters below the modules they belong to, as ``adapters.<name>``."""
+    method, values = method_of(adapter.config), adapter.values
+    for name, module in hosts(model, [adapter]).items():
+        part: nn.Module = Container()
+        if name in values.sites:
+            plan = adapter.plan.sites[name]
+            dropout = method.dropout(adapter.config, plan.kind)
+            part = SiteAdapter(plan, values.sites[name], dropout=dropout, strength=adapter.strength)
+        elif name in values.saved:
+            part = bare_copy(module)
+            part.load_state_dict(values.saved[name], assign=True)
+        adapter.parts[name] = part.train(module.training)
+        if "adapters" not in module._modules:
+            module.add_module("adapters", Container())
+        module.adapters.add_module(adapter.name, part)
+    for path, tensor in values.tensors.items():
+        owner, _, leaf = path.rpartition(".")
+        adapter.parts[owner].register_parameter(leaf, nn.Parameter(tensor))
+
+
+def detach(model: nn.Module, adapter: Adapter) -> None:
+    """The inverse of :func:`attach`; the modules have to be rebound before they are called again."""
+    adapter.values = adapter.current()
+    adapter.parts = {}
+    for module in hosts(model, [adapter]).values():
+        container = module._modules.get("adapters")
+        if container is not None:
+            container._modules.pop(adapter.name, None)
+            if not container._modules:
+                del module._modules["adapters"]
+
+
+def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
+    """Give each touched module the forward of the running adapters, or its own where none is there."""
+    for name, module in touched.items():
+        rewrites: list[Rewrite] = []
+        redirects: dict[str, tuple[str, Any]] = {}
+        whole: str | None = None
+        for adapter in running:
+            if name not in adapter.parts:
+                continue
+            part = adapter.parts[name]
+            if name in adapter.values.saved:
+                whole = f"adapters.{adapter.name}"
+            if isinstance(part, SiteAdapter):
+                rewrites.append(method_of(adapter.config).rewrite(adapter.name, adapter.config, part))
+            for path in adapter.values.tensors:
+                owner, _, leaf = path.rpartition(".")
+                if owner == name:
+                    redirects[leaf] = (f"{adapter.name}.{leaf}", attribute(part, leaf))
+        if whole:
+            replace_module(module, whole)
+        elif rewrites or redirects:
+            rewrite_module(module, rewrites, name=name, redirects=redirects)
+        else:
+            unbind(module)
+
+
+def check_together(adapters: list[Adapter]) -> None:
+    """Refuse adapters that each bring their own copy of one module or parameter."""
+    for attribute_name in ("saved", "tensors"):
+        seen: dict[str, str] = {}
+        clashes = []
+        for adapter in adapters:
+            for path in getattr(adapter.values, attribute_name):
+                if path in seen:
+                    clashes.append(f"{path}: {seen[path]} and {adapter.name}")
+                seen[path] = adapter.name
+        if clashes:
+            raise AdapterError(
+                "these adapters can't be active together, each brings its own\n"
+                f"{listing(clashes)}\nset one of them active, or train them without modules_to_save and bias"
+            )
+
+
+def set_trainable(state: ModelState) -> None:
+    """Active adapters that are not in inference mode are trained, all others are frozen."""
+    for adapter in state.adapters.values():
+        trains = adapter.name in state.active and not adapter.config.inference_mode
+        for parameter in adapter.parameters():
+            parameter.requires_grad_(trains)
+
+
+def placement(module: nn.Module, model: nn.Module, autocast: bool) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a new adapter's parameters at a module.
+
+    Half precision becomes float32 with ``autocast``, as in PEFT; quantised weights count as half.
+    """
+    hook_device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    weight = next(iter(module.parameters(recurse=False)), None)
+    device = weight.device if weight is not None else next(model.parameters()).device
+    if hook_device is not None and device.type == "meta":
+        device = torch.device(hook_device)
+    dtype = weight.dtype if weight is not None else torch.float32
+    if autocast and (dtype in (torch.float16, torch.bfloat16) or not dtype.is_floating_point):
+        dtype = torch.float32
+    return device, dtype if dtype.is_floating_point else torch.float32

@@ -1,0 +1,15 @@
+"""Graph in, graph out: the passes of fxpeft. They know torch.fx and nothing of files or checkpoints."""
+
+from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, Skip
+from fxpeft.passes.eject import EjectPass
+from fxpeft.passes.inject import InjectPass, Rewrite
+from fxpeft.passes.kinds import Conv, Embedding, Kind, Linear
+from fxpeft.passes.match import MatchPass, Target
+from fxpeft.passes.names import NameSelector
+from fxpeft.passes.pipeline import Pipeline, graph_text
+from fxpeft.passes.redirect import RedirectPass
+
+__all__ = [
+    "Conv", "EjectPass", "Embedding", "GraphPass", "InjectPass", "Kind", "Linear", "MatchPass", "NameSelector",
+    "PassError", "Pipeline", "RedirectPass", "Report", "Rewrite", "RewriteResult", "Skip", "Target", "graph_text",
+]  # fmt: skip

@@ -1,0 +1,162 @@
+"""The kinds of target a rewrite knows, and the linear algebra that each kind gives a method.
+
+A low-rank method is the same sentence for every kind: *reduce* the input to ``rank`` numbers,
+*scale* them, *expand* them to the output. What reducing means (a matrix product, a table look-up,
+a convolution) is the kind's; which factors and scales, the method's. All functions here that take
+tensors are plain and traceable: they are called on ``torch.fx`` proxies while a graph is rewritten,
+and on tensors when a slot is checked against its training subgraph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A target that maps ``in_features`` to ``out_features``.
+
+    ``a_shape`` / ``b_shape`` are the shapes in which PEFT keeps a LoRA's two factors: the rank comes
+    first in A, and after the outputs in B.
+    """
+
+    in_features: int
+    out_features: int
+
+    name = "linear"
+    takes_bias = True  # whether a term may be added per output feature, as lora_bias does
+
+    def a_shape(self, rank: int) -> tuple[int, ...]:
+        """Shape of A: ``[rank, in, ...]``."""
+        return (rank, self.in_features)
+
+    def b_shape(self, rank: int) -> tuple[int, ...]:
+        """Shape of B: ``[out, rank, ...]``."""
+        return (self.out_features, rank)
+
+    def check_rank(self, rank: int) -> str | None:
+        """Why ``rank`` can't be used here, or ``None``."""
+        return None if rank > 0 else f"rank must be positive, found {rank}"
+
+    def reduce(self, x: Tensor, a: Tensor) -> Tensor:
+        """``[..., in] -> [..., rank]`` in the dtype of ``a``."""
+        return F.linear(x.type_as(a), a)
+
+    def scale(self, h: Tensor, d: Tensor) -> Tensor:
+        """Multiply the reduced input by a scalar or by one number per rank, rounding once."""
+        return (h * d).type_as(h)
+
+    def expand(self, h: Tensor, b: Tensor) -> Tensor:
+        """``[..., rank] -> [..., out]`` with B in the shape of :meth:`b_shape`."""
+        return F.linear(h, b)
+
+    def expand_rows(self, h: Tensor, b: Tensor) -> Tensor:
+        """``[..., rank] -> [..., out]`` with B rank-first, ``[rank, out]``, as slots hold it."""
+        return torch.matmul(h, b)
+
+    def per_output(self, c: Tensor) -> Tensor:
+        """View one number per output feature, ``[out]``, so that it broadcasts over the output."""
+        return c
+
+    def rows(self, b: Tensor) -> Tensor:
+        """B from :meth:`b_shape` to rank-first ``[rank, out]``; a view wherever that is possible."""
+        return b.t()
+
+    def unrows(self, rows: Tensor, rank: int) -> Tensor:
+        """The inverse of :meth:`rows`."""
+        return rows.t()
+
+
+@dataclass(frozen=True)
+class Linear(Kind):
+    """``F.linear``; also ``addmm`` with the weight stored ``[in, out]`` (GPT-2's Conv1D)."""
+
+
+@dataclass(frozen=True)
+class Embedding(Kind):
+    """``F.embedding``: ``in_features`` is the number of rows, ``out_features`` their width.
+
+    ``options`` are the look-up's own (``padding_idx``, ``max_norm``, ...), applied to A's look-up too.
+    """
+
+    options: tuple[tuple[str, Any], ...] = field(default=())
+
+    name = "embedding"
+    takes_bias = False
+
+    def reduce(self, x: Tensor, a: Tensor) -> Tensor:
+        """Token ids ``[...]`` to ``[..., rank]``: the ids' columns of A."""
+        return F.embedding(x, a.t(), **dict(self.options))
+
+
+@dataclass(frozen=True)
+class Conv(Kind):
+    """``F.conv1d`` / ``conv2d`` / ``conv3d``, grouped or not.
+
+    A is a convolution over all input channels with the target's own kernel, stride, padding and
+    dilation; B is a 1x1 convolution with the target's groups (PEFT's ``lora.layer._ConvNd``).
+    """
+
+    kernel: tuple[int, ...] = ()
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """``conv1d``, ``conv2d`` or ``conv3d``."""
+        return f"conv{len(self.kernel)}d"
+
+    def a_shape(self, rank: int) -> tuple[int, ...]:
+        return (rank, self.in_features, *self.kernel)
+
+    def b_shape(self, rank: int) -> tuple[int, ...]:
+        return (self.out_features, rank // self.groups, *(1 for _ in self.kernel))
+
+    def check_rank(self, rank: int) -> str | None:
+        if rank > 0 and rank % self.groups:
+            return f"rank must be divisible by the convolution's {self.groups} groups, found {rank}"
+        return super().check_rank(rank)
+
+    def _conv(self) -> Any:
+        return getattr(F, self.name)
+
+    def reduce(self, x: Tensor, a: Tensor) -> Tensor:
+        return self._conv()(x.type_as(a), a, None, self.stride, self.padding, self.dilation)
+
+    def scale(self, h: Tensor, d: Tensor) -> Tensor:
+        return (h * self.per_output(d)).type_as(h)
+
+    def expand(self, h: Tensor, b: Tensor) -> Tensor:
+        return self._conv()(h, b, groups=self.groups)
+
+    def expand_rows(self, h: Tensor, b: Tensor) -> Tensor:
+        # a slot's B is dense: a grouped one is written there with zeros off its blocks
+        weight = b.t()
+        for _ in self.kernel:
+            weight = weight.unsqueeze(-1)
+        return self._conv()(h, weight)
+
+    def per_output(self, c: Tensor) -> Tensor:
+        return c.view(-1, *(1 for _ in self.kernel))
+
+    def rows(self, b: Tensor) -> Tensor:
+        flat = b.flatten(1)  # [out, rank / groups]
+        if self.groups == 1:
+            return flat.t()
+        blocks = flat.view(self.groups, self.out_features // self.groups, -1)
+        return torch.block_diag(*blocks.transpose(1, 2))
+
+    def unrows(self, rows: Tensor, rank: int) -> Tensor:
+        if self.groups == 1:
+            return rows.t().reshape(self.b_shape(rank))
+        per_group, per_out = rank // self.groups, self.out_features // self.groups
+        blocks = rows.view(self.groups, per_group, self.groups, per_out)
+        diagonal = torch.stack([blocks[g, :, g].t() for g in range(self.groups)])
+        return diagonal.reshape(self.b_shape(rank))

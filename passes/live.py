@@ -1,0 +1,303 @@
+"""Live modules: the same rewrite on one module of a running model, bound back as its forward.
+
+A module is traced on its own, its leaf graph is rewritten, and the generated code becomes the
+``forward`` of a generated subclass of the module's own class. The instance is then moved to that
+class, as torch's parametrize and FSDP2 do: names, hooks, ``isinstance`` and state_dict keys of the
+base survive, and moving it back restores it exactly. Classes are cached by their source, so all
+sites of one kind share one, and per-layer compilation keeps one graph.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import linecache
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx, nn
+from torch.fx import GraphModule
+
+from fxpeft.passes.base import PassError
+from fxpeft.passes.inject import InjectPass, Rewrite
+from fxpeft.passes.kinds import Kind
+from fxpeft.passes.match import TARGET, MatchPass, Target, Unsupported, module_kind, read_target
+from fxpeft.passes.pipeline import Pipeline, graph_text
+from fxpeft.passes.redirect import RedirectPass
+from fxpeft.passes.torch_private import import_block
+
+LEAF = "base_forward"  # the target's own forward, where torch.fx can't look inside it
+
+_NOT_TRACED = frozenset(
+    {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training", "_old_forward", "_hf_hook", LEAF}
+)
+_sources: dict[tuple[Any, ...], str] = {}
+_kinds: dict[tuple[Any, ...], Kind] = {}
+_classes: dict[tuple[type, str], type[nn.Module]] = {}
+_number = itertools.count()
+
+
+class Container(nn.Module):
+    """Holds what fxpeft adds to a live module; never part of the base model."""
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module without its rewrite."""
+    cls = type(module)
+    return getattr(cls, "_fxpeft_base", cls)
+
+
+def is_bound(module: nn.Module) -> bool:
+    """Whether a module runs a generated forward."""
+    return hasattr(type(module), "_fxpeft_base")
+
+
+def trace_module(module: nn.Module) -> GraphModule:
+    """The graph of one module's own forward, annotated with exactly one target.
+
+    Where torch.fx can't trace the forward, or what it finds is not one plain target whose graph is
+    the same in training and evaluation, the graph is one leaf call of the module.
+
+    Raises:
+        PassError: the module is of no kind that a rewrite knows.
+    """
+    traced = _trace_inside(module)
+    if traced is not None:
+        return traced
+    kind = module_kind(module)
+    if kind is None:
+        known = "linear, embedding, conv1d, conv2d, conv3d or a module with in_features and out_features"
+        raise PassError(f"{base_class(module).__name__} is no kind of target: expected {known}")
+    return _leaf_graph(module)
+
+
+def target_of(graph_module: GraphModule) -> Target:
+    """The one annotated target of a leaf graph."""
+    return next(node.meta[TARGET] for node in graph_module.graph.nodes if TARGET in node.meta)
+
+
+def kind_of(module: nn.Module) -> Kind:
+    """The :class:`Kind` of a module, read off its graph.
+
+    Raises:
+        PassError: as :func:`trace_module`.
+    """
+    key = _signature(module)
+    if key is None:
+        return target_of(trace_module(module)).kind
+    if key not in _kinds:
+        _kinds[key] = target_of(trace_module(module)).kind
+    return _kinds[key]
+
+
+def _trace_inside(module: nn.Module) -> GraphModule | None:
+    """The module's own graph with its one target annotated, or ``None``."""
+    try:
+        traced = _trace_any(module)
+        found = [t for n in traced.graph.nodes if (t := read_target(traced, n))]
+    except (PassError, Unsupported):
+        return None
+    if [t.site for t in found] != [""]:
+        return None
+    MatchPass(lambda site: site == "")(traced)
+    return traced
+
+
+def _trace_any(module: nn.Module) -> GraphModule:
+    """The module's own graph, the same in training and evaluation; ``PassError`` where there is none."""
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        raise PassError("somebody replaced this instance's forward, so it can only be called, not looked into")
+    bare = _bare(module)
+    traced = []
+    for training in (module.training, not module.training):
+        bare.training = training
+        try:
+            traced.append(GraphModule(bare, fx.Tracer().trace(bare)))
+        except Exception as error:  # noqa: BLE001 - whatever a forward raises on proxies: it can't be traced
+            raise PassError(f"torch.fx can't trace {base_class(module).__name__}.forward: {error}") from None
+    if graph_text(traced[0]) != graph_text(traced[1]):
+        raise PassError(f"{base_class(module).__name__}.forward depends on training mode")
+    return traced[0]
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """A shallow stand-in of the module's own class: its tensors, no hooks, no instance forward."""
+    bare = base_class(module).__new__(base_class(module))
+    vars(bare).update(vars(module))
+    for name in ("forward", "_old_forward", "_hf_hook"):
+        vars(bare).pop(name, None)
+    return bare
+
+
+def _leaf_graph(module: nn.Module) -> GraphModule:
+    root = nn.Module()
+    root.add_module(LEAF, module)
+    graph = fx.Graph()
+    inputs = []
+    function = vars(module).get("forward") or base_class(module).forward.__get__(module)
+    for p in inspect.signature(function).parameters.values():
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            continue
+        default = () if p.default is p.empty else (p.default,)
+        inputs.append(graph.placeholder(p.name, None, *default))
+    call = graph.call_module(LEAF, tuple(inputs))
+    graph.output(call)
+    traced = GraphModule(root, graph)
+    kind = module_kind(module)
+    assert kind is not None
+    call.meta[TARGET] = Target("", kind)
+    return traced
+
+
+def rewrite_module(
+    module: nn.Module,
+    rewrites: Sequence[Rewrite],
+    *,
+    name: str,
+    redirects: Mapping[str, tuple[str, Any]] | None = None,
+    container: str = "adapters",
+    dump: str | None = None,
+) -> None:
+    """Trace ``module``, let it read ``redirects``, inject ``rewrites`` in order, bind the result.
+
+    The operands have to be reachable from the module itself at ``container.path``; the graph only
+    names them. Without rewrites the module need not be of a known kind.
+
+    Args:
+        name: the module's dotted name, for messages.
+        redirects: attribute -> (path of the operand, operand), as in :class:`RedirectPass`.
+        container: where the redirects' operands are; each rewrite names its own.
+        dump: folder for the graphs before and after, as in :class:`Pipeline`.
+
+    Raises:
+        PassError: the module can't take the rewrite; it is unchanged then.
+    """
+    redirects = redirects or {}
+    own = _signature(module)
+    key = own and (own, *(r.signature() for r in rewrites), *((k, path, container) for k, (path, _) in redirects.items()))
+    source = _sources.get(key) if key and dump is None else None
+    if source is None:
+        passes = [RedirectPass({"": redirects}, container=container), InjectPass({"": rewrites})]
+        try:
+            traced = trace_module(module) if rewrites else _trace_any(module)
+            source = _source(Pipeline(passes, dump=dump)(traced).graph)
+        except PassError as error:
+            raise PassError(f"{name}: {error}") from None
+        if key:
+            _sources[key] = source
+    bind_source(module, source)
+
+
+def replace_module(module: nn.Module, path: str) -> None:
+    """Let another module, reachable at ``path`` from ``module``, answer all its calls."""
+    access = "self"
+    for atom in path.split("."):
+        access = f"getattr({access}, {atom!r})"
+    bind_source(module, f"def forward(self, *args, **kwargs):\n    return {access}(*args, **kwargs)\n")
+
+
+def _source(graph: fx.Graph) -> str:
+    """A graph's generated code with the imports it needs, and no more."""
+    code = graph.python_code("self")
+    used = {name: value for name, value in code.globals.items() if re.search(rf"\b{name}\b", code.src)}
+    return f"{import_block(used)}\n\n{code.src.strip()}\n"
+
+
+def _signature(module: nn.Module) -> tuple[Any, ...] | None:
+    """What a module's own graph depends on; ``None`` where that can't be told from plain attributes."""
+    state = vars(module)
+    if "forward" in state and not hasattr(module, "_hf_hook"):
+        return None
+    plain: list[tuple[str, Any]] = []
+    for name, value in state.items():
+        if name in _NOT_TRACED or name.endswith("_hooks") or "_hooks_" in name:
+            continue
+        if isinstance(value, list):
+            value = tuple(value)
+        if not isinstance(value, int | float | str | bool | tuple | type(None)):
+            return None
+        plain.append((name, value))
+    tensors = [
+        (name, None if tensor is None else (type(tensor), tensor.shape))
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+    ]
+    return base_class(module), tuple(plain), tuple(tensors)
+
+
+def bind_source(module: nn.Module, source: str) -> None:
+    """Move a module to the generated subclass whose ``forward`` is defined by ``source``."""
+    base = base_class(module)
+    state = vars(module)
+    instance_forward = state.get("forward")
+    if instance_forward is not None and "_old_forward" not in state and LEAF not in state:
+        # called as a leaf: keep it where the generated code looks for it, and let the class's forward run
+        state[LEAF] = instance_forward
+        del state["forward"]
+    module.__class__ = generated_class(base, source)
+    if "_old_forward" in state:  # accelerate's hooks call this bound method; give it the new class's
+        state["_old_forward"] = type(module).forward.__get__(module)
+
+
+def unbind(module: nn.Module) -> None:
+    """Give a module its own class back; the inverse of every bind before."""
+    if not is_bound(module):
+        return
+    module.__class__ = base_class(module)
+    state = vars(module)
+    if LEAF in state:
+        state["forward"] = state.pop(LEAF)
+    if "_old_forward" in state:
+        state["_old_forward"] = type(module).forward.__get__(module)
+
+
+def bare_copy(module: nn.Module) -> nn.Module:
+    """A deep copy of the base module: no rewrite, no containers, no hooks."""
+    copied = copy.deepcopy(module)
+    for part in copied.modules():
+        unbind(part)
+        for name in [n for n, child in part._modules.items() if isinstance(child, Container)]:
+            del part._modules[name]
+    return copied
+
+
+def generated_source(module: nn.Module) -> str:
+    """The source of a bound module's forward, imports first."""
+    return type(module)._fxpeft_source  # type: ignore[attr-defined, no-any-return]
+
+
+def generated_class(base: type[nn.Module], source: str) -> type[nn.Module]:
+    """The subclass of ``base`` whose forward is ``source``; the same object for the same pair."""
+    cached = _classes.get((base, source))
+    if cached is not None:
+        return cached
+    filename = f"<fxpeft {base.__name__} {next(_number)}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    namespace: dict[str, Any] = {}
+    exec(compile(source, filename, "exec"), namespace)
+    members = {
+        "forward": namespace["forward"],
+        "__module__": __name__,
+        "__doc__": f"{base.__name__} with an adapter subgraph, generated by fxpeft.",
+        "__reduce_ex__": _reduce,
+        "_fxpeft_base": base,
+        "_fxpeft_source": source,
+    }
+    if not hasattr(base, LEAF):
+        members[LEAF] = base.forward
+    made = type(f"Adapted{base.__name__}", (base,), members)
+    _classes[base, source] = made
+    return made
+
+
+def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """Pickle by base class and source, since a generated class can't be found by its name."""
+    cls = type(self)
+    state = self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
+    return _rebuild, (cls._fxpeft_base, cls._fxpeft_source), state  # type: ignore[attr-defined]
+
+
+def _rebuild(base: type[nn.Module], source: str) -> nn.Module:
+    cls = generated_class(base, source)
+    return cls.__new__(cls)

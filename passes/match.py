@@ -1,0 +1,202 @@
+"""Match: any graph in; the same graph out, its target nodes annotated with site and kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxpeft.passes.base import GraphPass, Report, RewriteResult, Skip, attribute, node_of
+from fxpeft.passes.kinds import Conv, Embedding, Kind, Linear
+from fxpeft.passes.names import NameSelector
+
+TARGET = "fxpeft.target"  # node.meta key of the annotation
+
+aten = torch.ops.aten
+_TRANSPOSES = {aten.t.default, aten.numpy_T.default, torch.t}
+_SWAPS = {aten.transpose.int, aten.permute.default, torch.transpose, torch.permute}
+_TRANSPOSE_METHODS = {"t", "transpose", "permute"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A node that a rewrite can take.
+
+    Args:
+        site: dotted name of the module that owns the weight; ``""`` is the root itself.
+        kind: its linear algebra.
+        input: index of the node's argument that carries the activations.
+    """
+
+    site: str
+    kind: Kind
+    input: int = 0
+
+
+class Unsupported(Exception):
+    """Looks like a target, but can't be rewritten; the message says why."""
+
+
+def module_kind(module: nn.Module) -> Kind | None:
+    """The kind of a module that is called as one node, or ``None``.
+
+    Anything with ``in_features`` and ``out_features`` counts as linear, so that quantised linears
+    of any library do.
+    """
+    if isinstance(module, nn.Embedding):
+        return Embedding(module.num_embeddings, module.embedding_dim, _embedding_options(module))
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return Conv(
+            module.in_channels, module.out_channels, tuple(module.kernel_size), module.stride,
+            module.padding, module.dilation, module.groups,
+        )  # fmt: skip
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if all(isinstance(size, int) for size in sizes):
+        return Linear(*sizes)
+    return None
+
+
+def _embedding_options(module: nn.Embedding) -> tuple[tuple[str, Any], ...]:
+    return (
+        ("padding_idx", module.padding_idx), ("max_norm", module.max_norm), ("norm_type", module.norm_type),
+        ("scale_grad_by_freq", module.scale_grad_by_freq), ("sparse", module.sparse),
+    )  # fmt: skip
+
+
+def read_target(graph_module: GraphModule, node: Node) -> Target | None:
+    """Read one node: its target, ``None`` for any other operation.
+
+    Raises:
+        Unsupported: an operation of a known kind in a form that can't be rewritten.
+    """
+    if node.op == "call_module":
+        kind = module_kind(graph_module.get_submodule(str(node.target)))
+        return kind and Target(str(node.target), kind)
+    if node.op != "call_function" or node.target not in _READERS:
+        return None
+    return _READERS[node.target](graph_module, node)
+
+
+def _arg(node: Node, index: int, name: str, default: Any = None) -> Any:
+    return node.args[index] if index < len(node.args) else node.kwargs.get(name, default)
+
+
+def _weight(graph_module: GraphModule, value: Any) -> tuple[str, torch.Size, bool]:
+    """Site, shape and whether the graph transposes it, of a weight operand."""
+    node, transposed = node_of(value), False
+    while node is not None and node.op != "get_attr":
+        known = node.target in _TRANSPOSES or node.target in _SWAPS
+        if not known and not (node.op == "call_method" and node.target in _TRANSPOSE_METHODS):
+            break
+        node, transposed = node_of(node.args[0]), not transposed
+    if node is None or node.op != "get_attr":
+        raise Unsupported("its weight is computed in the graph, not read from a module")
+    path = str(node.target)
+    return path.rpartition(".")[0], attribute(graph_module, path).shape, transposed
+
+
+def _owner(node: Node, site: str) -> str:
+    """The calling module where the graph recorded it: with tied weights the weight's name is another's."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return site
+    path = str(list(stack.values())[-1][0])
+    return path.removeprefix("L['self']").removeprefix(".") or site
+
+
+def _read_linear(graph_module: GraphModule, node: Node) -> Target:
+    site, shape, transposed = _weight(graph_module, _arg(node, 1, "weight"))
+    if transposed or len(shape) != 2:
+        raise Unsupported(f"its weight is not a plain [out, in] matrix: {tuple(shape)}")
+    return Target(_owner(node, site), Linear(shape[1], shape[0]))
+
+
+def _read_matmul(graph_module: GraphModule, node: Node) -> Target:
+    first = 1 if node.target in (torch.addmm, aten.addmm.default) else 0
+    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+        raise Unsupported("addmm with alpha or beta other than 1")
+    site, shape, transposed = _weight(graph_module, _arg(node, first + 1, "mat2"))
+    size = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+    return Target(_owner(node, site), Linear(*size), input=first)
+
+
+def _read_embedding(graph_module: GraphModule, node: Node) -> Target:
+    functional = node.target is F.embedding  # aten.embedding takes the weight first
+    site, shape, _ = _weight(graph_module, _arg(node, int(functional), "weight"))
+    names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    defaults = (None, None, 2.0, False, False)
+    options: tuple[tuple[str, Any], ...] = ()
+    if functional:
+        read = zip(names, defaults, strict=True)
+        options = tuple((n, _arg(node, 2 + i, n, d)) for i, (n, d) in enumerate(read))
+    return Target(_owner(node, site), Embedding(shape[0], shape[1], options), input=0 if functional else 1)
+
+
+def _read_conv(graph_module: GraphModule, node: Node) -> Target:
+    site, shape, _ = _weight(graph_module, _arg(node, 1, "weight"))
+    settings = [_arg(node, 3 + i, n, d) for i, (n, d) in enumerate((("stride", 1), ("padding", 0), ("dilation", 1)))]
+    if node.target is aten.convolution.default:
+        if node.args[6]:
+            raise Unsupported("a transposed convolution")
+        groups = node.args[8]
+    else:
+        groups = _arg(node, 6, "groups", 1)
+    frozen = [tuple(s) if isinstance(s, list | tuple) else s for s in settings]
+    kind = Conv(shape[1] * groups, shape[0], tuple(shape[2:]), *frozen, groups=groups)
+    return Target(_owner(node, site), kind)
+
+
+_READERS: dict[Any, Callable[[GraphModule, Node], Target]] = {
+    F.linear: _read_linear,
+    aten.linear.default: _read_linear,
+    torch.addmm: _read_matmul,
+    aten.addmm.default: _read_matmul,
+    aten.mm.default: _read_matmul,
+    F.embedding: _read_embedding,
+    aten.embedding.default: _read_embedding,
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _read_conv),
+    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), _read_conv),
+    aten.convolution.default: _read_conv,
+}
+
+
+class MatchPass(GraphPass):
+    """Annotate the target nodes that ``select`` takes: ``node.meta[TARGET]`` becomes a :class:`Target`.
+
+    Args:
+        select: a :class:`NameSelector`, or any predicate on a site's dotted name.
+    """
+
+    name = "match"
+
+    def __init__(self, select: NameSelector | Callable[[str], bool]) -> None:
+        self.select = select
+
+    def call(self, graph_module: GraphModule) -> RewriteResult:
+        matched, skipped, modified = [], [], False
+        for node in graph_module.graph.nodes:
+            try:
+                target = read_target(graph_module, node)
+            except Unsupported as why:
+                skipped.append(Skip(node.name, str(why)))
+                continue
+            if target is None:
+                continue
+            if isinstance(self.select, NameSelector):
+                reason = self.select.why_not(target.site)
+            else:
+                reason = None if self.select(target.site) else "not selected"
+            if reason:
+                skipped.append(Skip(target.site, reason))
+                continue
+            matched.append(target.site)
+            modified |= node.meta.get(TARGET) != target
+            node.meta[TARGET] = target
+        size = len(graph_module.graph.nodes)
+        report = Report(self.name, tuple(matched), tuple(skipped), size, size)
+        return RewriteResult(graph_module, modified, report)
