@@ -17,7 +17,7 @@ from fxpeft.errors import AdapterError
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SiteAdapter
 from fxpeft.passes.base import PassError, attribute
-from fxpeft.passes.live import trace_module, unbind
+from fxpeft.passes.live import unbind
 from fxpeft.plan import AdapterPlan, base_state, make_plan
 from fxpeft.state import (
     Adapter,
@@ -35,6 +35,7 @@ from fxpeft.state import (
     state_of,
     unwrap,
 )  # fmt: skip
+from fxpeft.swap import activate
 
 
 def add_adapter(
@@ -93,7 +94,9 @@ def load_adapter(
     found.config.inference_mode = not trainable
     plan = make_plan(model, found.config, heads=False)
     values = checkpoint.assign(model, plan, found, check_finite=check_finite)
-    install_adapter(model, Adapter(name, plan, placed(model, values, autocast=autocast_adapter_dtype)))
+    prepared = "_fxpeft" in vars(model) and state_of(model).serving is not None
+    autocast = autocast_adapter_dtype and not prepared  # slots have the base's dtype: nothing to gain
+    install_adapter(model, Adapter(name, plan, placed(model, values, autocast=autocast)))
 
 
 def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) -> None:
@@ -124,7 +127,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     adapters = [state.get(name) for name in wanted]
     check_together(adapters)
     if state.serving is not None:
-        serving.activate(model, state, adapters if state.enabled else [])
+        activate(model, state, adapters if state.enabled else [])
         state.active = wanted
         return
     _switch(model, state, wanted, state.enabled)
@@ -162,15 +165,11 @@ def set_scale(model: nn.Module, name: str, scale: float) -> None:
     Recompiles nothing: scales are tensors.
     """
     model, state = unwrap(model), state_of(model)
-    adapter = state.get(name)
-    before = adapter.strength
-    adapter.strength = scale
     if state.serving is not None:
-        try:
-            serving.activate(model, state, state.running())
-        except BaseException:
-            adapter.strength = before
-            raise
+        serving.rescale(model, state, name, scale)
+        return
+    adapter = state.get(name)
+    adapter.strength = scale
     for part in adapter.parts.values():
         if isinstance(part, SiteAdapter):
             part.set_strength(scale)
@@ -245,7 +244,7 @@ def check_name(model: nn.Module, name: str) -> str:
         raise AdapterError(f"adapter name {name!r}: expected no dots or spaces, and no attribute of nn.Module")
     state = vars(model).get("_fxpeft")
     if state is not None and name in state.adapters:
-        raise AdapterError(f"an adapter named {name!r} is there already; delete_adapter it, or use hotswap to replace it")
+        raise AdapterError(f"there is an adapter named {name!r} already; delete_adapter it, or replace it with hotswap")
     return name
 
 
@@ -283,7 +282,6 @@ def placed(model: nn.Module, values: Values, *, autocast: bool) -> Values:
 
 def install_adapter(model: nn.Module, adapter: Adapter) -> None:
     """Put a finished adapter into the model and make it the active one."""
-    _check_redirects(model, adapter)
     fresh = "_fxpeft" not in vars(model)
     state = ensure_state(model)
     if state.serving is not None:
@@ -293,27 +291,14 @@ def install_adapter(model: nn.Module, adapter: Adapter) -> None:
     state.adapters[adapter.name] = adapter
     try:
         _switch(model, state, [adapter.name], state.enabled)
-    except BaseException:
+    except BaseException as error:
         del state.adapters[adapter.name]
         detach(model, adapter)
         if fresh:
             drop_state(model)
+        if isinstance(error, PassError):
+            raise AdapterError(str(error)) from None
         raise
-
-
-def _check_redirects(model: nn.Module, adapter: Adapter) -> None:
-    """Find out before anything is changed whether each module lets an adapter bring its own tensors."""
-    for path in adapter.values.tensors:
-        owner, _, leaf = path.rpartition(".")
-        module = model.get_submodule(owner)
-        if owner not in adapter.values.sites:
-            continue
-        try:
-            reads = [n for n in trace_module(module).graph.nodes if n.op == "get_attr" and n.target == leaf]
-        except PassError as error:
-            raise AdapterError(f"{owner}: {error}") from None
-        if not reads:
-            raise AdapterError(f"{owner}: its forward can't be traced, so it can't take the adapter's own {leaf!r}")
 
 
 def _switch(model: nn.Module, state: ModelState, names: list[str], enabled: bool) -> None:
@@ -333,7 +318,7 @@ def _switch(model: nn.Module, state: ModelState, names: list[str], enabled: bool
 def _set_enabled(model: nn.Module, enabled: bool) -> None:
     model, state = unwrap(model), state_of(model)
     if state.serving is not None:
-        serving.activate(model, state, [state.adapters[n] for n in state.active] if enabled else [])
+        activate(model, state, [state.adapters[n] for n in state.active] if enabled else [])
         state.enabled = enabled
     else:
         _switch(model, state, state.active, enabled)

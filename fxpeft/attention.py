@@ -59,8 +59,7 @@ class _Watch(TorchFunctionMode):
         return result
 
     def _of(self, tensor: Tensor) -> frozenset[str]:
-        found: frozenset[str] = self.names.get(tensor, frozenset())
-        return found
+        return self.names[tensor] if tensor in self.names else frozenset()
 
 
 def attention_targets(model: nn.Module) -> list[str]:

@@ -214,7 +214,7 @@ def assign(model: nn.Module, plan: AdapterPlan, found: Checkpoint, *, check_fini
             for title, items in (
                 ("places in the model that the file doesn't fill:", missing),
                 ("tensors that don't fit:", wrong),
-                ("keys of the file that have no place in the model:", [f"{k} {list(t.shape)}" for k, t in left.items()]),
+                ("keys that have no place in the model:", [f"{k} {list(t.shape)}" for k, t in left.items()]),
             )
             if items
         ]

@@ -166,4 +166,6 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _readable(hint: Any) -> str:
-    return str(hint).replace("typing.", "").replace("collections.abc.", "") if typing.get_origin(hint) else hint.__name__
+    if not typing.get_origin(hint):
+        return str(hint.__name__)
+    return str(hint).replace("typing.", "").replace("collections.abc.", "")

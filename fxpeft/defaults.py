@@ -12,18 +12,23 @@ from torch import nn
 from fxpeft.attention import attention_targets
 from fxpeft.errors import AdapterError
 
-_QV = ["q_proj", "v_proj"]
-_BERT = ["query", "value"]
-_FUSED = ["query_key_value"]
 TARGETS: dict[str, list[str] | str] = {
-    **dict.fromkeys(
-        ("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm", "gemma", "gemma2",
-         "gemma3_text", "qwen2", "qwen3"), _QV,
-    ),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), _BERT),
-    **dict.fromkeys(("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"), _FUSED),
-    **dict.fromkeys(("t5", "mt5"), ["q", "v"]),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), ["c_attn"]),
+    **{
+        name: ["q_proj", "v_proj"]
+        for name in (
+            "bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm", "gemma", "gemma2",
+            "gemma3_text", "qwen2", "qwen3",
+        )
+    },
+    **{name: ["query", "value"] for name in ("bert", "roberta", "xlm-roberta", "electra", "layoutlm")},
+    **{
+        name: ["query_key_value"]
+        for name in ("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon")
+    },
+    "t5": ["q", "v"],
+    "mt5": ["q", "v"],
+    "gpt2": ["c_attn"],
+    "gpt_bigcode": ["c_attn"],
     "blip-2": ["q", "v", "q_proj", "v_proj"],
     "btlm": ["c_proj", "c_attn"],
     "codegen": ["qkv_proj"],

@@ -55,7 +55,7 @@ class SwapLock:
     def write(self) -> Iterator[None]:
         """A swap; waits for the forwards that are under way."""
         if getattr(self._local, "depth", 0):
-            raise RuntimeError("an adapter can't be swapped inside a forward of the same thread: it would wait for itself")
+            raise RuntimeError("a swap inside a forward of the same thread would wait for itself: swap after it")
         with self._changed:
             self._writers_waiting += 1
             while self._writing or self._readers:
@@ -77,13 +77,13 @@ class SwapLock:
 # is inlined into a larger compiled function there is no outside, and the hooks trace to nothing.
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def enter_forward(module: nn.Module, args: Any) -> None:
     """Forward pre-hook: hold the model's swap lock."""
     vars(module)["_fxpeft"].serving.lock.acquire_read()
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def leave_forward(module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook, called on errors too."""
     vars(module)["_fxpeft"].serving.lock.release_read()
@@ -94,7 +94,7 @@ def _nothing(*args: Any) -> None:
 
 
 for _hook in (enter_forward, leave_forward):
-    torch.compiler.substitute_in_graph(_hook, skip_signature_check=True)(_nothing)  # type: ignore[arg-type]
+    torch.compiler.substitute_in_graph(_hook, skip_signature_check=True)(_nothing)
 
 
 def guard_forwards(model: nn.Module) -> None:

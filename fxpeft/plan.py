@@ -103,7 +103,7 @@ def _resolve(model: nn.Module, modules: dict[str, nn.Module], config: AdapterCon
 
 def all_linear(model: nn.Module, modules: dict[str, nn.Module], task_type: str | None) -> list[str]:
     """Every linear module but the output head, as PEFT's ``all-linear``."""
-    head: Any = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    head: Any = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
     if head is None and task_type == "SEQ_CLS":
         head = next((getattr(model, h) for h in HEADS["SEQ_CLS"] if hasattr(model, h)), None)
     return [
@@ -145,7 +145,7 @@ def _bias_names(modules: dict[str, nn.Module], mode: str, sites: dict[str, SiteP
         return []
     inside = tuple(f"{name}." for name in saved)
     owners = [n for n in modules if (mode == "all" or n in sites) and not f"{n}.".startswith(inside or ("\0",))]
-    return [f"{n}.bias" if n else "bias" for n in owners if isinstance(modules[n]._parameters.get("bias"), nn.Parameter)]
+    return [join(n, "bias") for n in owners if isinstance(modules[n]._parameters.get("bias"), nn.Parameter)]
 
 
 def _check_patterns(config: AdapterConfig, sites: dict[str, SitePlan]) -> None:
@@ -161,7 +161,8 @@ def _nothing_found(config: AdapterConfig, modules: dict[str, nn.Module]) -> str:
     suffixes = sorted({n.rpartition(".")[2] for n in modules if n})
     wanted = [targets] if isinstance(targets, str) else list(targets or ())
     near = [n for w in wanted for n in difflib.get_close_matches(w.rpartition(".")[2], suffixes, n=5)]
-    skipped = [f"{n}: {why}" for n in modules if n and (why := config.selector().why_not(n)) not in (None, "matches no target")]
+    reasons = ((n, config.selector().why_not(n)) for n in modules if n)
+    skipped = [f"{n}: {why}" for n, why in reasons if why not in (None, "matches no target")]
     text = f"no module of the model is a target: target_modules={targets!r}"
     if skipped:
         text += f"\nmatched but left out:\n{listing(skipped)}"

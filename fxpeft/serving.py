@@ -1,33 +1,30 @@
-"""Serving: static slots at every site, and swaps that are copies into them."""
+"""Serving: static slots at every site, prepared before compiling; adapters then come and go by copies."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fxpeft import checkpoint
 from fxpeft.config import AdapterConfig
-from fxpeft.errors import AdapterError, listing
-from fxpeft.lock import SwapLock, guard_forwards, unguard_forwards
-from fxpeft.methods import method_of
-from fxpeft.methods.base import SlotValues
+from fxpeft.errors import AdapterError
+from fxpeft.lock import guard_forwards, unguard_forwards
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.base import PassError, attribute
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
 from fxpeft.passes.slot import LEAST, ActiveRank, Slot
-from fxpeft.passes.torch_private import copy_all
-from fxpeft.plan import AdapterPlan, base_state, make_plan
+from fxpeft.plan import AdapterPlan, make_plan
 from fxpeft.state import (
     Adapter,
     ModelState,
-    Values,
     attach,
     check_together,
     detach,
@@ -40,53 +37,7 @@ from fxpeft.state import (
     state_of,
     unwrap,
 )  # fmt: skip
-
-METHODS = {"lora": frozenset[str](), "lora_bias": frozenset({"shift"})}  # what a slot needs for each
-
-
-@dataclass
-class Lowered:
-    """An adapter as slot values, made once and copied at every swap."""
-
-    sites: dict[str, SlotValues]
-    plan: AdapterPlan
-
-    def settle(self) -> None:
-        """Own contiguous memory, so that a swap is a plain copy."""
-        for site, v in self.sites.items():
-            if not v.b.is_contiguous():
-                self.sites[site] = SlotValues(v.a.contiguous(), v.b.contiguous(), v.d, v.shift)
-
-
-@dataclass
-class Serving:
-    """The slots of a prepared model and what is in them.
-
-    Args:
-        rank: the active rank; ``None`` in static mode.
-        slots: site -> its placeholders. saved: module -> its replaceable copy.
-        tensors: dotted parameter name -> its placeholder.
-        lowered: adapter -> its slot values. shown: the adapters that are in the slots now.
-        dirty: site -> number of leading ranks that may hold something other than zero.
-        holds: place of a module or parameter -> adapter whose copy it holds, ``None`` for the base's.
-    """
-
-    max_rank: int
-    rank: ActiveRank | None
-    methods: tuple[str, ...]
-    slots: dict[str, Slot] = field(default_factory=dict)
-    saved: dict[str, nn.Module] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    lowered: dict[str, Lowered] = field(default_factory=dict)
-    shown: list[Adapter] = field(default_factory=list)
-    dirty: dict[str, int] = field(default_factory=dict)
-    holds: dict[str, Adapter | None] = field(default_factory=dict)
-    plans: dict[str, AdapterPlan] = field(default_factory=dict)
-    lock: SwapLock = field(default_factory=SwapLock)
-
-    def hosts(self) -> set[str]:
-        """Names of the modules that have placeholders."""
-        return {*self.slots, *self.saved, *(path.rpartition(".")[0] for path in self.tensors)}
+from fxpeft.swap import METHODS, Serving, activate, check_ranks, lower, serving_of, settle
 
 
 def prepare_hotswap(
@@ -132,46 +83,61 @@ def prepare_hotswap(
     if existing is not None and existing.serving is not None:
         raise AdapterError("the model is prepared already; call release_hotswap first to prepare it differently")
     adapters = list(existing.adapters.values()) if existing is not None else []
-    if targets is None and not adapters:
-        targets = "all-linear"
-    kinds = {site: plan.kind for a in adapters for site, plan in a.plan.sites.items()}
-    saved = {path for a in adapters for path in a.values.saved}
-    paths = {path for a in adapters for path in a.values.tensors}
-    if targets is not None or modules_to_save or bias != "none":
-        wanted = LoraConfig(
-            r=max_rank * _any_rank(model), target_modules=targets if targets is not None else list(kinds),
-            exclude_modules=exclude, modules_to_save=list(modules_to_save) or None, bias=bias,
-        )  # fmt: skip
-        declared = make_plan(model, wanted, heads=False)
-        kinds.update({site: plan.kind for site, plan in declared.sites.items()})
-        saved.update(declared.saved)
-        paths.update(declared.tensors)
+    serving = Serving(
+        max_rank, ActiveRank(max_rank) if rank == "dynamic" else None, tuple(methods),
+        *_declare(model, adapters, targets, exclude, modules_to_save, bias),
+    )  # fmt: skip
+    # everything that can be refused is refused on copies, before the model is touched
+    trial = [lower(serving, Adapter(a.name, a.plan, a.current(), a.strength)) for a in adapters]
+    active = existing.active if existing is not None else []
+    check_ranks(serving, [a for a in trial if a.name in active])
 
-    serving = Serving(max_rank, ActiveRank(max_rank) if rank == "dynamic" else None, tuple(methods))
-    parts = frozenset[str]().union(*(METHODS[m] for m in methods))
-    lowered = {a.name: lower(serving, a, kinds, saved, paths, parts) for a in adapters}
-    _check_ranks(serving, [(a, lowered[a.name]) for a in (existing.running() if existing is not None else [])])
-
-    was_bare = existing is None
     state = ensure_state(model)
     for adapter in adapters:
         detach(model, adapter)
-    serving.lowered = lowered
     try:
-        _bind_slots(model, serving, kinds, saved, paths, parts)
+        _bind_slots(model, serving)
     except PassError as error:
         _unbind_slots(model, serving)
         for adapter in adapters:
             attach(model, adapter)
         rebind(hosts(model, adapters), state.running())
-        if was_bare:
+        set_trainable(state)
+        if existing is None:
             drop_state(model)
         raise AdapterError(str(error)) from None
     state.serving = serving
     guard_forwards(model)
-    for low in lowered.values():
-        low.settle()
+    for adapter in adapters:
+        settle(lower(serving, adapter))
     activate(model, state, state.running())
+
+
+def _declare(
+    model: nn.Module,
+    adapters: list[Adapter],
+    targets: str | Collection[str] | None,
+    exclude: str | Collection[str] | None,
+    modules_to_save: Sequence[str],
+    bias: Literal["none", "all", "lora_only"],
+) -> tuple[dict[str, Any], frozenset[str], frozenset[str]]:
+    """Sites, modules and parameters of the adapters that are there and of those that were declared."""
+    kinds = {site: plan.kind for a in adapters for site, plan in a.plan.sites.items()}
+    saved = {path for a in adapters for path in a.values.saved}
+    tensors = {path for a in adapters for path in a.values.tensors}
+    if targets is None and not adapters:
+        targets = "all-linear"
+    if targets is not None or modules_to_save or bias != "none":
+        groups = [g for m in model.modules() if isinstance(g := getattr(m, "groups", None), int)]
+        wanted = LoraConfig(
+            r=math.lcm(*groups), target_modules=list(kinds) if targets is None else targets, exclude_modules=exclude,
+            modules_to_save=list(modules_to_save) or None, bias=bias,
+        )  # fmt: skip
+        declared = make_plan(model, wanted, heads=False)
+        kinds.update({site: plan.kind for site, plan in declared.sites.items()})
+        saved.update(declared.saved)
+        tensors.update(declared.tensors)
+    return kinds, frozenset(saved), frozenset(tensors)
 
 
 def release_hotswap(model: nn.Module) -> None:
@@ -182,15 +148,19 @@ def release_hotswap(model: nn.Module) -> None:
         attach(model, adapter)
     rebind(hosts(model, state.adapters.values()), state.running())
     set_trainable(state)
+    if not state.adapters:
+        drop_state(model)
 
 
 def release_slots(model: nn.Module, state: ModelState) -> None:
     """Drop the slots; every module has its own class again."""
-    serving = _serving(state)
+    serving = serving_of(state)
     with serving.lock.write():
         _unbind_slots(model, serving)
         unguard_forwards(model)
         state.serving = None
+    for adapter in state.adapters.values():
+        adapter.lowered = {}
 
 
 def hotswap(
@@ -221,7 +191,7 @@ def hotswap(
         AdapterError: the model is not prepared, or the adapter doesn't fit its slots.
     """
     model, state = unwrap(model), state_of(model)
-    serving = _serving(state)
+    serving = serving_of(state)
     if name is None:
         if len(state.active) != 1:
             raise AdapterError(f"{len(state.active)} adapters are active; say which to replace: {list(state.adapters)}")
@@ -234,22 +204,15 @@ def hotswap(
             source, allow_pickle=allow_pickle, revision=revision, subfolder=subfolder, token=token,
             local_files_only=local_files_only,
         )  # fmt: skip
-    plan = _plan(model, serving, found.config)
+    plan = plan_for(model, serving, found.config)
     values = checkpoint.assign(model, plan, found, check_finite=check_finite)
     if isinstance(source, Mapping):  # the caller may change its tensors later
-        values = _own(values)
-    new = Adapter(name, plan, values, strength=old.strength)
-    lowered = lower(serving, new)
-    before = serving.lowered[name]
+        values = values.clone()
+    new = lower(serving, Adapter(name, plan, values, old.strength))
     active = [new if n == name else state.adapters[n] for n in state.active]
     check_together(active)
-    serving.lowered[name] = lowered
-    try:
-        if state.enabled and name in state.active:
-            activate(model, state, active)
-    except BaseException:
-        serving.lowered[name] = before
-        raise
+    if state.enabled and name in state.active:
+        activate(model, state, active)
     state.adapters[name] = new
 
 
@@ -260,224 +223,56 @@ def hold(model: nn.Module) -> AbstractContextManager[None]:
     with ``torch.compile(model)``. Only where the model is inlined into a larger compiled function,
     that function's call has to be held with this.
     """
-    return _serving(state_of(model)).lock.read()
+    return serving_of(state_of(model)).lock.read()
 
 
 def install(model: nn.Module, state: ModelState, adapter: Adapter) -> None:
     """Add an adapter to the store of a prepared model and make it the active one."""
-    serving = _serving(state)
-    lowered = lower(serving, adapter)
-    lowered.settle()
-    serving.lowered[adapter.name] = lowered
-    try:
-        activate(model, state, [adapter] if state.enabled else [])
-    except BaseException:
-        del serving.lowered[adapter.name]
-        raise
+    settle(lower(serving_of(state), adapter))
+    activate(model, state, [adapter] if state.enabled else [])
     state.adapters[adapter.name] = adapter
     state.active = [adapter.name]
 
 
-def lower(
-    serving: Serving,
-    adapter: Adapter,
-    kinds: Collection[str] | None = None,
-    saved: Collection[str] | None = None,
-    tensors: Collection[str] | None = None,
-    parts: frozenset[str] | None = None,
-) -> Lowered:
-    """An adapter's slot values.
-
-    Raises:
-        AdapterError: a site, module or parameter without a slot, a rank above ``max_rank``, or a
-            method that the slots were not declared for; all are named.
-    """
-    method = method_of(adapter.config)
-    have = parts if parts is not None else frozenset[str]().union(*(METHODS[m] for m in serving.methods))
-    places = [
-        ("targets", adapter.values.sites, kinds if kinds is not None else serving.slots),
-        ("modules_to_save", adapter.values.saved, saved if saved is not None else serving.saved),
-        ("bias", adapter.values.tensors, tensors if tensors is not None else serving.tensors),
-    ]
-    problems = [f"{n}: has no slot; declare it in {what}" for what, own, slots in places for n in own if n not in slots]
-    lowered: dict[str, SlotValues] = {}
-    for site, parameters in adapter.values.sites.items():
-        plan = adapter.plan.sites[site]
-        if plan.rank > serving.max_rank:
-            problems.append(f"{site}: rank {plan.rank} is above max_rank {serving.max_rank}")
-            continue
-        lowered[site] = method.lower(plan, parameters)
-        if lowered[site].shift is not None and "shift" not in have:
-            problems.append(f"{site}: needs a slot with a shift; declare methods=('lora', 'lora_bias')")
-    if problems:
-        raise AdapterError(
-            f"adapter {adapter.name!r} doesn't fit the slots; nothing was changed.\n{listing(problems)}\n"
-            "Prepare the model for it: release_hotswap(model), then prepare_hotswap(...) before compiling."
-        )
-    return Lowered(lowered, adapter.plan)
+def rescale(model: nn.Module, state: ModelState, name: str, strength: float) -> None:
+    """Change an adapter's strength in the slots."""
+    changed = replace(state.get(name), strength=strength)
+    if state.enabled and name in state.active:
+        activate(model, state, [changed if n == name else state.adapters[n] for n in state.active])
+    state.adapters[name] = changed
 
 
-def activate(model: nn.Module, state: ModelState, adapters: list[Adapter]) -> None:
-    """Put adapters into the slots, side by side along the rank; none: the bare model.
-
-    On any error the slots hold what they held before.
-    """
-    serving = _serving(state)
-    check_together(adapters)
-    chosen = [(adapter, serving.lowered[adapter.name]) for adapter in adapters]
-    _check_ranks(serving, chosen)
-    with serving.lock.write():
-        try:
-            _show(model, serving, chosen)
-        except BaseException:
-            before = [(a, serving.lowered[a.name]) for a in serving.shown if serving.lowered.get(a.name)]
-            serving.dirty = dict.fromkeys(serving.slots, serving.max_rank)
-            serving.holds = {}
-            _show(model, serving, before)
-            raise
-        serving.shown = list(adapters)
-
-
-def _check_ranks(serving: Serving, chosen: Iterable[tuple[Adapter, Lowered]]) -> None:
-    total: dict[str, int] = {}
-    for _, lowered in chosen:
-        for site, value in lowered.sites.items():
-            total[site] = total.get(site, 0) + value.d.numel()
-    over = [f"{site}: {rank} ranks" for site, rank in total.items() if rank > serving.max_rank]
-    if over:
-        raise AdapterError(
-            f"the active adapters need more than max_rank {serving.max_rank} ranks together:\n{listing(over)}\n"
-            "Activate fewer at a time, or prepare with a larger max_rank."
-        )
-
-
-def _show(model: nn.Module, serving: Serving, chosen: list[tuple[Adapter, Lowered]]) -> None:
-    """Write the slots. Everything was checked; only copies are left."""
-    destinations: list[Tensor] = []
-    sources: list[Tensor] = []
-    used: dict[str, int] = {}
-    for adapter, lowered in chosen:
-        for site, value in lowered.sites.items():
-            slot, start = serving.slots[site], used.get(site, 0)
-            count = value.d.numel()
-            destinations += (t.narrow(0, start, count) for t in (slot.a, slot.b, slot.d))
-            sources += (value.a, value.b, value.d if adapter.strength == 1 else value.d * adapter.strength)
-            used[site] = start + count
-    highest = max(used.values(), default=0)
-    active = serving.max_rank if serving.rank is None else max(highest, LEAST)
-    for site, slot in serving.slots.items():
-        start = used.get(site, 0)
-        stale = min(serving.dirty.get(site, 0), active)
-        if stale > start:  # old ranks that this swap would compute with: zero them, they may even be NaN
-            for tensor in (slot.a, slot.b, slot.d):
-                tensor.narrow(0, start, stale - start).zero_()
-        serving.dirty[site] = max(start, serving.dirty.get(site, 0) if serving.dirty.get(site, 0) > active else 0)
-    copy_all(destinations, sources)
-    _show_shifts(serving, chosen)
-    _show_copies(model, serving, [adapter for adapter, _ in chosen])
-    if serving.rank is not None:
-        serving.rank.set(active)
-
-
-def _show_shifts(serving: Serving, chosen: list[tuple[Adapter, Lowered]]) -> None:
-    for site, slot in serving.slots.items():
-        if "shift" not in slot._buffers:
-            continue
-        slot.shift.zero_()
-        for adapter, lowered in chosen:
-            value = lowered.sites.get(site)
-            if value is not None and value.shift is not None:
-                slot.shift.add_((value.shift * adapter.strength).to(slot.shift))
-
-
-def _show_copies(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
-    """Modules and parameters that an adapter brings, or the base's own; copied where that changes."""
-    for path, module in serving.saved.items():
-        owner = next((a for a in adapters if path in a.values.saved), None)
-        if path in serving.holds and serving.holds[path] is owner:
-            continue
-        own = base_state(model.get_submodule(path)) if owner is None else owner.values.saved[path]
-        with torch.no_grad():
-            for key, tensor in own.items():
-                attribute(module, key).copy_(tensor)
-        serving.holds[path] = owner
-    for path, tensor in serving.tensors.items():
-        owner = next((a for a in adapters if path in a.values.tensors), None)
-        if path in serving.holds and serving.holds[path] is owner:
-            continue
-        site, _, leaf = path.rpartition(".")
-        place = attribute(model, f"{site}.slot.{leaf}" if site else f"slot.{leaf}")
-        with torch.no_grad():
-            place.copy_(attribute(model, path) if owner is None else owner.values.tensors[path])
-        serving.holds[path] = owner
-
-
-def _plan(model: nn.Module, serving: Serving, config: AdapterConfig) -> AdapterPlan:
+def plan_for(model: nn.Module, serving: Serving, config: AdapterConfig) -> AdapterPlan:
     """The plan for a config; adapters that share one share the search for its sites."""
-    key = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    key = json.dumps(config.to_dict(), sort_keys=True)
     if key not in serving.plans:
         serving.plans[key] = make_plan(model, config, heads=False)
-    plan = serving.plans[key]
-    return AdapterPlan(plan.config, plan.sites, plan.saved, plan.tensors)
+    return serving.plans[key]
 
 
-def _own(values: Values) -> Values:
-    return Values(
-        {site: {k: v.detach().clone() for k, v in parts.items()} for site, parts in values.sites.items()},
-        {path: {k: v.detach().clone() for k, v in parts.items()} for path, parts in values.saved.items()},
-        {path: v.detach().clone() for path, v in values.tensors.items()},
-    )
-
-
-def _serving(state: ModelState) -> Serving:
-    if state.serving is None:
-        raise AdapterError("the model has no slots: call prepare_hotswap(model) before compiling it")
-    return state.serving
-
-
-def _any_rank(model: nn.Module) -> int:
-    """A multiple of every group count, so that a plan for the slots passes every kind's rank check."""
-    product = 1
-    for module in model.modules():
-        groups = getattr(module, "groups", 1)
-        if isinstance(groups, int) and product % groups:
-            product *= groups
-    return product
-
-
-def _bind_slots(
-    model: nn.Module,
-    serving: Serving,
-    kinds: Mapping[str, object],
-    saved: Collection[str],
-    paths: Collection[str],
-    parts: frozenset[str],
-) -> None:
+def _bind_slots(model: nn.Module, serving: Serving) -> None:
     redirects: dict[str, dict[str, tuple[str, Tensor]]] = {}
-    for path in paths:
+    for path in serving.tensors:
         site, _, leaf = path.rpartition(".")
-        own = attribute(model, path).detach()
-        serving.tensors[path] = own
-        redirects.setdefault(site, {})[leaf] = (leaf, own.clone())
-    for path in saved:
+        redirects.setdefault(site, {})[leaf] = (leaf, attribute(model, path).detach().clone())
+    for path in serving.saved:
         module = model.get_submodule(path)
         unbind(module)
-        copied = bare_copy(module).requires_grad_(False).eval()
-        serving.saved[path] = copied
+        serving.copies[path] = _transient(bare_copy(module))
         holder = Container()
-        holder.add_module("module", _transient(copied))
+        holder.add_module("module", serving.copies[path])
         module.add_module("slot", holder)
         replace_module(module, "slot.module")
-    for site in [*kinds, *(s for s in redirects if s not in kinds)]:
+    for site in dict.fromkeys((*serving.kinds, *redirects)):
         module = model.get_submodule(site)
         unbind(module)
-        rewrites = []
-        place: Container = Container()
-        if site in kinds:
+        rewrites, place = [], Container()
+        if site in serving.kinds:
             device, dtype = placement(module, model, autocast=False)
             place = serving.slots[site] = Slot(
-                kinds[site], serving.max_rank, serving.rank, shift="shift" in parts, device=device, dtype=dtype  # type: ignore[arg-type]
-            )
+                serving.kinds[site], serving.max_rank, serving.rank, shift="shift" in serving.parts, device=device,
+                dtype=dtype,
+            )  # fmt: skip
             rewrites.append(place.rewrite())
         for leaf, (_, value) in redirects.get(site, {}).items():
             place.register_buffer(leaf, value, persistent=False)
@@ -491,7 +286,7 @@ def _transient(module: nn.Module) -> nn.Module:
         for key, parameter in list(part._parameters.items()):
             if parameter is not None:
                 del part._parameters[key]
-                part.register_buffer(key, parameter.detach(), persistent=False)
+                part.register_buffer(key, parameter.detach())
         part._non_persistent_buffers_set.update(part._buffers)
     return module
 

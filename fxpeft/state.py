@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
-from fxpeft.methods.base import SiteAdapter
+from fxpeft.methods.base import SiteAdapter, SlotValues
 from fxpeft.passes.base import attribute, join
 from fxpeft.passes.inject import Rewrite
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
 from fxpeft.plan import AdapterPlan, base_modules, base_state
 
 if TYPE_CHECKING:
-    from fxpeft.serving import Serving
+    from fxpeft.swap import Serving
 
 STATE = "_fxpeft"
 
@@ -38,6 +38,14 @@ class Values:
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
+    def clone(self) -> Values:
+        """The same values in memory of their own."""
+        return Values(
+            {site: {k: v.detach().clone() for k, v in parts.items()} for site, parts in self.sites.items()},
+            {path: {k: v.detach().clone() for k, v in parts.items()} for path, parts in self.saved.items()},
+            {path: v.detach().clone() for path, v in self.tensors.items()},
+        )
+
 
 @dataclass
 class Adapter:
@@ -47,6 +55,7 @@ class Adapter:
         values: the tensors. While the adapter is attached its modules hold the truth; see :meth:`current`.
         strength: factor on the adapter's own scale; see :func:`fxpeft.set_scale`.
         parts: while attached: host module's name -> what is registered there as ``adapters.<name>``.
+        lowered: on a prepared model: site -> slot values.
     """
 
     name: str
@@ -54,6 +63,7 @@ class Adapter:
     values: Values
     strength: float = 1.0
     parts: dict[str, nn.Module] = field(default_factory=dict)
+    lowered: dict[str, SlotValues] = field(default_factory=dict)
 
     @property
     def config(self) -> AdapterConfig:
@@ -62,8 +72,7 @@ class Adapter:
 
     def hosts(self) -> set[str]:
         """Names of the modules that the adapter touches."""
-        owners = (path.rpartition(".")[0] for path in self.values.tensors)
-        return {*self.values.sites, *self.values.saved, *owners}
+        return {*self.values.sites, *self.values.saved, *map(_owner, self.values.tensors)}
 
     def current(self) -> Values:
         """The tensors as they are now, trained or cast since."""
@@ -73,7 +82,7 @@ class Adapter:
         return Values(
             {s: {n: attribute(held[s], n).detach() for n in names} for s, names in self.values.sites.items()},
             {path: {k: v.detach() for k, v in base_state(self.parts[path]).items()} for path in self.values.saved},
-            {p: attribute(self.parts[p.rpartition(".")[0]], p.rpartition(".")[2]).detach() for p in self.values.tensors},
+            {p: attribute(self.parts[_owner(p)], p.rpartition(".")[2]).detach() for p in self.values.tensors},
         )
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -169,7 +178,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
         adapter.parts[name] = part.train(module.training)
         if "adapters" not in module._modules:
             module.add_module("adapters", Container())
-        module.adapters.add_module(adapter.name, part)
+        module.get_submodule("adapters").add_module(adapter.name, part)
     for path, tensor in values.tensors.items():
         owner, _, leaf = path.rpartition(".")
         adapter.parts[owner].register_parameter(leaf, nn.Parameter(tensor))
@@ -252,3 +261,7 @@ def placement(module: nn.Module, model: nn.Module, autocast: bool) -> tuple[torc
     if autocast and (dtype in (torch.float16, torch.bfloat16) or not dtype.is_floating_point):
         dtype = torch.float32
     return device, dtype if dtype.is_floating_point else torch.float32
+
+
+def _owner(path: str) -> str:
+    return path.rpartition(".")[0]

@@ -176,7 +176,8 @@ def rewrite_module(
     """
     redirects = redirects or {}
     own = _signature(module)
-    key = own and (own, *(r.signature() for r in rewrites), *((k, path, container) for k, (path, _) in redirects.items()))
+    reads = ((k, path, container) for k, (path, _) in redirects.items())
+    key = own and (own, *(r.signature() for r in rewrites), *reads)
     source = _sources.get(key) if key and dump is None else None
     if source is None:
         passes = [RedirectPass({"": redirects}, container=container), InjectPass({"": rewrites})]

@@ -58,7 +58,7 @@ class SiteAdapter(nn.Module):
         self.scaling.fill_(self.plan.scaling * strength)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SiteAdapter:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         exact = torch.tensor(self.plan.scaling * self.strength, dtype=torch.float32)
         self.scaling = exact.to(self.scaling.device) if not self.scaling.is_meta else exact.to("meta")
         return self

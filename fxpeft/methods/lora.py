@@ -78,7 +78,8 @@ def lora(
     update = kind.expand(h, lora_B)
     if lora_B_bias is not None:
         update = update + kind.per_output(lora_B_bias * scaling)
-    return (y + update).type_as(y)
+    out: Tensor = (y + update).type_as(y)
+    return out
 
 
 class Lora(Method[LoraConfig]):

@@ -1,0 +1,193 @@
+"""The swap: adapters are lowered once to slot values, and copied into the slots all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from fxpeft.errors import AdapterError, listing
+from fxpeft.lock import SwapLock
+from fxpeft.methods import method_of
+from fxpeft.methods.base import SlotValues
+from fxpeft.passes.base import attribute, join
+from fxpeft.passes.kinds import Kind
+from fxpeft.passes.slot import LEAST, ActiveRank, Slot
+from fxpeft.passes.torch_private import copy_all
+from fxpeft.plan import AdapterPlan, base_state
+from fxpeft.state import Adapter, ModelState, Values, check_together
+
+METHODS = {"lora": frozenset[str](), "lora_bias": frozenset({"shift"})}  # what a slot needs for each
+
+
+@dataclass
+class Serving:
+    """The slots of a prepared model and what is in them.
+
+    Args:
+        rank: the active rank; ``None`` in static mode.
+        kinds: site -> kind. saved: modules, and tensors: dotted parameter names, that an adapter may bring.
+        slots: site -> its placeholders. copies: module -> its replaceable copy.
+        shown: the adapters that are in the slots now.
+        dirty: site -> number of leading ranks that may hold something other than zero.
+        holds: module or parameter -> values of the adapter whose copy it holds, ``None`` for the base's.
+        plans: config -> plan, so that adapters of one config share the search for their sites.
+    """
+
+    max_rank: int
+    rank: ActiveRank | None
+    methods: tuple[str, ...]
+    kinds: Mapping[str, Kind]
+    saved: frozenset[str]
+    tensors: frozenset[str]
+    slots: dict[str, Slot] = field(default_factory=dict)
+    copies: dict[str, nn.Module] = field(default_factory=dict)
+    shown: list[Adapter] = field(default_factory=list)
+    dirty: dict[str, int] = field(default_factory=dict)
+    holds: dict[str, Values | None] = field(default_factory=dict)
+    plans: dict[str, AdapterPlan] = field(default_factory=dict)
+    lock: SwapLock = field(default_factory=SwapLock)
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """The optional placeholders that the declared methods need."""
+        return frozenset[str]().union(*(METHODS[m] for m in self.methods))
+
+    def hosts(self) -> set[str]:
+        """Names of the modules that have placeholders."""
+        return {*self.kinds, *self.saved, *(path.rpartition(".")[0] for path in self.tensors)}
+
+
+def serving_of(state: ModelState) -> Serving:
+    """The model's slots, or an error that says how to get them."""
+    if state.serving is None:
+        raise AdapterError("the model has no slots: call prepare_hotswap(model) before compiling it")
+    return state.serving
+
+
+def lower(serving: Serving, adapter: Adapter) -> Adapter:
+    """Give an adapter its slot values. The model is not touched.
+
+    Raises:
+        AdapterError: a site, module or parameter without a slot, a rank above ``max_rank``, or a
+            method that the slots were not declared for; all are named.
+    """
+    method, values = method_of(adapter.config), adapter.values
+    places: list[tuple[str, Iterable[str], Collection[str]]] = [
+        ("targets", values.sites, serving.kinds),
+        ("modules_to_save", values.saved, serving.saved),
+        ("bias", values.tensors, serving.tensors),
+    ]
+    problems = [f"{n}: has no slot; declare it in {what}" for what, own, slots in places for n in own if n not in slots]
+    lowered: dict[str, SlotValues] = {}
+    for site, parameters in values.sites.items():
+        plan = adapter.plan.sites[site]
+        if plan.rank > serving.max_rank:
+            problems.append(f"{site}: rank {plan.rank} is above max_rank {serving.max_rank}")
+            continue
+        lowered[site] = method.lower(plan, parameters)
+        if lowered[site].shift is not None and "shift" not in serving.parts:
+            problems.append(f"{site}: needs a slot with a shift; declare methods=('lora', 'lora_bias')")
+    if problems:
+        raise AdapterError(
+            f"adapter {adapter.name!r} doesn't fit the slots; nothing was changed.\n{listing(problems)}\n"
+            "Prepare the model for it: release_hotswap(model), then prepare_hotswap(...) before compiling."
+        )
+    adapter.lowered = lowered
+    return adapter
+
+
+def settle(adapter: Adapter) -> None:
+    """Give slot values contiguous memory, so that showing the adapter is a plain copy."""
+    for site, v in adapter.lowered.items():
+        if not (v.a.is_contiguous() and v.b.is_contiguous()):
+            adapter.lowered[site] = SlotValues(v.a.contiguous(), v.b.contiguous(), v.d, v.shift)
+
+
+def activate(model: nn.Module, state: ModelState, adapters: list[Adapter]) -> None:
+    """Put lowered adapters into the slots, side by side along the rank; none: the bare model.
+
+    On any error the slots hold what they held before.
+    """
+    serving = serving_of(state)
+    check_together(adapters)
+    check_ranks(serving, adapters)
+    with serving.lock.write():
+        try:
+            _show(model, serving, adapters)
+        except BaseException:
+            serving.dirty = dict.fromkeys(serving.slots, serving.max_rank)
+            serving.holds = {}
+            _show(model, serving, serving.shown)
+            raise
+        serving.shown = list(adapters)
+
+
+def check_ranks(serving: Serving, adapters: list[Adapter]) -> None:
+    """Refuse adapters whose ranks together are more than a slot holds."""
+    total: dict[str, int] = {}
+    for adapter in adapters:
+        for site, value in adapter.lowered.items():
+            total[site] = total.get(site, 0) + value.d.numel()
+    over = [f"{site}: {rank} ranks" for site, rank in total.items() if rank > serving.max_rank]
+    if over:
+        raise AdapterError(
+            f"the active adapters need more than max_rank {serving.max_rank} ranks together:\n{listing(over)}\n"
+            "Activate fewer at a time, or prepare with a larger max_rank."
+        )
+
+
+def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
+    """Write the slots. Everything was checked; only copies are left."""
+    destinations: list[Tensor] = []
+    sources: list[Tensor] = []
+    used: dict[str, int] = {}
+    for adapter in adapters:
+        for site, value in adapter.lowered.items():
+            slot, start, count = serving.slots[site], used.get(site, 0), value.d.numel()
+            destinations += (slot.a.narrow(0, start, count), slot.b.narrow(0, start, count))
+            destinations.append(slot.d.narrow(0, start, count))
+            sources += (value.a, value.b, value.d if adapter.strength == 1 else value.d * adapter.strength)
+            used[site] = start + count
+    active = serving.max_rank if serving.rank is None else max(LEAST, *used.values(), LEAST)
+    for site, slot in serving.slots.items():
+        start, dirty = used.get(site, 0), serving.dirty.get(site, 0)
+        stale = min(dirty, active)
+        if stale > start:  # old ranks that this swap would compute with: zero them, they may even be NaN
+            for tensor in (slot.a, slot.b, slot.d):
+                tensor.narrow(0, start, stale - start).zero_()
+        serving.dirty[site] = dirty if dirty > active else start
+    copy_all(destinations, sources)
+    if "shift" in serving.parts:
+        _show_shifts(serving, adapters)
+    _show_copies(model, serving, adapters)
+    if serving.rank is not None and serving.rank.rank != active:
+        serving.rank.set(active)
+
+
+def _show_shifts(serving: Serving, adapters: list[Adapter]) -> None:
+    for site, slot in serving.slots.items():
+        slot.shift.zero_()
+        for adapter in adapters:
+            value = adapter.lowered.get(site)
+            if value is not None and value.shift is not None:
+                slot.shift.add_((value.shift * adapter.strength).to(slot.shift))
+
+
+def _show_copies(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
+    """Modules and parameters that an adapter brings, or the base's own; copied where that changes."""
+    for path, copy in serving.copies.items():
+        owner = next((a.values for a in adapters if path in a.values.saved), None)
+        if path not in serving.holds or serving.holds[path] is not owner:
+            own = base_state(model.get_submodule(path)) if owner is None else owner.saved[path]
+            for key, tensor in own.items():
+                attribute(copy, key).copy_(tensor.detach())
+            serving.holds[path] = owner
+    for path in serving.tensors:
+        owner = next((a.values for a in adapters if path in a.values.tensors), None)
+        if path not in serving.holds or serving.holds[path] is not owner:
+            site, _, leaf = path.rpartition(".")
+            value: Tensor = attribute(model, path) if owner is None else owner.tensors[path]
+            attribute(model, join(site, "slot", leaf)).copy_(value.detach())
+            serving.holds[path] = owner
