@@ -59,7 +59,8 @@ class _Watch(TorchFunctionMode):
         return result
 
     def _of(self, tensor: Tensor) -> frozenset[str]:
-        return self.names[tensor] if tensor in self.names else frozenset()
+        found: frozenset[str] = self.names.get(tensor, frozenset())  # type: ignore[no-untyped-call]
+        return found
 
 
 def attention_targets(model: nn.Module) -> list[str]:

@@ -40,7 +40,7 @@ class AdapterConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
-    auto_mapping: dict[str, str] | None = None
+    auto_mapping: dict[str, Any] | None = None
     target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     modules_to_save: list[str] | None = None
@@ -54,9 +54,12 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
+            if isinstance(value, Collection) and all(isinstance(v, str) for v in value) and not isinstance(value, str):
                 setattr(self, name, sorted(set(value)))
         self.check_types()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), str):
+                _check_pattern(name, getattr(self, name))
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise AdapterError(f"task_type: expected one of {', '.join(TASK_TYPES)}, found {self.task_type!r}")
         if isinstance(self.target_modules, str):
@@ -68,7 +71,7 @@ class AdapterConfig:
 
     def check_types(self) -> None:
         """Check every field against its annotation; files from elsewhere come through here too."""
-        hints = typing.get_type_hints(type(self))
+        hints = _hints(type(self))
         for f in dataclasses.fields(self):
             if not _fits(getattr(self, f.name), hints[f.name]):
                 raise AdapterError(
@@ -109,7 +112,7 @@ class AdapterConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         rest = {k: v for k, v in values.items() if k not in known and k not in ("peft_type", "peft_version")}
         # a field that only a later PEFT knows is harmless while it is off
-        active = {k: v for k, v in rest.items() if (v != cls.unsupported[k] if k in cls.unsupported else bool(v))}
+        active = {k: v for k, v in rest.items() if v and v != cls.unsupported.get(k)}
         if active:
             lines = (f"{k} = {v!r} ({'unsupported' if k in cls.unsupported else 'unknown'})" for k, v in active.items())
             raise AdapterError(
@@ -142,9 +145,29 @@ class RankConfig(AdapterConfig):
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         super().__post_init__()
-        for where, rank in {"r": self.r, **self.rank_pattern}.items():
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, name):
+                _check_pattern(name, pattern)
+        for where, rank in (("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
             if rank <= 0:
-                raise AdapterError(f"rank of {where}: expected a positive integer, found {rank}")
+                raise AdapterError(f"{where}: expected a positive integer, found {rank}")
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise AdapterError(f"{name}: {pattern!r} is no regular expression: {error}") from None
+
+
+_known_hints: dict[type, dict[str, Any]] = {}
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """Field annotations, resolved once per class: a swap from a file checks a config each time."""
+    if cls not in _known_hints:
+        _known_hints[cls] = typing.get_type_hints(cls)
+    return _known_hints[cls]
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -162,7 +185,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return holds and all(_fits(v, args[0]) for v in value)
     if hint in (int, float) and isinstance(value, bool):
         return False
-    return isinstance(value, hint)
+    return isinstance(value, int | float if hint is float else hint)  # JSON writes 0.0 as 0 too
 
 
 def _readable(hint: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -206,9 +205,7 @@ def hotswap(
         )  # fmt: skip
     plan = plan_for(model, serving, found.config)
     values = checkpoint.assign(model, plan, found, check_finite=check_finite)
-    if isinstance(source, Mapping):  # the caller may change its tensors later
-        values = values.clone()
-    new = lower(serving, Adapter(name, plan, values, old.strength))
+    new = settle(lower(serving, Adapter(name, plan, values, old.strength)))
     active = [new if n == name else state.adapters[n] for n in state.active]
     check_together(active)
     if state.enabled and name in state.active:
@@ -244,7 +241,7 @@ def rescale(model: nn.Module, state: ModelState, name: str, strength: float) -> 
 
 def plan_for(model: nn.Module, serving: Serving, config: AdapterConfig) -> AdapterPlan:
     """The plan for a config; adapters that share one share the search for its sites."""
-    key = json.dumps(config.to_dict(), sort_keys=True)
+    key = repr(config)
     if key not in serving.plans:
         serving.plans[key] = make_plan(model, config, heads=False)
     return serving.plans[key]

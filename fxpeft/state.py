@@ -38,10 +38,11 @@ class Values:
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
-    def clone(self) -> Values:
-        """The same values in memory of their own."""
+    def clone(self, *, sites: bool = True) -> Values:
+        """The same values in memory of their own, with or without those of the sites."""
+        own = self.sites if sites else {}
         return Values(
-            {site: {k: v.detach().clone() for k, v in parts.items()} for site, parts in self.sites.items()},
+            {site: {k: v.detach().clone() for k, v in parts.items()} for site, parts in own.items()},
             {path: {k: v.detach().clone() for k, v in parts.items()} for path, parts in self.saved.items()},
             {path: v.detach().clone() for path, v in self.tensors.items()},
         )

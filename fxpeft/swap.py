@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 
 from fxpeft.errors import AdapterError, listing
@@ -98,11 +99,24 @@ def lower(serving: Serving, adapter: Adapter) -> Adapter:
     return adapter
 
 
-def settle(adapter: Adapter) -> None:
-    """Give slot values contiguous memory, so that showing the adapter is a plain copy."""
+def settle(adapter: Adapter) -> Adapter:
+    """Give an adapter contiguous memory of its own.
+
+    Showing it is then a plain copy, and neither a file that is written over nor a caller's tensor
+    that is changed later can reach it. The values become views of the slot values where they can.
+    """
+    method, values = method_of(adapter.config), adapter.values
+    own: dict[str, SlotValues] = {}
     for site, v in adapter.lowered.items():
-        if not (v.a.is_contiguous() and v.b.is_contiguous()):
-            adapter.lowered[site] = SlotValues(v.a.contiguous(), v.b.contiguous(), v.d, v.shift)
+        a, b = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (v.a, v.b))
+        own[site] = SlotValues(a, b, v.d, v.shift)
+    with torch.no_grad():
+        fresh, given = own.values(), adapter.lowered.values()
+        copy_all([t for v in fresh for t in (v.a, v.b)], [t for v in given for t in (v.a, v.b)])
+    sites = {site: method.keep(adapter.plan.sites[site], values.sites[site], own[site]) for site in own}
+    adapter.values = replace(values.clone(sites=False), sites=sites)
+    adapter.lowered = own
+    return adapter
 
 
 def activate(model: nn.Module, state: ModelState, adapters: list[Adapter]) -> None:
@@ -145,9 +159,8 @@ def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
     used: dict[str, int] = {}
     for adapter in adapters:
         for site, value in adapter.lowered.items():
-            slot, start, count = serving.slots[site], used.get(site, 0), value.d.numel()
-            destinations += (slot.a.narrow(0, start, count), slot.b.narrow(0, start, count))
-            destinations.append(slot.d.narrow(0, start, count))
+            start, count = used.get(site, 0), value.d.numel()
+            destinations += _window(serving.slots[site], start, count)
             sources += (value.a, value.b, value.d if adapter.strength == 1 else value.d * adapter.strength)
             used[site] = start + count
     active = serving.max_rank if serving.rank is None else max(LEAST, *used.values(), LEAST)
@@ -155,8 +168,8 @@ def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
         start, dirty = used.get(site, 0), serving.dirty.get(site, 0)
         stale = min(dirty, active)
         if stale > start:  # old ranks that this swap would compute with: zero them, they may even be NaN
-            for tensor in (slot.a, slot.b, slot.d):
-                tensor.narrow(0, start, stale - start).zero_()
+            for tensor in _window(slot, start, stale - start):
+                tensor.zero_()
         serving.dirty[site] = dirty if dirty > active else start
     copy_all(destinations, sources)
     if "shift" in serving.parts:
@@ -164,6 +177,17 @@ def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
     _show_copies(model, serving, adapters)
     if serving.rank is not None and serving.rank.rank != active:
         serving.rank.set(active)
+
+
+def _window(slot: Slot, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of a slot's ranks, kept: making three views costs more than copying a small adapter."""
+    key = (start, count, Slot.generation)
+    if key not in slot.windows:
+        if len(slot.windows) > 64:
+            slot.windows.clear()
+        a, b, d = (t.narrow(0, start, count) for t in (slot.a, slot.b, slot.d))
+        slot.windows[key] = (a, b, d)
+    return slot.windows[key]
 
 
 def _show_shifts(serving: Serving, adapters: list[Adapter]) -> None:

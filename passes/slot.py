@@ -11,7 +11,7 @@ are computed, and the unused ones are zero.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ class Slot(Container):
     b: Tensor
     d: Tensor
     shift: Tensor
+    generation: ClassVar[int] = 0  # counts replaced placeholders (``.to(device)``): views made before are stale
 
     def __init__(
         self,
@@ -76,6 +77,7 @@ class Slot(Container):
     ) -> None:
         super().__init__()
         self.kind, self.rank = kind, rank
+        self.windows: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}  # views, kept by the swap
         shapes = {"a": kind.a_shape(max_rank), "b": (max_rank, kind.out_features)}
         if shift:
             shapes["shift"] = (kind.out_features,)
@@ -88,6 +90,7 @@ class Slot(Container):
         d = self.d
         super()._apply(fn, recurse)
         self.d = d.to(self.a.device)
+        Slot.generation += 1
         return self
 
     def rewrite(self) -> Rewrite:

@@ -110,6 +110,10 @@ class Method(abc.ABC, Generic[C]):
         Views of ``parameters`` wherever that is possible.
         """
 
+    def keep(self, plan: SitePlan, parameters: Mapping[str, Tensor], lowered: SlotValues) -> dict[str, Tensor]:
+        """The parameters in memory that belongs to the adapter: views of ``lowered`` where that is exact."""
+        return {name: value.detach().clone() for name, value in parameters.items()}
+
     def dropout(self, config: C, kind: Kind) -> float:
         """Probability of dropping an input of the training subgraph."""
         return 0.0

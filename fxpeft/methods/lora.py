@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -141,4 +142,14 @@ class Lora(Method[LoraConfig]):
         assert a is not None
         assert b is not None
         shift = None if bias is None else bias.float() * plan.scaling
-        return SlotValues(a, plan.kind.rows(b), torch.full((plan.rank,), plan.scaling), shift)
+        return SlotValues(a, plan.kind.rows(b), _scales(plan.rank, plan.scaling), shift)
+
+    def keep(self, plan: SitePlan, parameters: Mapping[str, Tensor], lowered: SlotValues) -> dict[str, Tensor]:
+        kept = {"lora_A": lowered.a, "lora_B": plan.kind.unrows(lowered.b, plan.rank)}
+        return kept | {name: value.detach().clone() for name, value in parameters.items() if name not in kept}
+
+
+@functools.lru_cache(maxsize=1024)
+def _scales(rank: int, scaling: float) -> Tensor:
+    """One scale per rank; shared, never written."""
+    return torch.full((rank,), scaling)
