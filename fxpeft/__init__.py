@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from fxpeft.adapters import (
     active_adapters,
+    adapter_config,
     adapter_state_dict,
     add_adapter,
     delete_adapter,
@@ -28,6 +29,7 @@ __all__ = [
     "LoraConfig",
     "__version__",
     "active_adapters",
+    "adapter_config",
     "adapter_state_dict",
     "add_adapter",
     "delete_adapter",

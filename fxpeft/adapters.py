@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -136,6 +137,12 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
 def active_adapters(model: nn.Module) -> list[str]:
     """Names of the active adapters, in order; also while they are disabled."""
     return list(state_of(model).active)
+
+
+def adapter_config(model: nn.Module, name: str | None = None) -> AdapterConfig:
+    """A copy of an adapter's config, the active one's by default; after a hotswap, the new one's."""
+    state = state_of(model)
+    return copy.deepcopy(state.get(name if name is not None else _only_active(state)).config)
 
 
 def enable_adapters(model: nn.Module) -> None:

@@ -1,0 +1,422 @@
+"""Prepared models: what is refused and why, swaps that are all or nothing, threads, and release."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fxpeft
+from fxpeft import checkpoint, lock, serving, swap
+from fxpeft.passes import torch_private
+from fxpeft.passes.slot import ActiveRank
+
+IDS = torch.arange(12).view(2, 6)
+
+
+def base() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=24, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attention_bias=True, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def folder(path: Path, seed: int, **config: Any) -> str:
+    """A saved adapter with random values everywhere."""
+    model = base()
+    fxpeft.add_adapter(model, fxpeft.LoraConfig(**{"lora_alpha": 5, "target_modules": ["q_proj"], **config}))
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in fxpeft.adapter_state_dict(model).values():
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+    fxpeft.save_adapter(model, path)
+    return str(path)
+
+
+def output(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits  # type: ignore[no-any-return]
+
+
+def fresh(source: str) -> Tensor:
+    model = base()
+    fxpeft.load_adapter(model, source)
+    return output(model)
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> str:
+    return folder(tmp_path / "old", 1, r=3, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2})
+
+
+@pytest.fixture
+def new(tmp_path: Path) -> str:
+    return folder(
+        tmp_path / "new", 2, r=6, lora_alpha=11, target_modules=["v_proj", "down_proj"], alpha_pattern={"v_proj": 2},
+        modules_to_save=["lm_head"], bias="lora_only",
+    )  # fmt: skip
+
+
+def prepared(old: str, **settings: Any) -> LlamaForCausalLM:
+    model = base()
+    settings = {"targets": "all-linear", "modules_to_save": ["lm_head"], "bias": "all", **settings}
+    fxpeft.prepare_hotswap(model, 8, **settings)
+    fxpeft.load_adapter(model, old)
+    return model
+
+
+def test_hotswap_gives_what_a_fresh_load_gives(old: str, new: str) -> None:
+    model = prepared(old)
+    torch.testing.assert_close(output(model), fresh(old), rtol=0, atol=1e-5)
+    for source in (new, old, new):
+        fxpeft.hotswap(model, source)
+        torch.testing.assert_close(output(model), fresh(source), rtol=0, atol=1e-5)
+    config = fxpeft.adapter_config(model)
+    assert (config.r, config.lora_alpha, config.alpha_pattern) == (6, 11, {"v_proj": 2})
+
+
+def test_hotswap_from_a_state_dict_keeps_no_hold_of_it(old: str, new: str) -> None:
+    model = prepared(old)
+    tensors = load_file(f"{new}/adapter_model.safetensors")
+    config = checkpoint.read(new).config
+    fxpeft.hotswap(model, tensors, config=config)
+    for tensor in tensors.values():
+        tensor.fill_(float("nan"))
+    fxpeft.disable_adapters(model)
+    fxpeft.enable_adapters(model)
+    torch.testing.assert_close(output(model), fresh(new), rtol=0, atol=1e-5)
+
+
+def test_a_file_written_over_after_the_swap_changes_nothing(old: str, new: str) -> None:
+    model = prepared(old)
+    fxpeft.hotswap(model, new)
+    wanted = fresh(new)
+    path = Path(new) / "adapter_model.safetensors"
+    path.write_bytes(b"\0" * path.stat().st_size)
+    fxpeft.disable_adapters(model)
+    fxpeft.enable_adapters(model)
+    torch.testing.assert_close(output(model), wanted, rtol=0, atol=1e-5)
+
+
+def test_what_is_saved_from_slots_is_what_was_loaded(old: str, new: str, tmp_path: Path) -> None:
+    model = prepared(old)
+    fxpeft.hotswap(model, new)
+    fxpeft.save_adapter(model, tmp_path / "again")
+    saved, loaded = (load_file(f"{p}/adapter_model.safetensors") for p in (tmp_path / "again", new))
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(saved[key], loaded[key]) for key in loaded)
+
+
+STEPS = [
+    (checkpoint, "read"), (checkpoint, "assign"), (serving, "plan_for"), (serving, "lower"), (serving, "settle"),
+    (serving, "check_together"), (swap, "check_ranks"), (swap, "_show_copies"), (ActiveRank, "set"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("owner", "step"), STEPS, ids=[step for _, step in STEPS])
+def test_a_fault_at_any_step_leaves_the_old_adapter_serving(
+    owner: Any, step: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = prepared(old)
+    wanted, real, calls = output(model), getattr(owner, step), []
+
+    def fail_once(*args: Any, **kwargs: Any) -> Any:
+        calls.append(step)
+        if len(calls) == 1:
+            raise OSError("injected")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, step, fail_once)
+    with pytest.raises(OSError, match="injected"):
+        fxpeft.hotswap(model, new)
+    assert calls
+    assert torch.equal(output(model), wanted)
+    assert fxpeft.adapter_config(model).r == 3
+    monkeypatch.undo()
+    fxpeft.hotswap(model, new)
+    torch.testing.assert_close(output(model), fresh(new), rtol=0, atol=1e-5)
+
+
+def test_a_fault_in_the_middle_of_the_copies_is_undone(
+    old: str, new: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = prepared(old)
+    wanted, calls = output(model), []
+
+    def half(destinations: list[Tensor], sources: list[Tensor]) -> None:
+        calls.append(len(destinations))
+        if len(calls) == 2:  # the first is the adapter's own memory, the second writes the slots
+            torch_private.copy_all(destinations[: len(destinations) // 2], sources[: len(sources) // 2])
+            raise MemoryError("injected")
+        torch_private.copy_all(destinations, sources)
+
+    monkeypatch.setattr(swap, "copy_all", half)
+    with pytest.raises(MemoryError):
+        fxpeft.hotswap(model, new)
+    assert len(calls) == 3
+    assert torch.equal(output(model), wanted)
+
+
+def test_stale_ranks_are_zeroed_even_where_they_are_nan(old: str, new: str, tmp_path: Path) -> None:
+    model = prepared(old)
+    tensors = {k: torch.full_like(v, float("nan")) for k, v in load_file(f"{new}/adapter_model.safetensors").items()}
+    fxpeft.hotswap(model, tensors, config=checkpoint.read(new).config)
+    assert output(model).isnan().any()
+    fxpeft.hotswap(model, old)  # fewer ranks and other sites than the broken one
+    torch.testing.assert_close(output(model), fresh(old), rtol=0, atol=1e-5)
+    fxpeft.hotswap(model, new)
+    torch.testing.assert_close(output(model), fresh(new), rtol=0, atol=1e-5)
+    fxpeft.disable_adapters(model)
+    torch.testing.assert_close(output(model), output(base()), rtol=0, atol=1e-5)
+
+
+def refusals(tmp_path: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    nan = folder(tmp_path / "nan", 3)
+    tensors = load_file(f"{nan}/adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, f"{nan}/adapter_model.safetensors")
+    return {
+        "q_proj: rank 9 is above max_rank 8": (folder(tmp_path / "rank", 4, r=9), {}),
+        "embed_tokens: has no slot; declare it in targets": (
+            folder(tmp_path / "sites", 5, target_modules=["embed_tokens"]), {},
+        ),
+        "model.norm: has no slot; declare it in modules_to_save": (
+            folder(tmp_path / "saved", 6, modules_to_save=["model.norm"]), {},
+        ),
+        "methods=('lora', 'lora_bias')": (folder(tmp_path / "bias", 7, lora_bias=True), {}),
+        "expected finite values, found NaN": (nan, {"check_finite": True}),
+    }  # fmt: skip
+
+
+def test_what_does_not_fit_is_refused_with_what_to_do(old: str, tmp_path: Path) -> None:
+    model = prepared(old)
+    wanted = output(model)
+    for message, (source, settings) in refusals(tmp_path).items():
+        with pytest.raises(fxpeft.AdapterError) as error:
+            fxpeft.hotswap(model, source, **settings)
+        assert message in str(error.value)
+        with pytest.raises(fxpeft.AdapterError):
+            fxpeft.load_adapter(model, source, "other", **settings)
+        assert fxpeft.active_adapters(model) == ["default"]
+        assert torch.equal(output(model), wanted)
+
+
+def test_more_active_ranks_than_a_slot_holds_are_refused(old: str, new: str) -> None:
+    model = prepared(old, bias="all")
+    fxpeft.load_adapter(model, new, "new")
+    wanted = output(model)
+    with pytest.raises(fxpeft.AdapterError, match="down_proj: 9 ranks"):
+        fxpeft.set_adapter(model, ["default", "new"])
+    assert torch.equal(output(model), wanted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"targets": ["q_prj"]}, "nearest names: q_proj"),
+        ({"methods": ("lora", "magic")}, "found magic"),
+        ({"rank": "fixed"}, "'dynamic' or 'static'"),
+        ({"max_rank": 1}, "at least 2"),
+        ({"max_rank": 2}, "rank 3 is above max_rank 2"),
+    ],
+)
+def test_preparing_wrongly_changes_nothing(settings: dict[str, Any], message: str, old: str) -> None:
+    model = base()
+    fxpeft.load_adapter(model, old)
+    wanted, classes = output(model), [type(m) for m in model.modules()]
+    with pytest.raises(fxpeft.AdapterError) as error:
+        fxpeft.prepare_hotswap(model, **settings)
+    assert message in str(error.value)
+    assert torch.equal(output(model), wanted)
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_an_unprepared_model_says_what_to_call(old: str) -> None:
+    model = base()
+    fxpeft.load_adapter(model, old)
+    with pytest.raises(fxpeft.AdapterError, match="call prepare_hotswap"):
+        fxpeft.hotswap(model, old)
+    fxpeft.prepare_hotswap(model)
+    with pytest.raises(fxpeft.AdapterError, match="prepared already"):
+        fxpeft.prepare_hotswap(model)
+
+
+def test_slots_are_in_no_state_dict(old: str, tmp_path: Path) -> None:
+    model = prepared(old)
+    assert list(model.state_dict()) == list(base().state_dict())
+    assert not list(model.parameters())[0].requires_grad
+    model.save_pretrained(tmp_path / "base")
+    assert load_file(tmp_path / "base" / "model.safetensors").keys() == base().state_dict().keys()
+
+
+def test_release_and_remove_give_back_what_was(old: str) -> None:
+    model = base()
+    fxpeft.load_adapter(model, old, trainable=True)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    wanted = output(model)
+    fxpeft.prepare_hotswap(model, 8, modules_to_save=["lm_head"], bias="all")
+    fxpeft.release_hotswap(model)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
+    assert trained
+    torch.testing.assert_close(output(model), wanted, rtol=0, atol=0)
+    fxpeft.prepare_hotswap(model, 8, modules_to_save=["lm_head"], bias="all")
+    fxpeft.remove(model)
+    bare = base()
+    assert [type(m) for m in model.modules()] == [type(m) for m in bare.modules()]
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), bare.state_dict().values(), strict=True))
+    assert torch.equal(output(model), output(bare))
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_swap_on_their_own(way: str, old: str, new: str) -> None:
+    model = prepared(old)
+    wanted = output(model)
+    if way == "deepcopy":
+        other = copy.deepcopy(model)
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    fxpeft.hotswap(other, new)
+    torch.testing.assert_close(output(other), fresh(new), rtol=0, atol=1e-5)
+    assert torch.equal(output(model), wanted)
+
+
+def test_dtype_changes_reach_the_slots_but_not_the_scales(old: str, new: str) -> None:
+    model = prepared(old).to(torch.bfloat16)
+    slot = model.model.layers[0].self_attn.q_proj.slot
+    assert (slot.a.dtype, slot.b.dtype, slot.d.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    fxpeft.hotswap(model, new)
+    reference = base()
+    fxpeft.load_adapter(reference, new)
+    torch.testing.assert_close(output(model).float(), output(reference), rtol=0, atol=0.3)
+    assert (output(model).float() - output(reference)).abs().mean() < 0.03
+
+
+def mixtures(model: nn.Module, sources: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Swap while three threads run forwards, with a pause in the middle of each swap; count wrong outputs."""
+    allowed = [fresh(source) for source in sources]
+    stop, wrong, errors = threading.Event(), [], []
+
+    def slow(destinations: list[Tensor], sources: list[Tensor]) -> None:
+        half = len(destinations) // 2
+        torch_private.copy_all(destinations[:half], sources[:half])
+        time.sleep(0.02)
+        torch_private.copy_all(destinations[half:], sources[half:])
+
+    def forward() -> None:
+        try:
+            while not stop.is_set():
+                found = output(model)
+                wrong.append(not any(torch.allclose(found, one, rtol=0, atol=1e-5) for one in allowed))
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    monkeypatch.setattr(swap, "copy_all", slow)
+    threads = [threading.Thread(target=forward) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for i in range(20):
+        fxpeft.set_adapter(model, str(i % len(sources)))
+        time.sleep(0.02)
+    stop.set()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not errors
+    assert len(wrong) > 20
+    return sum(wrong)
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+def test_no_forward_ever_sees_a_mixture(
+    way: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    model = base()
+    sources = [old, new, folder(tmp_path / "third", 9, r=8, target_modules=["q_proj", "up_proj"])]
+    fxpeft.prepare_hotswap(model, 8, modules_to_save=["lm_head"], bias="all")
+    for i, source in enumerate(sources):
+        fxpeft.load_adapter(model, source, str(i))
+    called = torch.compile(model, backend="eager", fullgraph=True) if way == "compiled" else model
+    output(called)
+    assert mixtures(called, sources, monkeypatch) == 0
+
+
+def test_the_mixture_check_can_fail(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = base()
+    fxpeft.prepare_hotswap(model, 8, modules_to_save=["lm_head"], bias="all")
+    for i, source in enumerate([old, new]):
+        fxpeft.load_adapter(model, source, str(i))
+    lock.unguard_forwards(model)
+    assert mixtures(model, [old, new], monkeypatch) > 0
+
+
+def test_hold_keeps_swaps_out_of_several_forwards(old: str, new: str) -> None:
+    model = prepared(old)
+    swapped = threading.Event()
+
+    def change() -> None:
+        fxpeft.hotswap(model, new)
+        swapped.set()
+
+    thread = threading.Thread(target=change)
+    with fxpeft.hold(model):
+        first = output(model)
+        thread.start()
+        assert not swapped.wait(0.2)
+        assert torch.equal(output(model), first)
+    thread.join(timeout=60)
+    assert swapped.is_set()
+    torch.testing.assert_close(output(model), fresh(new), rtol=0, atol=1e-5)
+
+
+def test_a_swap_inside_its_own_forward_is_refused(old: str) -> None:
+    model = prepared(old)
+    with fxpeft.hold(model), pytest.raises(RuntimeError, match="swap after it"):
+        fxpeft.disable_adapters(model)
+
+
+def test_an_error_in_a_forward_gives_the_lock_back(old: str, new: str) -> None:
+    model = prepared(old)
+    with pytest.raises(IndexError):
+        model(torch.full((1, 2), 999))
+    fxpeft.hotswap(model, new)  # would wait for ever
+    torch.testing.assert_close(output(model), fresh(new), rtol=0, atol=1e-5)
+
+
+def test_a_prepared_model_inside_a_larger_compiled_function(old: str, new: str) -> None:
+    torch._dynamo.reset()
+    model = prepared(old)
+    function = torch.compile(lambda ids: model(ids).logits * 2, backend="eager", fullgraph=True)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(function(IDS), fresh(old) * 2, rtol=0, atol=1e-5)
+        fxpeft.hotswap(model, new)
+        torch.testing.assert_close(function(IDS), fresh(new) * 2, rtol=0, atol=1e-5)
+
+
+def test_deleting_and_rescaling_stored_adapters(old: str, new: str) -> None:
+    model = prepared(old)
+    fxpeft.load_adapter(model, new, "new")
+    fxpeft.set_scale(model, "new", 0.5)
+    reference = base()
+    fxpeft.load_adapter(reference, new, "new")
+    fxpeft.set_scale(reference, "new", 0.5)
+    torch.testing.assert_close(output(model), output(reference), rtol=0, atol=1e-5)
+    fxpeft.delete_adapter(model, "new")
+    torch.testing.assert_close(output(model), output(base()), rtol=0, atol=1e-5)
+    fxpeft.set_adapter(model, "default")
+    torch.testing.assert_close(output(model), fresh(old), rtol=0, atol=1e-5)
