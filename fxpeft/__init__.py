@@ -1,33 +1,36 @@
 """Parameter-efficient fine-tuning as a graph-rewriting compiler pass."""
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
-from fxpeft.adapters import (
-    active_adapters,
-    adapter_config,
-    adapter_state_dict,
-    add_adapter,
-    delete_adapter,
-    disable_adapters,
-    disabled,
-    enable_adapters,
-    load_adapter,
-    remove,
-    save_adapter,
-    set_adapter,
-    set_scale,
-    trainable_parameters,
-)
-from fxpeft.errors import AdapterError, CheckpointError
-from fxpeft.methods.lora import LoraConfig
-from fxpeft.serving import hold, hotswap, prepare_hotswap, release_hotswap
+if _TYPE_CHECKING:
+    from fxpeft.adapters import (
+        active_adapters,
+        adapter_config,
+        adapter_state_dict,
+        add_adapter,
+        delete_adapter,
+        disable_adapters,
+        disabled,
+        enable_adapters,
+        load_adapter,
+        remove,
+        save_adapter,
+        set_adapter,
+        set_scale,
+        trainable_parameters,
+    )
+    from fxpeft.errors import AdapterError, CheckpointError
+    from fxpeft.methods.lora import LoraConfig
+    from fxpeft.serving import hold, hotswap, prepare_hotswap, release_hotswap
 
 __version__ = _version("fxpeft")
 __all__ = [
     "AdapterError",
     "CheckpointError",
     "LoraConfig",
-    "__version__",
     "active_adapters",
     "adapter_config",
     "adapter_state_dict",
@@ -47,3 +50,17 @@ __all__ = [
     "set_scale",
     "trainable_parameters",
 ]
+_MODULES = {
+    **dict.fromkeys(("AdapterError", "CheckpointError"), "fxpeft.errors"),
+    **dict.fromkeys(("hold", "hotswap", "prepare_hotswap", "release_hotswap"), "fxpeft.serving"),
+    "LoraConfig": "fxpeft.methods.lora",
+}
+
+
+def __getattr__(name: str) -> _Any:
+    # on first use: pytest imports this package in every run, for its plugin, and torch takes seconds
+    if name not in __all__:
+        raise AttributeError(f"module 'fxpeft' has no attribute {name!r}")
+    value = getattr(_import_module(_MODULES.get(name, "fxpeft.adapters")), name)
+    globals()[name] = value
+    return value

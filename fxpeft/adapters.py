@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import keyword
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -247,8 +248,11 @@ def trainable_parameters(model: nn.Module, *, show: bool = True) -> ParameterCou
 
 def check_name(model: nn.Module, name: str) -> str:
     """A name that can be an attribute and is not taken."""
-    if not re.fullmatch(r"[^.\s]+", name) or hasattr(nn.Module, name) or hasattr(nn.Module(), name):
-        raise AdapterError(f"adapter name {name!r}: expected no dots or spaces, and no attribute of nn.Module")
+    taken = keyword.iskeyword(name) or hasattr(nn.Module, name) or hasattr(nn.Module(), name)
+    if taken or not re.fullmatch(r"[^.\s]+", name):
+        raise AdapterError(
+            f"adapter name {name!r}: expected no dots or spaces, no attribute of nn.Module and no Python keyword"
+        )
     state = vars(model).get("_fxpeft")
     if state is not None and name in state.adapters:
         raise AdapterError(f"there is an adapter named {name!r} already; delete_adapter it, or replace it with hotswap")

@@ -66,11 +66,12 @@ class _Watch(TorchFunctionMode):
 def attention_targets(model: nn.Module) -> list[str]:
     """Names of the modules that project an attention's queries and values, fused ones included.
 
-    Runs the model once on its ``dummy_inputs``. Returns suffixes where they select the same
-    modules, full names otherwise; nothing where the model has no dummy inputs or no attention.
+    Runs the model once on its ``dummy_inputs``, a vision model on an empty image. Returns suffixes
+    where they select the same modules, full names otherwise; nothing where the model has no dummy
+    inputs or no attention.
     """
-    inputs = getattr(model, "dummy_inputs", None)
-    if not isinstance(inputs, dict):
+    inputs = _inputs(model)
+    if inputs is None:
         return []
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     watch = _Watch()
@@ -83,21 +84,31 @@ def attention_targets(model: nn.Module) -> list[str]:
         return hook
 
     device = next(model.parameters()).device
-    training = model.training
+    modes = [(m, m.training) for m in model.modules()]
     with ExitStack() as stack:
         for name, module in linears:
             stack.callback(module.register_forward_hook(mark(name)).remove)
-        stack.callback(model.train, training)
+        for part, training in modes:
+            stack.callback(setattr, part, "training", training)
         model.eval()
         stack.enter_context(torch.no_grad())
         stack.enter_context(watch)
         try:
             model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
-        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
-            return []  # these inputs are not the model's: nothing can be learned from them
+        except Exception:  # noqa: BLE001 - these inputs are not the model's: nothing can be learned from them
+            return []
     found = [n for n, _ in linears if n in watch.found]
     suffixes = list(dict.fromkeys(n.rpartition(".")[2] for n in found))
     selected = NameSelector(suffixes).select(n for n, _ in model.named_modules())
     return suffixes if sorted(selected) == sorted(found) else found
 
 
+def _inputs(model: nn.Module) -> dict[str, Any] | None:
+    config = getattr(model, "config", None)
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+    # transformers' own dummy_inputs are token ids, also for a model that takes none
+    if getattr(model, "main_input_name", None) == "pixel_values" and size is not None:
+        shape = (size, size) if isinstance(size, int) else tuple(size)
+        return {"pixel_values": torch.zeros(1, channels, *shape, dtype=next(model.parameters()).dtype)}
+    inputs = getattr(model, "dummy_inputs", None)
+    return inputs if isinstance(inputs, dict) else None

@@ -149,24 +149,32 @@ def write(folder: str | Path, model: nn.Module, adapter: Adapter) -> None:
         values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     tensors = {k: v.cpu().contiguous() for k, v in to_tensors(adapter).items()}
     stored = {k: v.clone() for k, v in tensors.items()}  # tied modules may share memory, safetensors can't
-    _replace_file(folder / WEIGHTS, save_tensors(stored, metadata={"format": "pt"}))
-    _replace_file(folder / CONFIG, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
+    content = {
+        folder / WEIGHTS: save_tensors(stored, metadata={"format": "pt"}),
+        folder / CONFIG: (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(),
+    }
+    _replace_files(content)
 
 
-def _replace_file(path: Path, content: bytes) -> None:
-    """Write beside the target and rename: a crash leaves the old file or the new one, never half of one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _replace_files(contents: dict[Path, bytes]) -> None:
+    """Write beside the targets, then rename: a full disk leaves the old files, and no file is ever half of one."""
+    temporary: dict[Path, Path] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        for path, content in contents.items():
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            temporary[path] = Path(name)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
+        for path, written in temporary.items():
+            written.chmod(0o666 & ~umask)
+            written.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for written in temporary.values():
+            written.unlink(missing_ok=True)
         raise
 
 

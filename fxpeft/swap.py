@@ -187,7 +187,8 @@ def _window(slot: Slot, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]
             slot.windows.clear()
         a, b, d = (t.narrow(0, start, count) for t in (slot.a, slot.b, slot.d))
         slot.windows[key] = (a, b, d)
-    return slot.windows[key]
+    window: tuple[Tensor, Tensor, Tensor] = slot.windows[key]
+    return window
 
 
 def _show_shifts(serving: Serving, adapters: list[Adapter]) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxpeft.passes.base import GraphPass, Report, RewriteResult, Skip
-from fxpeft.passes.inject import SITE, Origin
-from fxpeft.passes.match import TARGET, Target
+from fxpeft.passes.base import GraphPass, Report, RewriteResult, Skip, attribute
+from fxpeft.passes.inject import Origin, reroute
+from fxpeft.passes.match import SITE, TARGET, Target
 from fxpeft.passes.redirect import REDIRECT
 
 
@@ -29,7 +29,7 @@ class EjectPass(GraphPass):
         graph = graph_module.graph
         before = len(graph.nodes)
         matched, skipped = [], []
-        containers: set[str] = set()
+        gone: set[str] = set()  # what the erased nodes read
         for node in list(graph.nodes):
             target: Target | None = node.meta.get(TARGET)
             if target is None or node.op == "output":
@@ -41,9 +41,8 @@ class EjectPass(GraphPass):
             if not isinstance(origin, Origin):
                 skipped.append(Skip(target.site, "holds no adapter"))
                 continue
-            _restore(graph_module, node, target, origin)
+            gone |= _restore(graph_module, node, target, origin)
             matched.append(target.site)
-            containers.update(origin.containers)
         modified = bool(matched)
         for node in list(graph.nodes):
             if REDIRECT in node.meta:
@@ -52,19 +51,20 @@ class EjectPass(GraphPass):
                 if self.select(site):
                     node.replace_all_uses_with(old)
                     graph.erase_node(node)
-                    containers.add(str(node.target).split(".")[0])
+                    gone.add(str(node.target))
                     modified = True
-        _prune(graph_module, containers)
+        _prune(graph_module, gone)
         report = Report(self.name, tuple(matched), tuple(skipped), before, len(graph.nodes))
         return RewriteResult(graph_module, modified, report)
 
 
-def _restore(gm: GraphModule, node: Node, target: Target, origin: Origin) -> None:
+def _restore(gm: GraphModule, node: Node, target: Target, origin: Origin) -> set[str]:
+    """Take one site's new nodes out; returns the paths that they read."""
     by_name = {n.name: n for n in gm.graph.nodes}
     new = [n for n in gm.graph.nodes if n.meta.get(SITE) == node.name]
     output = by_name[origin.output]
     if output is not node:
-        output.replace_all_uses_with(node, delete_user_cb=lambda user: user not in new)
+        reroute(output, node, new)
     source = by_name[origin.input]
     if target.input < len(node.args):
         node.update_arg(target.input, source)
@@ -72,12 +72,21 @@ def _restore(gm: GraphModule, node: Node, target: Target, origin: Origin) -> Non
         node.update_kwarg("input", source)
     for made_node in reversed(new):
         gm.graph.erase_node(made_node)
+    return _paths(new)
 
 
-def _prune(gm: GraphModule, containers: set[str]) -> None:
-    """Drop the operands that no node reads any more, and the containers that are empty then."""
-    used = {str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}
-    for container in containers:
-        root = getattr(gm, container, None)
-        if isinstance(root, nn.Module) and not any(path.split(".")[0] == container for path in used):
-            delattr(gm, container)
+def _paths(nodes: Iterable[Node]) -> set[str]:
+    return {str(n.target) for n in nodes if n.op in ("get_attr", "call_module")}
+
+
+def _prune(gm: GraphModule, gone: set[str]) -> None:
+    """Drop the operands that no node reads any more, and the plain modules that are empty then."""
+    plain = vars(nn.Module()).keys()
+    for path in gone - _paths(gm.graph.nodes):
+        delattr(attribute(gm, path.rpartition(".")[0]), path.rpartition(".")[2])
+        while path := path.rpartition(".")[0]:
+            module = attribute(gm, path)
+            holds = module._parameters or module._buffers or module._modules or vars(module).keys() - plain
+            if type(module) is not nn.Module or holds:
+                break
+            delattr(attribute(gm, path.rpartition(".")[0]), path.rpartition(".")[2])

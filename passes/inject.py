@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -12,9 +12,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, Skip, attribute, join
-from fxpeft.passes.match import TARGET, Target
-
-SITE = "fxpeft.site"  # node.meta key: on a new node, the base node's name; on a base node, its Origin
+from fxpeft.passes.match import SITE, TARGET, Target
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,6 @@ class Origin:
     rewrites: tuple[str, ...]
     input: str
     output: str
-    containers: tuple[str, ...]
 
 
 class InjectPass(GraphPass):
@@ -120,9 +117,17 @@ def _rewrite_site(gm: GraphModule, node: Node, target: Target, rewrites: Sequenc
         made.meta[SITE] = node.name
         made.meta["fxpeft.rewrite"] = names
     if result.node is not node:
-        node.replace_all_uses_with(result.node, delete_user_cb=lambda user: user not in new)
-    containers = tuple(dict.fromkeys(rewrite.container for rewrite in rewrites))
-    node.meta[SITE] = Origin(names, source.name, result.node.name, containers)
+        reroute(node, result.node, new)
+    node.meta[SITE] = Origin(names, source.name, result.node.name)
+
+
+def reroute(old: Node, new: Node, keep: Collection[Node]) -> None:
+    """Let all users of ``old`` but ``keep`` use ``new``; rewritten sites then remember it as their input."""
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in keep)
+    for node in old.graph.nodes:
+        origin = node.meta.get(SITE)
+        if isinstance(origin, Origin) and origin.input == old.name:
+            node.meta[SITE] = replace(origin, input=new.name)
 
 
 def _bind(

@@ -98,8 +98,10 @@ class Embedding(Kind):
 class Conv(Kind):
     """``F.conv1d`` / ``conv2d`` / ``conv3d``, grouped or not.
 
-    A is a convolution over all input channels with the target's own kernel, stride, padding and
-    dilation; B is a 1x1 convolution with the target's groups (PEFT's ``lora.layer._ConvNd``).
+    A is a convolution over all input channels with the target's own kernel, stride and padding;
+    B is a 1x1 convolution with the target's groups (PEFT's ``lora.layer._ConvNd``). PEFT's A has no
+    dilation, which fits a dilated target with ``padding="same"`` only: there A has none here
+    either, elsewhere it has the target's.
     """
 
     kernel: tuple[int, ...] = ()
@@ -128,7 +130,8 @@ class Conv(Kind):
         return getattr(F, self.name)
 
     def reduce(self, x: Tensor, a: Tensor) -> Tensor:
-        return self._conv()(x.type_as(a), a, None, self.stride, self.padding, self.dilation)
+        dilation = 1 if self.padding == "same" else self.dilation
+        return self._conv()(x.type_as(a), a, None, self.stride, self.padding, dilation)
 
     def scale(self, h: Tensor, d: Tensor) -> Tensor:
         return (h * self.per_output(d)).type_as(h)

@@ -94,6 +94,8 @@ def kind_of(module: nn.Module) -> Kind:
 
 def _trace_inside(module: nn.Module) -> GraphModule | None:
     """The module's own graph with its one target annotated, or ``None``."""
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return None  # inside, the convolution reads the padded input; PEFT's A pads its own with zeros
     try:
         traced = _trace_any(module)
         found = [t for n in traced.graph.nodes if (t := read_target(traced, n))]
@@ -107,7 +109,7 @@ def _trace_inside(module: nn.Module) -> GraphModule | None:
 
 def _trace_any(module: nn.Module) -> GraphModule:
     """The module's own graph, the same in training and evaluation; ``PassError`` where there is none."""
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+    if _given_forward(module) is not None:
         raise PassError("somebody replaced this instance's forward, so it can only be called, not looked into")
     bare = _bare(module)
     traced = []
@@ -136,7 +138,7 @@ def _leaf_graph(module: nn.Module) -> GraphModule:
     root.add_module(LEAF, module)
     graph = fx.Graph()
     inputs = []
-    function = vars(module).get("forward") or base_class(module).forward.__get__(module)
+    function = _given_forward(module) or base_class(module).forward.__get__(module)
     for p in inspect.signature(function).parameters.values():
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             continue
@@ -201,6 +203,8 @@ def replace_module(module: nn.Module, path: str) -> None:
 
 def _source(graph: fx.Graph) -> str:
     """A graph's generated code with the imports it needs, and no more."""
+    for node in graph.nodes:
+        node.type = None  # an annotation may be a string, which no import gives
     code = graph.python_code("self")
     used = {name: value for name, value in code.globals.items() if re.search(rf"\b{name}\b", code.src)}
     return f"{import_block(used)}\n\n{code.src.strip()}\n"
@@ -209,7 +213,7 @@ def _source(graph: fx.Graph) -> str:
 def _signature(module: nn.Module) -> tuple[Any, ...] | None:
     """What a module's own graph depends on; ``None`` where that can't be told from plain attributes."""
     state = vars(module)
-    if "forward" in state and not hasattr(module, "_hf_hook"):
+    if _given_forward(module) is not None:
         return None
     plain: list[tuple[str, Any]] = []
     for name, value in state.items():
@@ -227,15 +231,29 @@ def _signature(module: nn.Module) -> tuple[Any, ...] | None:
     return base_class(module), tuple(plain), tuple(tensors)
 
 
+def _given_forward(module: nn.Module) -> Any:
+    """The forward that somebody gave this instance in place of its class's, or ``None``."""
+    state = vars(module)
+    if LEAF in state:
+        return state[LEAF]
+    found = state.get("_old_forward", state.get("forward"))  # accelerate's hooks keep it as _old_forward
+    return None if _is_own(module, found) else found
+
+
+def _is_own(module: nn.Module, forward: Any) -> bool:
+    """Whether a bound method is the class's own: accelerate leaves one on the instance."""
+    return getattr(forward, "__func__", None) in (type(module).forward, base_class(module).forward)
+
+
 def bind_source(module: nn.Module, source: str) -> None:
     """Move a module to the generated subclass whose ``forward`` is defined by ``source``."""
     base = base_class(module)
     state = vars(module)
-    instance_forward = state.get("forward")
-    if instance_forward is not None and "_old_forward" not in state and LEAF not in state:
-        # called as a leaf: keep it where the generated code looks for it, and let the class's forward run
-        state[LEAF] = instance_forward
-        del state["forward"]
+    given, hooked = _given_forward(module), "_old_forward" in state
+    if "forward" in state and not hooked and (LEAF not in state or _is_own(module, state["forward"])):
+        del state["forward"]  # let the class's forward run
+    if given is not None:
+        state[LEAF] = given  # called as a leaf: this is where the generated code looks for it
     module.__class__ = generated_class(base, source)
     if "_old_forward" in state:  # accelerate's hooks call this bound method; give it the new class's
         state["_old_forward"] = type(module).forward.__get__(module)
@@ -245,12 +263,15 @@ def unbind(module: nn.Module) -> None:
     """Give a module its own class back; the inverse of every bind before."""
     if not is_bound(module):
         return
-    module.__class__ = base_class(module)
     state = vars(module)
-    if LEAF in state:
-        state["forward"] = state.pop(LEAF)
+    if "_old_forward" not in state and _is_own(module, state.get("forward")):
+        del state["forward"]
+    module.__class__ = base_class(module)
+    given = state.pop(LEAF, None)
     if "_old_forward" in state:
-        state["_old_forward"] = type(module).forward.__get__(module)
+        state["_old_forward"] = given or type(module).forward.__get__(module)
+    elif given is not None:
+        state["forward"] = given
 
 
 def bare_copy(module: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from fxpeft.passes.kinds import Conv, Embedding, Kind, Linear
 from fxpeft.passes.names import NameSelector
 
 TARGET = "fxpeft.target"  # node.meta key of the annotation
+SITE = "fxpeft.site"  # node.meta key: on a node that inject made, the base node's name; on a base node, its Origin
 
 aten = torch.ops.aten
 _TRANSPOSES = {aten.t.default, aten.numpy_T.default, torch.t}
@@ -74,12 +75,17 @@ def read_target(graph_module: GraphModule, node: Node) -> Target | None:
     Raises:
         Unsupported: an operation of a known kind in a form that can't be rewritten.
     """
+    target: Target | None
     if node.op == "call_module":
         kind = module_kind(graph_module.get_submodule(str(node.target)))
-        return kind and Target(str(node.target), kind)
-    if node.op != "call_function" or node.target not in _READERS:
+        target = kind and Target(str(node.target), kind)
+    elif node.op == "call_function" and node.target in _READERS:
+        target = _READERS[node.target](graph_module, node)
+    else:
         return None
-    return _READERS[node.target](graph_module, node)
+    if target is not None and len(node.args) <= target.input and (target.input or "input" not in node.kwargs):
+        raise Unsupported("its input is passed under a name other than 'input'")
+    return target
 
 
 def _arg(node: Node, index: int, name: str, default: Any = None) -> Any:
@@ -161,6 +167,7 @@ _READERS: dict[Any, Callable[[GraphModule, Node], Target]] = {
     aten.embedding.default: _read_embedding,
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _read_conv),
     **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), _read_conv),
+    **dict.fromkeys((aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding), _read_conv),
     aten.convolution.default: _read_conv,
 }
 
@@ -180,6 +187,8 @@ class MatchPass(GraphPass):
     def call(self, graph_module: GraphModule) -> RewriteResult:
         matched, skipped, modified = [], [], False
         for node in graph_module.graph.nodes:
+            if isinstance(node.meta.get(SITE), str):
+                continue  # an adapter's own node
             try:
                 target = read_target(graph_module, node)
             except Unsupported as why:
