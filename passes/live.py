@@ -284,6 +284,13 @@ def bare_copy(module: nn.Module) -> nn.Module:
     return copied
 
 
+def forward_text(module: nn.Module) -> str:
+    """A module's forward as source: its own graph, or the rewritten one that it runs now."""
+    if not is_bound(module):
+        return graph_text(trace_module(module))
+    return generated_source(module).rpartition("\n\n")[2]
+
+
 def generated_source(module: nn.Module) -> str:
     """The source of a bound module's forward, imports first."""
     return type(module)._fxpeft_source  # type: ignore[attr-defined, no-any-return]
