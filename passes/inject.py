@@ -138,7 +138,8 @@ def _bind(
             path.rpartition(".")[2]: _operand(gm, rewrite.path(target.site, path), value, tracer)
             for path, value in rewrite.operands.items()
         }
-        return rewrite.function(target.kind, base, x, **operands)
+        result: Proxy = rewrite.function(target.kind, base, x, **operands)
+        return result
 
     return function
 

@@ -56,7 +56,11 @@ class Kind:
         return F.linear(h, b)
 
     def expand_rows(self, h: Tensor, b: Tensor) -> Tensor:
-        """``[..., rank] -> [..., out]`` with B rank-first, ``[rank, out]``, as slots hold it."""
+        """``[..., rank] -> [..., out]`` with B rank-first, ``[rank, out]``, as slots hold it.
+
+        Not ``addmm``, which would save a sum: Inductor (torch 2.13) asks it whether the rank is at
+        most 16, and the rank would be symbolic no longer.
+        """
         return torch.matmul(h, b)
 
     def per_output(self, c: Tensor) -> Tensor:
@@ -126,25 +130,26 @@ class Conv(Kind):
             return f"rank must be divisible by the convolution's {self.groups} groups, found {rank}"
         return super().check_rank(rank)
 
-    def _conv(self) -> Any:
-        return getattr(F, self.name)
+    def _conv(self, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = getattr(F, self.name)(*args, **kwargs)
+        return out
 
     def reduce(self, x: Tensor, a: Tensor) -> Tensor:
         dilation = 1 if self.padding == "same" else self.dilation
-        return self._conv()(x.type_as(a), a, None, self.stride, self.padding, dilation)
+        return self._conv(x.type_as(a), a, None, self.stride, self.padding, dilation)
 
     def scale(self, h: Tensor, d: Tensor) -> Tensor:
         return (h * self.per_output(d)).type_as(h)
 
     def expand(self, h: Tensor, b: Tensor) -> Tensor:
-        return self._conv()(h, b, groups=self.groups)
+        return self._conv(h, b, groups=self.groups)
 
     def expand_rows(self, h: Tensor, b: Tensor) -> Tensor:
         # a slot's B is dense: a grouped one is written there with zeros off its blocks
         weight = b.t()
         for _ in self.kernel:
             weight = weight.unsqueeze(-1)
-        return self._conv()(h, weight)
+        return self._conv(h, weight)
 
     def per_output(self, c: Tensor) -> Tensor:
         return c.view(-1, *(1 for _ in self.kernel))
@@ -154,7 +159,8 @@ class Conv(Kind):
         if self.groups == 1:
             return flat.t()
         blocks = flat.view(self.groups, self.out_features // self.groups, -1)
-        return torch.block_diag(*blocks.transpose(1, 2))
+        dense: Tensor = torch.block_diag(*blocks.transpose(1, 2))  # type: ignore[no-untyped-call]
+        return dense
 
     def unrows(self, rows: Tensor, rank: int) -> Tensor:
         if self.groups == 1:

@@ -75,7 +75,8 @@ def trace_module(module: nn.Module) -> GraphModule:
 
 def target_of(graph_module: GraphModule) -> Target:
     """The one annotated target of a leaf graph."""
-    return next(node.meta[TARGET] for node in graph_module.graph.nodes if TARGET in node.meta)
+    target: Target = next(node.meta[TARGET] for node in graph_module.graph.nodes if TARGET in node.meta)
+    return target
 
 
 def kind_of(module: nn.Module) -> Kind:
@@ -323,7 +324,7 @@ def generated_class(base: type[nn.Module], source: str) -> type[nn.Module]:
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     """Pickle by base class and source, since a generated class can't be found by its name."""
     cls = type(self)
-    state = self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
+    state = self.__getstate__() if hasattr(self, "__getstate__") else vars(self)  # type: ignore[no-untyped-call]
     return _rebuild, (cls._fxpeft_base, cls._fxpeft_source), state  # type: ignore[attr-defined]
 
 

@@ -56,10 +56,8 @@ def module_kind(module: nn.Module) -> Kind | None:
             module.in_channels, module.out_channels, tuple(module.kernel_size), module.stride,
             module.padding, module.dilation, module.groups,
         )  # fmt: skip
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if all(isinstance(size, int) for size in sizes):
-        return Linear(*sizes)
-    return None
+    into, out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return Linear(into, out) if isinstance(into, int) and isinstance(out, int) else None
 
 
 def _embedding_options(module: nn.Embedding) -> tuple[tuple[str, Any], ...]:
@@ -78,7 +76,7 @@ def read_target(graph_module: GraphModule, node: Node) -> Target | None:
     target: Target | None
     if node.op == "call_module":
         kind = module_kind(graph_module.get_submodule(str(node.target)))
-        target = kind and Target(str(node.target), kind)
+        target = None if kind is None else Target(str(node.target), kind)
     elif node.op == "call_function" and node.target in _READERS:
         target = _READERS[node.target](graph_module, node)
     else:
@@ -146,14 +144,11 @@ def _read_embedding(graph_module: GraphModule, node: Node) -> Target:
 def _read_conv(graph_module: GraphModule, node: Node) -> Target:
     site, shape, _ = _weight(graph_module, _arg(node, 1, "weight"))
     settings = [_arg(node, 3 + i, n, d) for i, (n, d) in enumerate((("stride", 1), ("padding", 0), ("dilation", 1)))]
-    if node.target is aten.convolution.default:
-        if node.args[6]:
-            raise Unsupported("a transposed convolution")
-        groups = node.args[8]
-    else:
-        groups = _arg(node, 6, "groups", 1)
-    frozen = [tuple(s) if isinstance(s, list | tuple) else s for s in settings]
-    kind = Conv(shape[1] * groups, shape[0], tuple(shape[2:]), *frozen, groups=groups)
+    groups: Any = node.args[8] if node.target is aten.convolution.default else _arg(node, 6, "groups", 1)
+    if node.target is aten.convolution.default and node.args[6]:
+        raise Unsupported("a transposed convolution")
+    stride, padding, dilation = (tuple(s) if isinstance(s, list | tuple) else s for s in settings)
+    kind = Conv(shape[1] * groups, shape[0], tuple(shape[2:]), stride, padding, dilation, groups)
     return Target(_owner(node, site), kind)
 
 

@@ -88,7 +88,7 @@ class Slot(Container):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
         d = self.d
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.d = d.to(self.a.device)
         Slot.generation += 1
         return self

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.fx.graph_module import _format_import_block
-from torch.package import sys_importer
+from torch.package.importer import sys_importer
 
 
 def import_block(names: dict[str, Any]) -> str:
