@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,9 @@ QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart.py"
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(QUICKSTART), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400)
+    # offline, and on one thread: more gain nothing on models this small, and stall wherever cores are shared
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
 
 
 def test_each_adapter_wins_on_its_own_text_in_one_graph(tmp_path: Path) -> None:

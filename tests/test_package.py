@@ -1,0 +1,30 @@
+"""The package from outside: its names, its version, its command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+import fxpeft
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(getattr(fxpeft, name) is not None for name in fxpeft.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'lora'"):
+        fxpeft.lora  # noqa: B018
+
+
+def test_the_command_tells_the_version() -> None:
+    done = subprocess.run([sys.executable, "-m", "fxpeft", "--version"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == f"fxpeft {version('fxpeft')}"
+
+
+def test_passes_know_nothing_of_fxpeft() -> None:
+    program = "import sys, fxpeft.passes; print(sorted(m for m in sys.modules if m.startswith(('fxpeft.', 'peft'))))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout
+    assert "fxpeft.passes" in done.stdout
+    assert all(name.startswith("fxpeft.passes") for name in done.stdout.strip("[]\n").replace("'", "").split(", "))
