@@ -163,7 +163,7 @@ def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
             destinations += _window(serving.slots[site], start, count)
             sources += (value.a, value.b, value.d if adapter.strength == 1 else value.d * adapter.strength)
             used[site] = start + count
-    active = serving.max_rank if serving.rank is None else max(LEAST, *used.values(), LEAST)
+    active = serving.max_rank if serving.rank is None else max([LEAST, *used.values()])
     for site, slot in serving.slots.items():
         start, dirty = used.get(site, 0), serving.dirty.get(site, 0)
         stale = min(dirty, active)

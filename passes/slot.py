@@ -93,6 +93,10 @@ class Slot(Container):
         Slot.generation += 1
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a pickled view would come back as a tensor of its own, and swaps would write beside the slot
+        return {**vars(self), "windows": {}}
+
     def rewrite(self) -> Rewrite:
         """The site's rewrite; its operands are reachable at ``slot.<name>``."""
         operands: dict[str, Any] = dict(self._buffers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import threading
 import time
 from pathlib import Path
@@ -279,12 +280,14 @@ def test_release_and_remove_give_back_what_was(old: str) -> None:
     assert not model._forward_pre_hooks
 
 
-@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("way", ["deepcopy", "torch.save", "pickle"])
 def test_copies_swap_on_their_own(way: str, old: str, new: str) -> None:
     model = prepared(old)
     wanted = output(model)
     if way == "deepcopy":
         other = copy.deepcopy(model)
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(model))
     else:
         file = io.BytesIO()
         torch.save(model, file)
