@@ -30,6 +30,7 @@ from fxpeft.state import (
     detach,
     drop_state,
     ensure_state,
+    find_state,
     hosts,
     placement,
     rebind,
@@ -96,7 +97,8 @@ def load_adapter(
     found.config.inference_mode = not trainable
     plan = make_plan(model, found.config, heads=False)
     values = checkpoint.assign(model, plan, found, check_finite=check_finite)
-    prepared = "_fxpeft" in vars(model) and state_of(model).serving is not None
+    state = find_state(model)
+    prepared = state is not None and state.serving is not None
     autocast = autocast_adapter_dtype and not prepared  # slots have the base's dtype: nothing to gain
     install_adapter(model, Adapter(name, plan, placed(model, values, autocast=autocast)))
 
@@ -253,7 +255,7 @@ def check_name(model: nn.Module, name: str) -> str:
         raise AdapterError(
             f"adapter name {name!r}: expected no dots or spaces, no attribute of nn.Module and no Python keyword"
         )
-    state = vars(model).get("_fxpeft")
+    state = find_state(model)
     if state is not None and name in state.adapters:
         raise AdapterError(f"there is an adapter named {name!r} already; delete_adapter it, or replace it with hotswap")
     return name
@@ -293,7 +295,7 @@ def placed(model: nn.Module, values: Values, *, autocast: bool) -> Values:
 
 def install_adapter(model: nn.Module, adapter: Adapter) -> None:
     """Put a finished adapter into the model and make it the active one."""
-    fresh = "_fxpeft" not in vars(model)
+    fresh = find_state(model) is None
     state = ensure_state(model)
     if state.serving is not None:
         serving.install(model, state, adapter)

@@ -29,6 +29,7 @@ from fxpeft.state import (
     detach,
     drop_state,
     ensure_state,
+    find_state,
     hosts,
     placement,
     rebind,
@@ -78,7 +79,7 @@ def prepare_hotswap(
         raise AdapterError(f"rank: expected 'dynamic' or 'static', found {rank!r}")
     if torch._inductor.config.freezing:
         raise AdapterError("torch._inductor.config.freezing folds slots into constants, so swaps would have no effect")
-    existing: ModelState | None = vars(model).get("_fxpeft")
+    existing = find_state(model)
     if existing is not None and existing.serving is not None:
         raise AdapterError("the model is prepared already; call release_hotswap first to prepare it differently")
     adapters = list(existing.adapters.values()) if existing is not None else []

@@ -113,13 +113,18 @@ class ModelState:
         return [self.adapters[name] for name in self.active] if self.enabled else []
 
 
+def find_state(model: nn.Module) -> ModelState | None:
+    """The model's state, or ``None`` for a bare model."""
+    return vars(unwrap(model)).get(STATE)
+
+
 def state_of(model: nn.Module) -> ModelState:
     """The model's state.
 
     Raises:
         AdapterError: the model has no adapters and is not prepared for any.
     """
-    state: ModelState | None = vars(unwrap(model)).get(STATE)
+    state = find_state(model)
     if state is None:
         raise AdapterError(f"{type(model).__name__} has no adapters: call add_adapter, load_adapter or prepare_hotswap")
     return state
