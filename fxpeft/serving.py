@@ -160,7 +160,7 @@ def release_slots(model: nn.Module, state: ModelState) -> None:
         unguard_forwards(model)
         state.serving = None
     for adapter in state.adapters.values():
-        adapter.lowered = {}
+        adapter.lowered, adapter.copies = {}, None
 
 
 def hotswap(

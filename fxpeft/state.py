@@ -14,6 +14,7 @@ from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SiteAdapter, SlotValues
 from fxpeft.passes.base import attribute, join
+from fxpeft.passes.copies import Copies
 from fxpeft.passes.inject import Rewrite
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
 from fxpeft.plan import AdapterPlan, base_modules, base_state
@@ -57,6 +58,7 @@ class Adapter:
         strength: factor on the adapter's own scale; see :func:`fxpeft.set_scale`.
         parts: while attached: host module's name -> what is registered there as ``adapters.<name>``.
         lowered: on a prepared model: site -> slot values.
+        copies: ``Slot.generation`` and how to show the adapter alone in the slots of that time.
     """
 
     name: str
@@ -65,6 +67,10 @@ class Adapter:
     strength: float = 1.0
     parts: dict[str, nn.Module] = field(default_factory=dict)
     lowered: dict[str, SlotValues] = field(default_factory=dict)
+    copies: tuple[int, Copies] | None = field(default=None, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "copies": None}  # they lead into this model's slots, not into a copy's
 
     @property
     def config(self) -> AdapterConfig:

@@ -13,9 +13,9 @@ from fxpeft.lock import SwapLock
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SlotValues
 from fxpeft.passes.base import attribute, join
+from fxpeft.passes.copies import Copies
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.slot import LEAST, ActiveRank, Slot
-from fxpeft.passes.torch_private import copy_all
 from fxpeft.plan import AdapterPlan, base_state
 from fxpeft.state import Adapter, ModelState, Values, check_together
 
@@ -95,7 +95,7 @@ def lower(serving: Serving, adapter: Adapter) -> Adapter:
             f"adapter {adapter.name!r} doesn't fit the slots; nothing was changed.\n{listing(problems)}\n"
             "Prepare the model for it: release_hotswap(model), then prepare_hotswap(...) before compiling."
         )
-    adapter.lowered = lowered
+    adapter.lowered, adapter.copies = lowered, None
     return adapter
 
 
@@ -110,12 +110,10 @@ def settle(adapter: Adapter) -> Adapter:
     for site, v in adapter.lowered.items():
         a, b = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (v.a, v.b))
         own[site] = SlotValues(a, b, v.d, v.shift)
-    with torch.no_grad():
-        fresh, given = own.values(), adapter.lowered.values()
-        copy_all([t for v in fresh for t in (v.a, v.b)], [t for v in given for t in (v.a, v.b)])
+    Copies(pair for site, v in adapter.lowered.items() for pair in zip(own[site][:2], v[:2], strict=True)).run()
     sites = {site: method.keep(adapter.plan.sites[site], values.sites[site], own[site]) for site in own}
     adapter.values = replace(values.clone(sites=False), sites=sites)
-    adapter.lowered = own
+    adapter.lowered, adapter.copies = own, None
     return adapter
 
 
@@ -154,15 +152,12 @@ def check_ranks(serving: Serving, adapters: list[Adapter]) -> None:
 
 def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
     """Write the slots. Everything was checked; only copies are left."""
-    destinations: list[Tensor] = []
-    sources: list[Tensor] = []
     used: dict[str, int] = {}
+    copies = []
     for adapter in adapters:
+        copies.append(_copies(serving, adapter, used))
         for site, value in adapter.lowered.items():
-            start, count = used.get(site, 0), value.d.numel()
-            destinations += _window(serving.slots[site], start, count)
-            sources += (value.a, value.b, value.d if adapter.strength == 1 else value.d * adapter.strength)
-            used[site] = start + count
+            used[site] = used.get(site, 0) + value.d.numel()
     active = serving.max_rank if serving.rank is None else max([LEAST, *used.values()])
     for site, slot in serving.slots.items():
         start, dirty = used.get(site, 0), serving.dirty.get(site, 0)
@@ -171,12 +166,28 @@ def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
             for tensor in _window(slot, start, stale - start):
                 tensor.zero_()
         serving.dirty[site] = dirty if dirty > active else start
-    copy_all(destinations, sources)
+    for each in copies:
+        each.run()
     if "shift" in serving.parts:
         _show_shifts(serving, adapters)
     _show_copies(model, serving, adapters)
     if serving.rank is not None and serving.rank.rank != active:
         serving.rank.set(active)
+
+
+def _copies(serving: Serving, adapter: Adapter, used: Mapping[str, int]) -> Copies:
+    """The copies of an adapter to behind the ranks in use; kept where it is alone at its full strength."""
+    alone = not used and adapter.strength == 1
+    if alone and adapter.copies is not None and adapter.copies[0] == Slot.generation:
+        return adapter.copies[1]
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for site, value in adapter.lowered.items():
+        window = _window(serving.slots[site], used.get(site, 0), value.d.numel())
+        pairs += zip(window, (value.a, value.b, value.d * adapter.strength if not alone else value.d), strict=True)
+    copies = Copies(pairs)
+    if alone:
+        adapter.copies = (Slot.generation, copies)
+    return copies
 
 
 def _window(slot: Slot, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:

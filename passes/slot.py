@@ -63,7 +63,7 @@ class Slot(Container):
     b: Tensor
     d: Tensor
     shift: Tensor
-    generation: ClassVar[int] = 0  # counts replaced placeholders (``.to(device)``): views made before are stale
+    generation: ClassVar[int] = 0  # counts new and replaced placeholders (``.to(device)``): views made before are stale
 
     def __init__(
         self,
@@ -76,6 +76,7 @@ class Slot(Container):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        Slot.generation += 1
         self.kind, self.rank = kind, rank
         self.windows: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}  # views, kept by the swap
         shapes = {"a": kind.a_shape(max_rank), "b": (max_rank, kind.out_features)}

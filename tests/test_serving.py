@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxpeft
 from fxpeft import checkpoint, lock, serving, swap
-from fxpeft.passes import torch_private
+from fxpeft.passes.copies import Copies
 from fxpeft.passes.slot import ActiveRank
 
 IDS = torch.arange(12).view(2, 6)
@@ -154,14 +154,15 @@ def test_a_fault_in_the_middle_of_the_copies_is_undone(
     model = prepared(old)
     wanted, calls = output(model), []
 
-    def half(destinations: list[Tensor], sources: list[Tensor]) -> None:
-        calls.append(len(destinations))
+    def half(self: Copies) -> None:
+        calls.append(len(self.pairs))
         if len(calls) == 2:  # the first is the adapter's own memory, the second writes the slots
-            torch_private.copy_all(destinations[: len(destinations) // 2], sources[: len(sources) // 2])
+            whole(Copies(self.pairs[: len(self.pairs) // 2]))
             raise MemoryError("injected")
-        torch_private.copy_all(destinations, sources)
+        whole(self)
 
-    monkeypatch.setattr(swap, "copy_all", half)
+    whole = Copies.run
+    monkeypatch.setattr(Copies, "run", half)
     with pytest.raises(MemoryError):
         fxpeft.hotswap(model, new)
     assert len(calls) == 3
@@ -314,11 +315,11 @@ def mixtures(model: nn.Module, sources: list[str], monkeypatch: pytest.MonkeyPat
     allowed = [fresh(source) for source in sources]
     stop, wrong, errors = threading.Event(), [], []
 
-    def slow(destinations: list[Tensor], sources: list[Tensor]) -> None:
-        half = len(destinations) // 2
-        torch_private.copy_all(destinations[:half], sources[:half])
+    def slow(self: Copies) -> None:
+        half = len(self.pairs) // 2
+        whole(Copies(self.pairs[:half]))
         time.sleep(0.02)
-        torch_private.copy_all(destinations[half:], sources[half:])
+        whole(Copies(self.pairs[half:]))
 
     def forward() -> None:
         try:
@@ -329,7 +330,8 @@ def mixtures(model: nn.Module, sources: list[str], monkeypatch: pytest.MonkeyPat
             errors.append(error)
             raise
 
-    monkeypatch.setattr(swap, "copy_all", slow)
+    whole = Copies.run
+    monkeypatch.setattr(Copies, "run", slow)
     threads = [threading.Thread(target=forward) for _ in range(3)]
     for thread in threads:
         thread.start()

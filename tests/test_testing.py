@@ -16,8 +16,9 @@ from tiny import randomise, tiny_llama, token_ids
 from torch import Tensor, nn
 
 import fxpeft
-from fxpeft import serving, swap
-from fxpeft.passes import live, torch_private
+from fxpeft import serving
+from fxpeft.passes import live
+from fxpeft.passes.copies import Copies
 from fxpeft.testing import (
     SwapReport,
     _every_pair,
@@ -291,12 +292,13 @@ def test_assert_swaps_clean_notices_a_moved_slot(odd: OddNet, monkeypatch: pytes
 def test_assert_swaps_clean_names_a_wrong_swap(folders: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def forgetful(destinations: list[Tensor], sources: list[Tensor]) -> None:
+    def forgetful(self: Copies) -> None:
         calls.append(1)
         if len(calls) < 4:  # preparing makes three
-            torch_private.copy_all(destinations, sources)
+            whole(self)
 
-    monkeypatch.setattr(swap, "copy_all", forgetful)
+    whole = Copies.run
+    monkeypatch.setattr(Copies, "run", forgetful)
     expected = r"off -> \S+0 \(set_adapter\): the output differs from .*\n(.*\n)*Greatest absolute difference: \d"
     with pytest.raises(AssertionError, match=expected):
         swaps_clean(folders)

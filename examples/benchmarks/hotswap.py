@@ -15,6 +15,7 @@ import multiprocessing
 import platform
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -158,13 +159,14 @@ def latencies(hidden: int, layers: int, folder: str, seconds: float) -> dict[str
         times: dict[str, list[float]] = {name: [] for name in VARIANTS}
         end_time = time.perf_counter() + seconds
         rounds = 0
-        while rounds < 10 or time.perf_counter() < end_time:
+        while rounds < 7 or time.perf_counter() < end_time:
             turn = rounds % len(VARIANTS)
             for name in [*VARIANTS][turn:] + [*VARIANTS][:turn]:
                 # the first call of a turn finds cold caches
                 times[name] += ask(name, (column, 3 if column.endswith("512") else 6))[1:]
             rounds += 1
         columns[column] = {name: 1e3 * statistics.median(values) for name, values in times.items()}
+        print(column, {name: round(ms, 3) for name, ms in columns[column].items()}, file=sys.stderr, flush=True)
     columns["peak MB"] = {name: ask(name, "peak") for name in VARIANTS}
     for process in processes:
         process.join()
@@ -260,7 +262,7 @@ def main() -> None:
     """Run all sizes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, nargs="*", default=[1024, 2048])
-    parser.add_argument("--layers", type=int, default=4, help="for the latencies")
+    parser.add_argument("--layers", type=int, default=2, help="for the latencies")
     parser.add_argument("--swap-layers", type=int, default=12, help="for the swap times, at the first size")
     parser.add_argument("--seconds", type=float, default=10, help="per row of measurements")
     parser.add_argument("--output", type=Path, default=Path("results"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +64,7 @@ class SiteAdapter(nn.Module):
         return self
 
 
-@dataclass(frozen=True)
-class SlotValues:
+class SlotValues(NamedTuple):
     """A site's adapter in the form that every slot takes, ranks first.
 
     ``a``: [rank, in, ...], ``b``: [rank, out], ``d``: [rank] float32; ``shift``: [out] or ``None``.

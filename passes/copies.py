@@ -1,0 +1,69 @@
+"""Copies between fixed tensors, prepared once so that running them costs little more than the bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+
+class Copies:
+    """``to.copy_(source)`` for pairs of equal shape, as often as wanted. Nothing may need a gradient.
+
+    Memory of the CPU is moved as such: at the size of an adapter's factors the checks and set-up of a
+    torch copy cost more than the bytes (168 tensors, 15 MB: 2.7 ms; moved: 1.1 ms; one copy of as
+    many bytes: 1.0 ms). The rest, transposes for instance, is too small for torch to split over
+    threads, so the list is. The tensors are kept, so the addresses stay theirs. Tensors whose
+    storage is replaced need new copies.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        self.pairs = list(pairs)
+        self.moves: list[tuple[int, int, int]] = []
+        self.moved: list[Tensor] = []
+        self.others: list[tuple[Tensor, Tensor]] = []
+        for to, source in self.pairs:
+            if _is_plain(to) and _is_plain(source) and to.dtype is source.dtype and to.shape == source.shape:
+                self.moves.append((to.data_ptr(), source.data_ptr(), to.nbytes))
+                self.moved.append(to)
+            elif source.dim() == 2 and source.stride(0) == 1 != source.stride(1):
+                self.others.append((to.t(), source.t()))  # torch reads in order then, and that is a third faster
+            else:
+                self.others.append((to, source))
+
+    def run(self) -> None:
+        """Copy everything."""
+        spread = len(self.others) >= 32 and all(to.is_cpu for to, _ in self.others)
+        count = torch.get_num_threads() if spread else 1
+        parts = [self.others[i::count] for i in range(count)]
+        running = [_copiers().submit(_copy, part) for part in parts[1:]]
+        try:
+            for to, source, size in self.moves:
+                ctypes.memmove(to, source, size)
+            torch.autograd.graph.increment_version(self.moved)  # a backward that saved the old values has to notice
+            _copy(parts[0])
+        finally:
+            for part in running:
+                part.exception()
+        for part in running:
+            part.result()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but its bytes in the machine's memory."""
+    return type(tensor) is Tensor and tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg()
+
+
+@torch.no_grad()
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    if pairs:
+        torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs])  # one call: no lock between
+
+
+@functools.cache
+def _copiers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="fxpeft-copy")
