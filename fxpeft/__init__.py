@@ -24,6 +24,9 @@ if _TYPE_CHECKING:
     )
     from fxpeft.errors import AdapterError, CheckpointError
     from fxpeft.methods.lora import LoraConfig
+    from fxpeft.methods.p_tuning import PromptEncoderConfig
+    from fxpeft.methods.prefix_tuning import PrefixTuningConfig
+    from fxpeft.methods.prompt_tuning import PromptTuningConfig
     from fxpeft.serving import hold, hotswap, prepare_hotswap, release_hotswap
 
 __version__ = _version("fxpeft")
@@ -31,6 +34,9 @@ __all__ = [
     "AdapterError",
     "CheckpointError",
     "LoraConfig",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptTuningConfig",
     "active_adapters",
     "adapter_config",
     "adapter_state_dict",
@@ -54,6 +60,9 @@ _MODULES = {
     **dict.fromkeys(("AdapterError", "CheckpointError"), "fxpeft.errors"),
     **dict.fromkeys(("hold", "hotswap", "prepare_hotswap", "release_hotswap"), "fxpeft.serving"),
     "LoraConfig": "fxpeft.methods.lora",
+    "PrefixTuningConfig": "fxpeft.methods.prefix_tuning",
+    "PromptEncoderConfig": "fxpeft.methods.p_tuning",
+    "PromptTuningConfig": "fxpeft.methods.prompt_tuning",
 }
 
 

@@ -18,6 +18,7 @@ from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SiteAdapter
+from fxpeft.methods.prompts import PromptMethod
 from fxpeft.passes.base import PassError, attribute
 from fxpeft.passes.live import unbind
 from fxpeft.plan import AdapterPlan, base_state, make_plan
@@ -175,6 +176,8 @@ def set_scale(model: nn.Module, name: str, scale: float) -> None:
     Recompiles nothing: scales are tensors.
     """
     model, state = unwrap(model), state_of(model)
+    if method_of(state.get(name).config).whole:
+        raise AdapterError(f"adapter {name!r} is a prompt: there is no update to scale")
     if state.serving is not None:
         serving.rescale(model, state, name, scale)
         return
@@ -267,6 +270,9 @@ def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Valu
     values = Values()
     for site, site_plan in plan.sites.items():
         device, dtype = placement(model.get_submodule(site), model, autocast)
+        if isinstance(method, PromptMethod):
+            values.sites[site] = method.fresh(model, config, site_plan, device)
+            continue
         shapes = method.shapes(config, site_plan)
         parameters = {key: torch.empty(shape, device=device, dtype=dtype) for key, shape in shapes.items()}
         method.initialise(config, site_plan, parameters)

@@ -8,8 +8,13 @@ from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Method
 from fxpeft.methods.lora import Lora
+from fxpeft.methods.p_tuning import PTuning
+from fxpeft.methods.prefix_tuning import PrefixTuning
+from fxpeft.methods.prompt_tuning import PromptTuning
 
-METHODS: dict[str, Method[Any]] = {method.peft_type: method for method in (Lora(),)}
+METHODS: dict[str, Method[Any]] = {
+    method.peft_type: method for method in (Lora(), PromptTuning(), PrefixTuning(), PTuning())
+}
 
 
 def method_of(config: AdapterConfig) -> Method[Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft.config import AdapterConfig
+from fxpeft.passes.feed import Feed
 from fxpeft.passes.inject import Rewrite
 from fxpeft.passes.kinds import Kind
 
@@ -81,6 +82,9 @@ class Method(abc.ABC, Generic[C]):
 
     peft_type: ClassVar[str]
     config_class: type[C]
+    #: the site is the whole model's forward, found by :meth:`PromptMethod.find`; one at a time, without a scale
+    whole: ClassVar[bool] = False
+    prefix: ClassVar[str] = "base_model.model."  # what PEFT puts before a module's name in a checkpoint
 
     @abc.abstractmethod
     def plan(self, config: C, site: str, kind: Kind) -> SitePlan:
@@ -99,8 +103,8 @@ class Method(abc.ABC, Generic[C]):
         """Fill fresh parameters in place."""
 
     @abc.abstractmethod
-    def rewrite(self, name: str, config: C, site: SiteAdapter) -> Rewrite:
-        """The training subgraph of adapter ``name``."""
+    def rewrite(self, name: str, config: C, site: SiteAdapter) -> Rewrite | Feed:
+        """The training subgraph of adapter ``name``; of a whole model, what prepares its inputs."""
 
     @abc.abstractmethod
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor]) -> SlotValues:
@@ -108,6 +112,20 @@ class Method(abc.ABC, Generic[C]):
 
         Views of ``parameters`` wherever that is possible.
         """
+
+    def part(
+        self, config: C, plan: SitePlan, parameters: Mapping[str, Tensor], *, strength: float = 1.0
+    ) -> SiteAdapter:
+        """The module that holds the parameters at one site while the adapter is attached."""
+        return SiteAdapter(plan, parameters, dropout=self.dropout(config, plan.kind), strength=strength)
+
+    def stored(self, config: C, site: str, plan: SitePlan, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a checkpoint holds of a site, by key."""
+        return {f"{self.prefix}{self.key(site, plan, name)}": value for name, value in parameters.items()}
+
+    def key(self, site: str, plan: SitePlan, name: str) -> str:
+        """A parameter's checkpoint key, without :attr:`prefix`."""
+        return f"{site}.{self.keys(plan.kind)[name]}"
 
     def keep(self, plan: SitePlan, parameters: Mapping[str, Tensor], lowered: SlotValues) -> dict[str, Tensor]:
         """The parameters in memory that belongs to the adapter: views of ``lowered`` where that is exact."""

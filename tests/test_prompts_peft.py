@@ -1,0 +1,169 @@
+"""Soft prompts against PEFT: outputs, tokens, losses, gradients and checkpoints both ways."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import VOCABULARY, randomise, tiny_bert, tiny_gpt2, tiny_llama, token_ids
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import fxpeft
+from fxpeft.checkpoint import read
+
+VIRTUAL = 5
+
+
+def tiny_qwen() -> Qwen3ForCausalLM:
+    """Heads that are wider than the hidden size's share, and an output that is tied to the embeddings."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=10, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).eval()
+
+
+def tiny_t5() -> T5ForConditionalGeneration:
+    """Three layers: PEFT lays a decoder's prefix out twice, so that which layer gets what depends on their number."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=None, dropout_rate=0.0,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
+
+
+CAUSAL = {"llama": tiny_llama, "gpt2": tiny_gpt2, "qwen": tiny_qwen}
+CONFIGS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "prompt": (fxpeft.PromptTuningConfig, peft.PromptTuningConfig, {}),
+    "prefix": (fxpeft.PrefixTuningConfig, peft.PrefixTuningConfig, {}),
+    "projected prefix": (
+        fxpeft.PrefixTuningConfig, peft.PrefixTuningConfig, {"prefix_projection": True, "encoder_hidden_size": 12},
+    ),
+    "mlp": (fxpeft.PromptEncoderConfig, peft.PromptEncoderConfig, {"encoder_hidden_size": 18}),
+    "lstm": (
+        fxpeft.PromptEncoderConfig, peft.PromptEncoderConfig,
+        {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 14, "encoder_num_layers": 1},
+    ),
+}  # fmt: skip
+
+
+def padded(batch: int = 3, length: int = 6) -> dict[str, Tensor]:
+    """Ids with a left-padded row."""
+    ids = token_ids(batch, length)
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    ids[1, :2] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def both(model: PreTrainedModel, name: str, task: str = "CAUSAL_LM", **options: Any) -> tuple[nn.Module, nn.Module]:
+    """A fresh adapter of fxpeft and one of PEFT, of the same seed, on copies of a model."""
+    ours, theirs, own = CONFIGS[name]
+    theirs_config = theirs(task_type=task, num_virtual_tokens=VIRTUAL, **own, **options)
+    torch.manual_seed(7)
+    peer = peft.get_peft_model(copy.deepcopy(model), theirs_config)
+    torch.manual_seed(7)
+    fxpeft.add_adapter(model, ours(task_type=task, num_virtual_tokens=VIRTUAL, **own, **options))
+    return model, peer.eval()
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def quiet(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """PEFT warns about position ids in every step of generate."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model.generate(*args, **kwargs)  # type: ignore[operator]
+
+
+def saved(model: nn.Module, folder: Path, config: Any, seed: int = 1) -> Path:
+    """A checkpoint of fxpeft with random values."""
+    fxpeft.add_adapter(model, config, "written")
+    parts = model.get_submodule("adapters.written") if hasattr(model, "adapters") else model.get_submodule("bert")
+    randomise(parts.parameters(), seed=seed, scale=0.5)
+    fxpeft.save_adapter(model, folder, "written")
+    fxpeft.delete_adapter(model, "written")
+    return folder
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("base", CAUSAL)
+def test_logits_loss_and_gradients(base: str, name: str) -> None:
+    """A fresh adapter of the same seed is PEFT's, so that all of training starts from the same numbers."""
+    model, peer = both(CAUSAL[base](), name)
+    inputs = padded()
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    found, wanted = model(**inputs, labels=labels), peer(**inputs, labels=labels)
+    close(found.logits, wanted.logits)
+    close(found.loss, wanted.loss)
+    found.loss.backward()
+    wanted.loss.backward()
+    own = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    theirs = {n: p.grad for n, p in peer.named_parameters() if p.requires_grad}
+    assert len(own) == len(theirs) > 0
+    for (ours, grad), other in zip(own.items(), theirs.values(), strict=True):
+        assert grad is not None and grad.abs().max() > 0, ours
+        close(grad, other)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("base", CAUSAL)
+def test_checkpoints_both_ways(base: str, name: str, tmp_path: Path) -> None:
+    model, peer = both(CAUSAL[base](), name)
+    randomise((p for p in peer.parameters() if p.requires_grad), seed=3)
+    peer.save_pretrained(tmp_path / "peft")
+    inputs = padded()
+    fxpeft.load_adapter(model, tmp_path / "peft", "theirs")
+    with torch.no_grad():
+        wanted = peer(**inputs).logits
+        close(model(**inputs).logits, wanted)
+    fxpeft.save_adapter(model, tmp_path / "fxpeft")
+    again = peft.PeftModel.from_pretrained(CAUSAL[base](), tmp_path / "fxpeft").eval()
+    with torch.no_grad():
+        close(again(**inputs).logits, wanted)
+    theirs, ours = (json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("peft", "fxpeft"))
+    assert {k: v for k, v in ours.items() if k != "peft_version"} == {
+        k: v for k, v in theirs.items() if k != "peft_version"
+    }
+    tensors = [load_file(tmp_path / f / "adapter_model.safetensors") for f in ("peft", "fxpeft")]
+    assert tensors[0].keys() == tensors[1].keys() == {"prompt_embeddings"}
+    assert torch.equal(*(t["prompt_embeddings"] for t in tensors))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 3}], ids=["greedy", "no cache", "beams"])
+@pytest.mark.parametrize("name", ["prompt", "prefix", "mlp"])
+@pytest.mark.parametrize("base", CAUSAL)
+def test_generated_tokens(base: str, name: str, options: dict[str, Any]) -> None:
+    model, peer = both(CAUSAL[base](), name)
+    for adapter in (model.adapters.default, peer.prompt_encoder.default):
+        randomise(adapter.parameters(), seed=2, scale=0.8)
+    inputs = padded()
+    options = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0, **options}
+    with fxpeft.disabled(model):
+        bare = model.generate(**inputs, **options)
+    found = model.generate(**inputs, **options)
+    assert torch.equal(found, quiet(peer, **inputs, **options))
+    assert not torch.equal(found, bare)
+    if base != "gpt2":
+        static = {} if options.get("use_cache") is False else {"cache_implementation": "static"}
+        assert torch.equal(found, model.generate(**inputs, **options, **static))
