@@ -137,6 +137,8 @@ class PromptGeneration(FedModel):
         virtual, key = _decoder_virtual(self)
         if not virtual:
             return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("use_cache") is False:
+            kwargs["past_key_values"] = None  # a step gives back the prefix's cache, the next begins one of its own
         mask, cache = kwargs.get(key), kwargs.get("past_key_values")
         filled = cache is not None and bool(cache.get_seq_length())
         if filled and kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is not None:
