@@ -15,16 +15,18 @@ from safetensors.torch import load_file
 from tiny import VOCABULARY, randomise, tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor, nn
 from transformers import (
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    BertModel,
+    LlamaForSequenceClassification,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
-    StaticCache,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 import fxpeft
-from fxpeft.checkpoint import read
 
 VIRTUAL = 5
 
@@ -96,16 +98,6 @@ def quiet(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return model.generate(*args, **kwargs)  # type: ignore[operator]
 
 
-def saved(model: nn.Module, folder: Path, config: Any, seed: int = 1) -> Path:
-    """A checkpoint of fxpeft with random values."""
-    fxpeft.add_adapter(model, config, "written")
-    parts = model.get_submodule("adapters.written") if hasattr(model, "adapters") else model.get_submodule("bert")
-    randomise(parts.parameters(), seed=seed, scale=0.5)
-    fxpeft.save_adapter(model, folder, "written")
-    fxpeft.delete_adapter(model, "written")
-    return folder
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("base", CAUSAL)
 def test_logits_loss_and_gradients(base: str, name: str) -> None:
@@ -171,3 +163,118 @@ def test_generated_tokens(base: str, name: str, beams: int) -> None:
     assert torch.equal(found, model.generate(**inputs, **options, use_cache=False))
     if base != "gpt2":  # which takes no static cache
         assert torch.equal(found, model.generate(**inputs, **options, cache_implementation="static"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_encoder_decoder(name: str, tmp_path: Path) -> None:
+    """Prompts go to the encoder, prefixes to the decoder; losses, tokens and files are PEFT's."""
+    bare_model = tiny_t5()
+    for parameter in bare_model.parameters():
+        parameter.data.mul_(2 if parameter.dim() == 2 else 1)
+    model, peer = both(bare_model, name, "SEQ_2_SEQ_LM")
+    for adapter in (model.adapters.default, peer.prompt_encoder.default):
+        randomise(adapter.parameters(), seed=2, scale=0.8)
+    inputs, labels = padded(), token_ids(3, 4)
+    found, wanted = model(**inputs, labels=labels), peer(**inputs, labels=labels)
+    close(found.logits, wanted.logits)
+    close(found.loss, wanted.loss)
+    assert not torch.equal(found.logits, model(**inputs, labels=labels.flip(0)).logits)
+    for options in ({}, {"num_beams": 2}):
+        options = {"do_sample": False, "max_new_tokens": 5, **options}
+        tokens = quiet(peer, **inputs, **options)
+        assert torch.equal(model.generate(**inputs, **options), tokens)
+        assert torch.equal(model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **options), tokens)
+        assert torch.equal(model.generate(**inputs, **options, cache_implementation="static"), tokens)
+        with fxpeft.disabled(model):
+            assert not torch.equal(model.generate(**inputs, **options), tokens)
+    fxpeft.save_adapter(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(peer.base_model), tmp_path / "ours").eval()
+    close(again(**inputs, labels=labels).logits, wanted.logits)
+    peer.save_pretrained(tmp_path / "theirs")
+    fxpeft.load_adapter(model, tmp_path / "theirs", "theirs")
+    close(model(**inputs, labels=labels).logits, wanted.logits)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_classifier(name: str, tmp_path: Path) -> None:
+    """The head is trained and saved with the prompt; an encoder takes a prefix below its head."""
+    model, peer = both(tiny_bert(), name, "SEQ_CLS")
+    inputs = padded()
+    inputs["attention_mask"] = inputs["attention_mask"].flip(1)
+    inputs["token_type_ids"] = torch.tensor([[0, 0, 0, 1, 1, 1]] * 3)
+    labels = torch.tensor([0, 2, 1])
+    found, wanted = model(**inputs, labels=labels), peer(**inputs, labels=labels)
+    close(found.logits, wanted.logits)
+    found.loss.backward()
+    wanted.loss.backward()
+    close(model.classifier.adapters.default.weight.grad, peer.base_model.classifier.modules_to_save.default.weight.grad)
+    with fxpeft.disabled(model), torch.no_grad():
+        assert not torch.allclose(model(**inputs).logits, found.logits, atol=1e-4)
+    randomise((p for p in peer.parameters() if p.requires_grad), seed=4)
+    peer.save_pretrained(tmp_path / "theirs")
+    fxpeft.load_adapter(model, tmp_path / "theirs", "theirs")
+    fxpeft.save_adapter(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(tiny_bert(), tmp_path / "ours").eval()
+    with torch.no_grad():
+        wanted = peer(**inputs).logits
+        close(model(**inputs).logits, wanted)
+        close(again(**inputs).logits, wanted)
+    ours, theirs = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys() >= {"prompt_embeddings", "base_model.classifier.weight"}
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+@pytest.mark.parametrize("task", ["TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"])
+def test_other_tasks(task: str, name: str) -> None:
+    classes = {"TOKEN_CLS": BertForTokenClassification, "QUESTION_ANS": BertForQuestionAnswering}
+    torch.manual_seed(1)
+    config = copy.copy(tiny_bert().config)
+    config.num_labels = 2
+    model, peer = both(classes.get(task, BertModel)(config).eval(), name, task)
+    inputs = padded()
+    inputs["attention_mask"] = inputs["attention_mask"].flip(1)
+    found, wanted = model(**inputs), peer(**inputs)
+    tensors = [v for v in found.values() if isinstance(v, Tensor)]
+    others = [v for v in wanted.values() if isinstance(v, Tensor)]
+    for ours, theirs in zip(tensors, others, strict=True):
+        close(ours, theirs)
+
+
+def test_labels_of_tokens_are_extended() -> None:
+    """PEFT leaves them as long as the input, so that it can't train a prompt for this task."""
+    torch.manual_seed(1)
+    model = BertForTokenClassification(tiny_bert().config).eval()
+    fxpeft.add_adapter(model, fxpeft.PromptTuningConfig(num_virtual_tokens=VIRTUAL))
+    out = model(**padded(), labels=torch.zeros(3, 6, dtype=torch.long))
+    expected = nn.functional.cross_entropy(out.logits[:, VIRTUAL:].flatten(0, 1), torch.zeros(18, dtype=torch.long))
+    torch.testing.assert_close(out.loss, expected)
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+def test_the_last_token_of_a_decoder_that_classifies(name: str) -> None:
+    torch.manual_seed(1)
+    config = copy.copy(tiny_llama().config)
+    config.pad_token_id, config.num_labels = 0, 3
+    model, peer = both(LlamaForSequenceClassification(config).eval(), name, "SEQ_CLS")
+    inputs = padded()
+    close(model(**inputs).logits, peer(**inputs).logits)
+
+
+def test_a_sampled_and_a_written_prompt_begin_as_pefts(tmp_path: Path) -> None:
+    tokenizer(tmp_path)
+    for options in (
+        {"prompt_tuning_init": "SAMPLE_VOCAB"},
+        {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "b c a", "tokenizer_name_or_path": str(tmp_path)},
+    ):
+        model, peer = both(tiny_llama(), "prompt", **options)
+        assert torch.equal(model.adapters.default.embedding, peer.prompt_encoder.default.embedding.weight)
+        assert not torch.equal(model.adapters.default.embedding[0], model.adapters.default.embedding[1])
+
+
+def tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 11, "b": 22, "c": 33}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)
