@@ -184,7 +184,8 @@ def assign(model: nn.Module, plan: AdapterPlan, found: Checkpoint, *, check_fini
             infinity with ``check_finite``; all of them are named.
     """
     method, config = method_of(plan.config), plan.config
-    left = {_short(key, method.prefix): tensor for key, tensor in found.tensors.items() if ".original_module." not in key}
+    kept = {key: tensor for key, tensor in found.tensors.items() if ".original_module." not in key}
+    left = {_short(key, method.prefix): tensor for key, tensor in kept.items()}
     values = Values()
     missing: list[str] = []
     wrong: list[str] = []

@@ -59,7 +59,8 @@ def embed_prompt(
 
 
 def cache_prompt(
-    inputs: dict[str, Any], *, prompt: Tensor, embed: nn.Module, virtual: int, layers: int, heads: int, task: str
+    inputs: dict[str, Any], *, prompt: Tensor, embed: nn.Module, virtual: int, layers: int, heads: int, task: str,
+    layer: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Prefix tuning: begin each layer's keys and values with virtual ones.
 
@@ -67,11 +68,20 @@ def cache_prompt(
         inputs: the forward's arguments by name.
         prompt: ``[virtual, layers * 2 * heads * head_dim]``.
         embed: the model's input embeddings; their dtype is the cache's.
+        layer: one of the model's layers, asked whether it is checkpointed.
 
     Returns:
         The arguments with a cache that holds ``virtual`` tokens: the given one, filled, where it was
         empty, or a new one. A filled cache is left as it is.
+
+    Raises:
+        AdapterError: gradient checkpointing, under which transformers drops the cache.
     """
+    if layer is not None and layer.training and layer.gradient_checkpointing:
+        raise AdapterError(
+            "prefix tuning doesn't work with gradient checkpointing, under which layers get no cache: call "
+            "model.gradient_checkpointing_disable(), or use prompt tuning"
+        )
     out = dict(inputs)
     decoder = task == "SEQ_2_SEQ_LM"
     mask_key = "decoder_attention_mask" if decoder else "attention_mask"
@@ -83,7 +93,8 @@ def cache_prompt(
     filled = _is_filled(cache, mask)
     if not filled:
         _check_mask(mask)
-        out["past_key_values"] = _with_prefix(cache, prompt.to(embed.weight.dtype), layers, heads, _batch(out), decoder)
+        weight: Any = embed.weight
+        out["past_key_values"] = _with_prefix(cache, prompt.to(weight.dtype), layers, heads, _batch(out), decoder)
     if not _is_complete(mask):
         out[mask_key] = _extended(mask, virtual, 1)
     return _known(out, inputs)
@@ -140,10 +151,15 @@ class PromptGeneration(FedModel):
         if kwargs.get("use_cache") is False:
             kwargs["past_key_values"] = None  # a step gives back the prefix's cache, the next begins one of its own
         mask, cache = kwargs.get(key), kwargs.get("past_key_values")
-        filled = cache is not None and bool(cache.get_seq_length())
+        if cache is None and kwargs.get("use_cache") and not kwargs.get("is_first_iteration"):
+            raise AdapterError(
+                f"generate: {type(self).__name__} keeps no past_key_values, so that every step would begin with the "
+                "prompt again; pass use_cache=False"
+            )
+        filled = _is_filled(cache, mask)
         if filled and kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is not None:
             kwargs["next_sequence_length"] += virtual  # generate took the cache's length from that of the tokens
-        if filled and cache.is_compileable:
+        if filled and cache is not None and cache.is_compileable:
             kwargs[key] = _extended(mask, virtual, 1)
         made = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         if not _is_complete(made.get(key)):

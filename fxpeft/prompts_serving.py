@@ -94,14 +94,20 @@ def lower(slot: PromptSlot | None, adapter: Adapter) -> list[str]:
         return [f"{name}: has no slot; declare methods=({name!r},), num_virtual_tokens={plan.rank}"]
     own = slot.plan
     for what, found, expected in (
-        ("kind of prompt", plan.prefix, own.prefix), ("num_virtual_tokens", plan.rank, own.rank),
-        ("shape", [plan.rows, plan.width], [own.rows, own.width]), ("task_type", plan.task, own.task), ("site", site, slot.site),
-    ):  # fmt: skip
+        ("virtual tokens", _kind(plan), _kind(own)),
+        ("num_virtual_tokens", plan.rank, own.rank),
+        ("shape", [plan.rows, plan.width], [own.rows, own.width]),
+        ("task_type", plan.task, own.task),
+    ):
         if found != expected:
             return [f"{name}: {what}: the slot was declared for {expected!r}, found {found!r}"]
     prompt = method.prompt(adapter.config, plan, adapter.values.sites[site])
     adapter.prompt = prompt.to(slot.prompt.device, slot.prompt.dtype, copy=True).contiguous()
     return []
+
+
+def _kind(plan: PromptPlan) -> str:
+    return "keys and values" if plan.prefix else "embeddings"
 
 
 @torch.no_grad()

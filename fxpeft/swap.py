@@ -120,7 +120,7 @@ def settle(adapter: Adapter) -> Adapter:
         own[site] = SlotValues(a, b, v.d, v.shift)
     Copies(pair for site, v in adapter.lowered.items() for pair in zip(own[site][:2], v[:2], strict=True)).run()
     sites = {site: method.keep(adapter.plan.sites[site], values.sites[site], own[site]) for site in own}
-    adapter.values = replace(values.clone(sites=method.whole), **({} if method.whole else {"sites": sites}))
+    adapter.values = values.clone() if method.whole else replace(values.clone(sites=False), sites=sites)
     adapter.lowered, adapter.copies = own, None
     return adapter
 

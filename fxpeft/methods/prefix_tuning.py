@@ -102,14 +102,13 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
                 f"{base_class(model).__name__}: its layers have keys and values of different shapes, or share them; "
                 "prefix tuning is for models whose layers are alike"
             )
+        decoder = said.get("num_decoder_layers", said.get("decoder_layers"))
+        if config.task_type == "SEQ_2_SEQ_LM" and decoder not in (None, config.num_layers):
+            raise AdapterError(f"num_layers: the decoder has {decoder}, but PEFT's format takes the encoder's number, "
+                               f"{config.num_layers}")  # fmt: skip
         kinds = {str(k) for k in getattr(own, "layer_types", None) or ()}
         if any(not k.endswith("attention") or "linear" in k for k in kinds):
             raise AdapterError(f"{base_class(model).__name__} has layers without keys and values: {sorted(kinds)}")
-        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            raise AdapterError(
-                "prefix tuning doesn't work with gradient checkpointing, which drops the cache: call "
-                "model.gradient_checkpointing_disable() first"
-            )
 
 
 def _key_values(model: PreTrainedModel) -> dict[str, int]:

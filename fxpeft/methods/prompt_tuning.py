@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft.errors import AdapterError
-from fxpeft.methods.prompts import PromptLearningConfig, PromptMethod, PromptPlan
+from fxpeft.methods.base import SitePlan
+from fxpeft.methods.prompts import PromptLearningConfig, PromptMethod
 
 
 @dataclass
@@ -47,21 +48,21 @@ class PromptTuning(PromptMethod[PromptTuningConfig]):
     config_class = PromptTuningConfig
 
     def fresh(
-        self, model: nn.Module, config: PromptTuningConfig, plan: PromptPlan, device: torch.device
+        self, model: nn.Module, config: PromptTuningConfig, plan: SitePlan, device: torch.device
     ) -> dict[str, Tensor]:
         parameters = super().fresh(model, config, plan, device)
         if config.prompt_tuning_init == "RANDOM" or config.inference_mode:
             return parameters
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
         if config.prompt_tuning_init == "SAMPLE_VOCAB":
-            ids = torch.randint(0, embeddings.weight.shape[0], (plan.rows,))
+            ids = torch.randint(0, embeddings.weight.shape[0], (len(parameters["embedding"]),))
         else:
-            ids = torch.tensor(_text_ids(config, plan.rows))
+            ids = torch.tensor(_text_ids(config, len(parameters["embedding"])))
             most = embeddings.weight.shape[0]
             if int(ids.max()) >= most:
                 raise AdapterError(
-                    f"tokenizer_name_or_path: {config.tokenizer_name_or_path} gives token {int(ids.max())}, the model's "
-                    f"vocabulary ends at {most - 1}; is it another model's tokenizer?"
+                    f"tokenizer_name_or_path: {config.tokenizer_name_or_path} gives token {int(ids.max())}, the "
+                    f"model's vocabulary ends at {most - 1}; is it another model's tokenizer?"
                 )
         with torch.no_grad():
             rows: Tensor = embeddings(ids.to(embeddings.weight.device))

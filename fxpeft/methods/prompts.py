@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
@@ -84,6 +85,7 @@ class PromptPlan(SitePlan):
         prefix: keys and values for each layer, not embeddings.
         embed: the input embeddings' name, seen from the site.
         generates: the site has ``generate``.
+        layer: one of its layers that can be checkpointed, or ``""``.
     """
 
     rows: int
@@ -94,6 +96,7 @@ class PromptPlan(SitePlan):
     layers: int
     heads: int
     generates: bool
+    layer: str
 
     def feed(self, name: str, path: str, value: Any, container: str = "adapters") -> Feed:
         """How the site's forward gets the prompt that lies at ``container.path``.
@@ -102,11 +105,13 @@ class PromptPlan(SitePlan):
             value: a tensor ``[rows, width]``, or a module that gives it.
         """
         constants: dict[str, Any] = {"virtual": self.rank, "task": self.task}
+        reads = {"embed": self.embed}
         if self.prefix:
             constants |= {"layers": self.layers, "heads": self.heads}
+            reads |= {"layer": self.layer} if self.layer else {}
         return Feed(
-            name, cache_prompt if self.prefix else embed_prompt, {path: ("prompt", value)}, {"embed": self.embed},
-            constants, container, PromptGeneration if self.generates else FedModel,
+            name, cache_prompt if self.prefix else embed_prompt, {path: ("prompt", value)}, reads, constants,
+            container, PromptGeneration if self.generates else FedModel,
         )  # fmt: skip
 
 
@@ -144,8 +149,9 @@ class PromptMethod(Method[P]):
         """Width of the embedding that a fresh encoder reads."""
         return plan.width
 
-    def fresh(self, model: nn.Module, config: P, plan: PromptPlan, device: torch.device) -> dict[str, Tensor]:
+    def fresh(self, model: nn.Module, config: P, plan: SitePlan, device: torch.device) -> dict[str, Tensor]:
         """First values, in float32; under one seed they are PEFT's."""
+        assert isinstance(plan, PromptPlan)
         encoded = not config.inference_mode
         embedding = torch.empty(plan.rows, self.embedding_width(config, plan) if encoded else plan.width).normal_()
         parameters = {"embedding": embedding}
@@ -211,13 +217,13 @@ class PromptMethod(Method[P]):
         """
         if not isinstance(model, PreTrainedModel):
             raise AdapterError(f"{type(config).__name__}: expected a transformers model, found {type(model).__name__}")
+        site = self.site(model)
         config = self.resolve(model, config)
         assert config.num_virtual_tokens is not None
         assert config.token_dim is not None
         assert config.num_layers is not None
         assert config.num_attention_heads is not None
         assert config.task_type is not None
-        site = self.site(model)
         host = model.get_submodule(site)
         rows = config.num_virtual_tokens * (1 if self.in_cache else config.num_transformer_submodules or 1)
         width = config.token_dim * (2 * config.num_layers if self.in_cache else 1)
@@ -225,6 +231,7 @@ class PromptMethod(Method[P]):
             WHOLE_MODEL, config.num_virtual_tokens, 1.0, rows, width, self.in_cache, config.task_type,
             _embeddings_name(host), config.num_layers, config.num_attention_heads,
             site == "" and bool(base_class(model).can_generate()),  # type: ignore[attr-defined]
+            next((n for n, m in host.named_modules() if isinstance(m, GradientCheckpointingLayer)), ""),
         )  # fmt: skip
         return config, {site: plan}
 
@@ -255,7 +262,7 @@ class PromptMethod(Method[P]):
 
     def check(self, model: PreTrainedModel, config: P) -> None:
         """Refuse a width that isn't the model's."""
-        weight = model.get_input_embeddings().weight  # type: ignore[no-untyped-call]
+        weight: Any = model.get_input_embeddings().weight
         if weight.shape[1] != config.token_dim:
             raise AdapterError(
                 f"token_dim: expected {weight.shape[1]}, the width of {base_class(model).__name__}'s embeddings, found "
@@ -268,7 +275,7 @@ def first_number(config: Any, names: tuple[str, ...]) -> int:
     for name in names:
         if isinstance(value := getattr(config, name, None), int):
             return value
-    raise AdapterError(f"{type(config).__name__} has none of {', '.join(names)}; set the number in the adapter's config")
+    raise AdapterError(f"{type(config).__name__} has none of {', '.join(names)}; set it in the adapter's config")
 
 
 def infer_task(model: PreTrainedModel) -> str:
@@ -288,7 +295,8 @@ def forward_arguments(module: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def _embeddings_name(host: nn.Module) -> str:
-    embeddings = host.get_input_embeddings()  # type: ignore[operator]
-    return next(name for name, module in host.named_modules() if module is embeddings)
+    embeddings: object = host.get_input_embeddings()  # type: ignore[operator]
+    names = {module: name for name, module in host.named_modules()}
+    return names[embeddings]  # type: ignore[index]
 
 
