@@ -134,6 +134,8 @@ def _declare(
     saved = {path for a in adapters for path in a.values.saved}
     tensors = {path for a in adapters for path in a.values.tensors}
     if targets is None and set(methods) <= set(prompts_serving.PROMPT_METHODS):
+        if bias != "none":
+            raise AdapterError(f"bias: expected 'none' with {', '.join(methods)}: prompts bring none; found {bias!r}")
         saved.update(saved_modules(model, modules_to_save))
         return kinds, frozenset(saved), frozenset(tensors)
     if targets is None and not kinds:

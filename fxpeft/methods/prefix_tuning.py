@@ -102,6 +102,12 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
                 f"{base_class(model).__name__}: its layers have keys and values of different shapes, or share them; "
                 "prefix tuning is for models whose layers are alike"
             )
+        places = set((getattr(model, "hf_device_map", None) or {}).values()) - {"cpu", "disk"}
+        if len(places) > 1:
+            raise AdapterError(
+                f"prefix tuning doesn't work on a model that is split over {len(places)} devices: load it on one, or "
+                "use prompt tuning"
+            )
         decoder = said.get("num_decoder_layers", said.get("decoder_layers"))
         if config.task_type == "SEQ_2_SEQ_LM" and decoder not in (None, config.num_layers):
             raise AdapterError(f"num_layers: the decoder has {decoder}, but PEFT's format takes the encoder's number, "

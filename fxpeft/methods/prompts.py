@@ -295,8 +295,7 @@ def forward_arguments(module: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def _embeddings_name(host: nn.Module) -> str:
-    embeddings: object = host.get_input_embeddings()  # type: ignore[operator]
-    names = {module: name for name, module in host.named_modules()}
-    return names[embeddings]  # type: ignore[index]
+    names: dict[object, str] = {module: name for name, module in host.named_modules()}
+    return names[host.get_input_embeddings()]  # type: ignore[operator]
 
 
