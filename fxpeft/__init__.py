@@ -22,15 +22,23 @@ if _TYPE_CHECKING:
         set_scale,
         trainable_parameters,
     )
+    from fxpeft.allocator import AdaLoraCallback, RankAllocator
     from fxpeft.errors import AdapterError, CheckpointError
+    from fxpeft.methods import register
+    from fxpeft.methods.adalora import AdaLoraConfig
+    from fxpeft.methods.ia3 import IA3Config
     from fxpeft.methods.lora import LoraConfig
     from fxpeft.serving import hold, hotswap, prepare_hotswap, release_hotswap
 
 __version__ = _version("fxpeft")
 __all__ = [
+    "AdaLoraCallback",
+    "AdaLoraConfig",
     "AdapterError",
     "CheckpointError",
+    "IA3Config",
     "LoraConfig",
+    "RankAllocator",
     "active_adapters",
     "adapter_config",
     "adapter_state_dict",
@@ -43,6 +51,7 @@ __all__ = [
     "hotswap",
     "load_adapter",
     "prepare_hotswap",
+    "register",
     "release_hotswap",
     "remove",
     "save_adapter",
@@ -53,7 +62,11 @@ __all__ = [
 _MODULES = {
     **dict.fromkeys(("AdapterError", "CheckpointError"), "fxpeft.errors"),
     **dict.fromkeys(("hold", "hotswap", "prepare_hotswap", "release_hotswap"), "fxpeft.serving"),
+    **dict.fromkeys(("AdaLoraCallback", "RankAllocator"), "fxpeft.allocator"),
+    "AdaLoraConfig": "fxpeft.methods.adalora",
+    "IA3Config": "fxpeft.methods.ia3",
     "LoraConfig": "fxpeft.methods.lora",
+    "register": "fxpeft.methods",
 }
 
 

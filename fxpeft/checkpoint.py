@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, CheckpointError, listing
-from fxpeft.methods import method_named, method_of
+from fxpeft.methods import config_class, method_of
 from fxpeft.passes.base import attribute
 from fxpeft.plan import AdapterPlan, base_state
 from fxpeft.state import Adapter, Values
@@ -93,8 +93,7 @@ def read_config(find: Callable[[str], Path | None], source: str) -> AdapterConfi
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected an object, found {type(values).__name__}")
     try:
-        method = method_named(values.get("peft_type"), str(path))
-        config: AdapterConfig = method.config_class.from_dict(values, source=str(path))
+        config = config_class(values.get("peft_type"), str(path)).from_dict(values, source=str(path))
     except AdapterError as error:
         raise CheckpointError(str(error)) from error
     return config
@@ -126,7 +125,8 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for site, parameters in values.sites.items():
         keys = method.keys(adapter.plan.sites[site].kind)
-        tensors.update({f"{PREFIX}{site}.{keys[name]}": value for name, value in parameters.items()})
+        stored = method.stored(adapter.config, site, parameters)
+        tensors.update({f"{PREFIX}{site}.{keys[name]}": value for name, value in stored.items()})
     for path, parts in values.saved.items():
         tensors.update({f"{PREFIX}{path}.{k}": v for k, v in parts.items()})
     for path, tensor in values.tensors.items():
