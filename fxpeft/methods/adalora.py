@@ -155,7 +155,7 @@ class AdaLora(Method[AdaLoraConfig]):
         """How far A and B are from orthogonal, PEFT's ``AdaLoraModel.forward``."""
         terms = []
         for site in sites:
-            for p in (site.lora_A, site.lora_B.t()):
+            for p in (site.get_parameter("lora_A"), site.get_parameter("lora_B").t()):
                 covariance = p @ p.t()
                 identity = torch.eye(len(covariance), device=p.device, dtype=p.dtype)
                 terms.append(torch.linalg.matrix_norm(covariance - identity))
