@@ -22,7 +22,11 @@ if _TYPE_CHECKING:
         set_scale,
         trainable_parameters,
     )
+    from fxpeft.allocator import AdaLoraCallback, RankAllocator
     from fxpeft.errors import AdapterError, CheckpointError
+    from fxpeft.methods import register
+    from fxpeft.methods.adalora import AdaLoraConfig
+    from fxpeft.methods.ia3 import IA3Config
     from fxpeft.methods.lora import LoraConfig
     from fxpeft.methods.p_tuning import PromptEncoderConfig
     from fxpeft.methods.prefix_tuning import PrefixTuningConfig
@@ -31,12 +35,16 @@ if _TYPE_CHECKING:
 
 __version__ = _version("fxpeft")
 __all__ = [
+    "AdaLoraCallback",
+    "AdaLoraConfig",
     "AdapterError",
     "CheckpointError",
+    "IA3Config",
     "LoraConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptTuningConfig",
+    "RankAllocator",
     "active_adapters",
     "adapter_config",
     "adapter_state_dict",
@@ -49,6 +57,7 @@ __all__ = [
     "hotswap",
     "load_adapter",
     "prepare_hotswap",
+    "register",
     "release_hotswap",
     "remove",
     "save_adapter",
@@ -59,10 +68,14 @@ __all__ = [
 _MODULES = {
     **dict.fromkeys(("AdapterError", "CheckpointError"), "fxpeft.errors"),
     **dict.fromkeys(("hold", "hotswap", "prepare_hotswap", "release_hotswap"), "fxpeft.serving"),
+    **dict.fromkeys(("AdaLoraCallback", "RankAllocator"), "fxpeft.allocator"),
+    "AdaLoraConfig": "fxpeft.methods.adalora",
+    "IA3Config": "fxpeft.methods.ia3",
     "LoraConfig": "fxpeft.methods.lora",
     "PrefixTuningConfig": "fxpeft.methods.prefix_tuning",
     "PromptEncoderConfig": "fxpeft.methods.p_tuning",
     "PromptTuningConfig": "fxpeft.methods.prompt_tuning",
+    "register": "fxpeft.methods",
 }
 
 

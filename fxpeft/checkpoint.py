@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, CheckpointError, listing
-from fxpeft.methods import method_named, method_of
+from fxpeft.methods import config_class, method_of
 from fxpeft.passes.base import attribute
 from fxpeft.plan import AdapterPlan, base_state
 from fxpeft.state import Adapter, Values
@@ -92,8 +92,7 @@ def read_config(find: Callable[[str], Path | None], source: str) -> AdapterConfi
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected an object, found {type(values).__name__}")
     try:
-        method = method_named(values.get("peft_type"), str(path))
-        config: AdapterConfig = method.config_class.from_dict(values, source=str(path))
+        config = config_class(values.get("peft_type"), str(path)).from_dict(values, source=str(path))
     except AdapterError as error:
         raise CheckpointError(str(error)) from error
     return config
@@ -124,7 +123,9 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
     method, values = method_of(adapter.config), adapter.current()
     tensors: dict[str, Tensor] = {}
     for site, parameters in values.sites.items():
-        tensors.update(method.stored(adapter.config, site, adapter.plan.sites[site], parameters))
+        plan = adapter.plan.sites[site]
+        stored = method.stored(adapter.config, site, plan, parameters)
+        tensors.update({method.key(site, plan, name): value for name, value in stored.items()})
     for path, parts in values.saved.items():
         tensors.update({f"{method.prefix}{path}.{k}": v for k, v in parts.items()})
     for path, tensor in values.tensors.items():
@@ -201,7 +202,8 @@ def assign(model: nn.Module, plan: AdapterPlan, found: Checkpoint, *, check_fini
         return tensor
 
     for site, site_plan in plan.sites.items():
-        taken = {n: take(method.key(site, site_plan, n), s) for n, s in method.shapes(config, site_plan).items()}
+        keys = {n: _short(method.key(site, site_plan, n), method.prefix) for n in method.shapes(config, site_plan)}
+        taken = {n: take(keys[n], s) for n, s in method.shapes(config, site_plan).items()}
         values.sites[site] = {n: t for n, t in taken.items() if t is not None}
     for path in plan.saved:
         own = base_state(model.get_submodule(path))

@@ -96,9 +96,10 @@ def make_plan(model: nn.Module, config: AdapterConfig, *, heads: bool = True) ->
 def _resolve(model: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig, heads: bool) -> AdapterConfig:
     config = _with_heads(copy.deepcopy(config), heads)
     if config.target_modules is None:
-        config.target_modules = default_targets(model)
+        config.target_modules = default_targets(model, method_of(config).name)
     elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config.target_modules = all_linear(model, modules, config.task_type)
+    method_of(config).resolve(config, model)
     return config
 
 
@@ -165,8 +166,8 @@ def _bias_names(modules: dict[str, nn.Module], mode: str, sites: dict[str, SiteP
 
 def _check_patterns(config: AdapterConfig, sites: dict[str, SitePlan]) -> None:
     """A pattern that matches no site is a typo; PEFT would ignore it silently."""
-    for name in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, name, {}):
+    for name in config.patterns:
+        for pattern in getattr(config, name, None) or {}:
             if not any(re.match(rf"(.*\.)?({pattern})$", site) for site in sites):
                 raise AdapterError(f"{name}: {pattern!r} matches none of the adapter's {len(sites)} sites")
 

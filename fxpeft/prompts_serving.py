@@ -17,7 +17,7 @@ from fxpeft.methods.prompts import PromptLearningConfig, PromptMethod, PromptPla
 from fxpeft.passes.live import Container, feed_module, is_bound, unbind
 from fxpeft.state import Adapter, placement
 
-PROMPT_METHODS = tuple(name.lower() for name, method in METHODS.items() if isinstance(method, PromptMethod))
+PROMPT_METHODS = {method.name: method for method in METHODS if isinstance(method, PromptMethod)}
 
 
 class PromptSlot(Container):
@@ -66,8 +66,7 @@ def declare(
         raise AdapterError(f"{wanted[0]}: expected num_virtual_tokens, the length of the prompts to come, found None")
     if num_virtual_tokens is None:
         return own[0]
-    method = METHODS[wanted[0].upper()]
-    assert isinstance(method, PromptMethod)
+    method = PROMPT_METHODS[wanted[0]]
     config: PromptLearningConfig = method.config_class(num_virtual_tokens=num_virtual_tokens)
     _, sites = method.find(model, config)
     site, plan = next(iter(sites.items()))
@@ -89,7 +88,7 @@ def lower(slot: PromptSlot | None, adapter: Adapter) -> list[str]:
         return []
     site, plan = next(iter(adapter.plan.sites.items()))
     assert isinstance(plan, PromptPlan)
-    name = type(method).peft_type.lower()
+    name = method.name
     if slot is None:
         return [f"{name}: has no slot; declare methods=({name!r},), num_virtual_tokens={plan.rank}"]
     own = slot.plan

@@ -16,11 +16,12 @@ from fxpeft import checkpoint, prompts_serving
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
 from fxpeft.lock import guard_forwards, unguard_forwards
-from fxpeft.methods import method_of
+from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.base import PassError, attribute
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
 from fxpeft.passes.slot import LEAST, ActiveRank, Slot
+from fxpeft.penalty import unwatch_loss, watch_loss
 from fxpeft.plan import AdapterPlan, make_plan, saved_modules
 from fxpeft.state import (
     Adapter,
@@ -38,7 +39,7 @@ from fxpeft.state import (
     state_of,
     unwrap,
 )  # fmt: skip
-from fxpeft.swap import METHODS, Serving, activate, check_ranks, lower, serving_of, settle
+from fxpeft.swap import Serving, activate, check_gains, check_ranks, lower, serving_of, settle
 
 
 def prepare_hotswap(
@@ -63,8 +64,9 @@ def prepare_hotswap(
         targets: as ``target_modules``; the union over all adapters to come. Default: the sites of
             the model's adapters, or ``"all-linear"`` where it has none.
         exclude: as ``exclude_modules``.
-        methods: what the slots have to serve: ``"lora"``; ``"lora_bias"`` for LoRA with a bias of B;
-            ``"prompt_tuning"`` and ``"p_tuning"``, or ``"prefix_tuning"``.
+        methods: what the slots have to serve: ``"lora"``, ``"lora_bias"`` (a bias of B), ``"dora"``,
+            ``"ia3"``, ``"adalora"``, ``"prompt_tuning"`` and ``"p_tuning"`` or ``"prefix_tuning"``. Where
+            only LoRA is declared, the graph holds no gain and no shift.
         num_virtual_tokens: length of every prompt to come, for the prompt methods.
         modules_to_save, bias: as in :class:`~fxpeft.LoraConfig`, for adapters that bring them.
         rank: ``"dynamic"``: pay for the rank in use; ``"static"``: pay for ``max_rank``, in a
@@ -74,9 +76,11 @@ def prepare_hotswap(
         AdapterError: unknown targets or methods, or an adapter that doesn't fit; nothing was changed.
     """
     model = unwrap(model)
-    unknown = [m for m in methods if m not in METHODS]
-    if unknown:
-        raise AdapterError(f"methods: expected some of {', '.join(METHODS)}, found {', '.join(unknown)}")
+    known = slot_needs()
+    unknown = [m for m in methods if m not in known]
+    if isinstance(methods, str) or unknown:
+        found = repr(methods) if isinstance(methods, str) else ", ".join(unknown)
+        raise AdapterError(f"methods: expected a sequence of some of {', '.join(known)}, found {found}")
     if max_rank < LEAST:
         raise AdapterError(f"max_rank: expected at least {LEAST}, found {max_rank}")
     if rank not in ("dynamic", "static"):
@@ -95,9 +99,10 @@ def prepare_hotswap(
     if prompts is not None:
         serving.prompts = prompts_serving.PromptSlot.of(model, *prompts)
     # everything that can be refused is refused on copies, before the model is touched
-    trial = [lower(serving, Adapter(a.name, a.plan, a.current(), a.strength)) for a in adapters]
+    trial = [lower(model, serving, Adapter(a.name, a.plan, a.current(), a.strength)) for a in adapters]
     active = existing.active if existing is not None else []
     check_ranks(serving, [a for a in trial if a.name in active])
+    check_gains([a for a in trial if a.name in active])
 
     state = ensure_state(model)
     for adapter in adapters:
@@ -114,9 +119,10 @@ def prepare_hotswap(
             drop_state(model)
         raise AdapterError(str(error)) from None
     state.serving = serving
+    unwatch_loss(model)
     guard_forwards(model)
     for adapter in adapters:
-        settle(lower(serving, adapter))
+        settle(lower(model, serving, adapter))
     activate(model, state, state.running())
 
 
@@ -161,6 +167,7 @@ def release_hotswap(model: nn.Module) -> None:
         attach(model, adapter)
     rebind(hosts(model, state.adapters.values()), state.running())
     set_trainable(state)
+    watch_loss(model, state)
     if not state.adapters:
         drop_state(model)
 
@@ -219,7 +226,7 @@ def hotswap(
         )  # fmt: skip
     plan = plan_for(model, serving, found.config)
     values = checkpoint.assign(model, plan, found, check_finite=check_finite)
-    new = settle(lower(serving, Adapter(name, plan, values, old.strength)))
+    new = settle(lower(model, serving, Adapter(name, plan, values, old.strength)))
     active = [new if n == name else state.adapters[n] for n in state.active]
     check_together(active)
     if state.enabled and name in state.active:
@@ -239,7 +246,7 @@ def hold(model: nn.Module) -> AbstractContextManager[None]:
 
 def install(model: nn.Module, state: ModelState, adapter: Adapter) -> None:
     """Add an adapter to the store of a prepared model and make it the active one."""
-    settle(lower(serving_of(state), adapter))
+    settle(lower(model, serving_of(state), adapter))
     activate(model, state, [adapter] if state.enabled else [])
     state.adapters[adapter.name] = adapter
     state.active = [adapter.name]
@@ -247,7 +254,7 @@ def install(model: nn.Module, state: ModelState, adapter: Adapter) -> None:
 
 def rescale(model: nn.Module, state: ModelState, name: str, strength: float) -> None:
     """Change an adapter's strength in the slots."""
-    changed = replace(state.get(name), strength=strength)
+    changed = lower(model, serving_of(state), replace(state.get(name), strength=strength))
     if state.enabled and name in state.active:
         activate(model, state, [changed if n == name else state.adapters[n] for n in state.active])
     state.adapters[name] = changed
@@ -285,7 +292,7 @@ def _bind_slots(model: nn.Module, serving: Serving) -> None:
         if site in serving.kinds:
             device, dtype = placement(module, model, autocast=False)
             place = serving.slots[site] = Slot(
-                serving.kinds[site], serving.max_rank, serving.rank, shift="shift" in serving.parts, device=device,
+                serving.kinds[site], serving.max_rank, serving.rank, features=serving.features, device=device,
                 dtype=dtype,
             )  # fmt: skip
             rewrites.append(place.rewrite())

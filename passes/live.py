@@ -17,14 +17,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import fx, nn
-from torch.fx import GraphModule
+from torch import Tensor, fx, nn
+from torch.fx import GraphModule, Node
 
-from fxpeft.passes.base import PassError
+from fxpeft.passes.base import PassError, attribute
 from fxpeft.passes.feed import Feed, FeedPass, call_graph
 from fxpeft.passes.inject import InjectPass, Rewrite
 from fxpeft.passes.kinds import Kind
-from fxpeft.passes.match import TARGET, MatchPass, Target, Unsupported, module_kind, read_target
+from fxpeft.passes.match import TARGET, MatchPass, Target, Unsupported, module_kind, operands, read_target
 from fxpeft.passes.pipeline import Pipeline, graph_text
 from fxpeft.passes.redirect import RedirectPass
 from fxpeft.passes.torch_private import import_block
@@ -92,6 +92,26 @@ def kind_of(module: nn.Module) -> Kind:
     if key not in _kinds:
         _kinds[key] = target_of(trace_module(module)).kind
     return _kinds[key]
+
+
+def base_weight(module: nn.Module) -> Tensor:
+    """A target's own weight as a view ``[out, in, ...]``, however it is stored.
+
+    Raises:
+        PassError: the module is no target, or its weight is not plain: quantised, for instance.
+    """
+    traced = trace_module(module)
+    node = next(node for node in traced.graph.nodes if TARGET in node.meta)
+    found, flip, _ = operands(traced, node)
+    while isinstance(found, Node) and found.op != "get_attr":
+        found, flip = found.all_input_nodes[0], not flip  # the graph transposes it itself
+    weight = attribute(traced, found if isinstance(found, str) else str(found.target))
+    kind: Kind = node.meta[TARGET].kind
+    view: Tensor = weight.t() if flip else weight
+    if type(weight) not in (Tensor, nn.Parameter) or tuple(view.shape[:1]) != (kind.out_features,):
+        found_type = f"{base_class(module).__name__}.weight is a {type(weight).__name__}"
+        raise PassError(f"expected a plain tensor as weight: {found_type} {tuple(weight.shape)}")
+    return view.detach()
 
 
 def _trace_inside(module: nn.Module) -> GraphModule | None:

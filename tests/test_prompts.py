@@ -121,7 +121,7 @@ def test_a_prompt_together_with_lora() -> None:
 def test_a_prompt_has_no_scale() -> None:
     model = prompted()
     before = logits(model)
-    with pytest.raises(AdapterError, match="'default' is a prompt: there is no update to scale"):
+    with pytest.raises(AdapterError, match="'default': prompt_tuning has no scale to change"):
         fxpeft.set_scale(model, "default", 0.5)
     assert torch.equal(logits(model), before)
 

@@ -59,6 +59,7 @@ class LstmEncoder(nn.Module):
 class PTuning(PromptMethod[PromptEncoderConfig]):
     """Trained with its network; saved, loaded and served as the rows that come out of it."""
 
+    name = "p_tuning"
     peft_type = "P_TUNING"
     config_class = PromptEncoderConfig
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fxpeft.errors import AdapterError
-from fxpeft.methods.base import SitePlan
+from fxpeft.methods.base import Base, SitePlan
 from fxpeft.methods.prompts import (
     HEADS,
     HIDDEN,
@@ -49,6 +49,7 @@ class PrefixTuningConfig(PromptLearningConfig):
 class PrefixTuning(PromptMethod[PrefixTuningConfig]):
     """A row holds key and value of one virtual token in every layer; an encoder-decoder's decoder gets them."""
 
+    name = "prefix_tuning"
     peft_type = "PREFIX_TUNING"
     config_class = PrefixTuningConfig
     in_cache = True
@@ -63,7 +64,9 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
     def embedding_width(self, config: PrefixTuningConfig, plan: PromptPlan) -> int:
         return plan.width // (2 * plan.layers) if config.prefix_projection else plan.width
 
-    def initialise(self, config: PrefixTuningConfig, plan: SitePlan, parameters: Mapping[str, Tensor]) -> None:
+    def initialise(
+        self, config: PrefixTuningConfig, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base
+    ) -> None:
         if config.init_weights != "zero":
             return
         last = [name for name in parameters if name.startswith("encoder.2.")] or ["embedding"]
@@ -78,8 +81,8 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
                 return name
         raise AdapterError(f"{base_class(model).__name__}.forward takes no past_key_values, so no prefix")
 
-    def resolve(self, model: PreTrainedModel, config: PrefixTuningConfig) -> PrefixTuningConfig:
-        resolved = super().resolve(model, config)
+    def resolved(self, model: PreTrainedModel, config: PrefixTuningConfig) -> PrefixTuningConfig:
+        resolved = super().resolved(model, config)
         grouped = getattr(model.config.get_text_config(), "num_key_value_heads", None) is not None
         for name, expected in _key_values(model).items():
             # for grouped queries PEFT replaces heads and width, so that those of the queries can stand there

@@ -44,6 +44,7 @@ class PromptTuningConfig(PromptLearningConfig):
 class PromptTuning(PromptMethod[PromptTuningConfig]):
     """The rows are added to the embeddings; an encoder-decoder's encoder gets them."""
 
+    name = "prompt_tuning"
     peft_type = "PROMPT_TUNING"
     config_class = PromptTuningConfig
 

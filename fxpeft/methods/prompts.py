@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
-from fxpeft.methods.base import Method, SiteAdapter, SitePlan, SlotValues
+from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.passes.feed import Feed
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.live import base_class
@@ -158,7 +158,7 @@ class PromptMethod(Method[P]):
         encoder = self.encoder(config, plan) if encoded else None
         if encoder is not None:
             parameters |= {f"encoder.{name}": value.detach() for name, value in encoder.named_parameters()}
-        self.initialise(config, plan, parameters)
+        self.initialise(config, plan, parameters, Base(model))
         return {name: value.to(device) for name, value in parameters.items()}
 
     def part(
@@ -184,7 +184,7 @@ class PromptMethod(Method[P]):
         return found.detach()
 
     def stored(self, config: P, site: str, plan: SitePlan, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"prompt_embeddings": self.prompt(config, plan, parameters)}
+        return {"embedding": self.prompt(config, plan, parameters)}
 
     def key(self, site: str, plan: SitePlan, name: str) -> str:
         return "prompt_embeddings"
@@ -196,17 +196,20 @@ class PromptMethod(Method[P]):
         assert isinstance(plan, PromptPlan)
         return {"embedding": (plan.rows, plan.width)}
 
-    def initialise(self, config: P, plan: SitePlan, parameters: Mapping[str, Tensor]) -> None:
+    def initialise(self, config: P, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
         """PEFT leaves what ``nn.Embedding`` and the encoder's layers begin with."""
 
     def rewrite(self, name: str, config: P, site: SiteAdapter) -> Feed:
         assert isinstance(site.plan, PromptPlan)
-        return site.plan.feed(f"{self.peft_type.lower()}:{name}", name, site)
+        return site.plan.feed(f"{self.name}:{name}", name, site)
+
+    def scales(self, config: P) -> bool:
+        return False
 
     def plan(self, config: P, site: str, kind: Kind) -> SitePlan:
         raise AdapterError(f"{site}: a prompt has no target modules")
 
-    def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor]) -> SlotValues:
+    def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
         raise AdapterError("a prompt has no slot at a target; see fxpeft.prompts_serving")
 
     def find(self, model: nn.Module, config: P) -> tuple[P, dict[str, SitePlan]]:
@@ -218,7 +221,7 @@ class PromptMethod(Method[P]):
         if not isinstance(model, PreTrainedModel):
             raise AdapterError(f"{type(config).__name__}: expected a transformers model, found {type(model).__name__}")
         site = self.site(model)
-        config = self.resolve(model, config)
+        config = self.resolved(model, config)
         assert config.num_virtual_tokens is not None
         assert config.token_dim is not None
         assert config.num_layers is not None
@@ -241,7 +244,7 @@ class PromptMethod(Method[P]):
             raise AdapterError(f"{base_class(model).__name__}.forward takes no inputs_embeds, so no virtual tokens")
         return ""
 
-    def resolve(self, model: PreTrainedModel, config: P) -> P:
+    def resolved(self, model: PreTrainedModel, config: P) -> P:
         """PEFT's ``_prepare_prompt_learning_config``; what the config says and the model can't take is an error."""
         config, own = copy.deepcopy(config), model.config.get_text_config()
         config.task_type = config.task_type or infer_task(model)
