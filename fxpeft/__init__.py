@@ -23,6 +23,7 @@ if _TYPE_CHECKING:
         trainable_parameters,
     )
     from fxpeft.errors import AdapterError, CheckpointError
+    from fxpeft.integrations.transformers import install, uninstall
     from fxpeft.methods.lora import LoraConfig
     from fxpeft.serving import hold, hotswap, prepare_hotswap, release_hotswap
 
@@ -41,6 +42,7 @@ __all__ = [
     "enable_adapters",
     "hold",
     "hotswap",
+    "install",
     "load_adapter",
     "prepare_hotswap",
     "release_hotswap",
@@ -49,10 +51,12 @@ __all__ = [
     "set_adapter",
     "set_scale",
     "trainable_parameters",
+    "uninstall",
 ]
 _MODULES = {
     **dict.fromkeys(("AdapterError", "CheckpointError"), "fxpeft.errors"),
     **dict.fromkeys(("hold", "hotswap", "prepare_hotswap", "release_hotswap"), "fxpeft.serving"),
+    **dict.fromkeys(("install", "uninstall"), "fxpeft.integrations.transformers"),
     "LoraConfig": "fxpeft.methods.lora",
 }
 

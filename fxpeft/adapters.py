@@ -314,6 +314,25 @@ def install_adapter(model: nn.Module, adapter: Adapter) -> None:
         raise
 
 
+def exchange(model: nn.Module, state: ModelState, new: Adapter) -> None:
+    """Put an adapter in the place of an attached one of the same name; on an error the old one is back."""
+    old = state.get(new.name)
+    touched = hosts(model, [old, new])
+    check_together([new if name == new.name else state.adapters[name] for name in state.active])
+    detach(model, old)
+    try:
+        attach(model, new)
+        state.adapters[new.name] = new
+        rebind(touched, state.running())
+    except BaseException:
+        detach(model, new)
+        attach(model, old)
+        state.adapters[old.name] = old
+        rebind(touched, state.running())
+        raise
+    set_trainable(state)
+
+
 def _switch(model: nn.Module, state: ModelState, names: list[str], enabled: bool) -> None:
     """Rebind the modules of the adapters that come or go; on an error everything is bound as before."""
     old, old_enabled = state.active, state.enabled

@@ -206,12 +206,17 @@ def hotswap(
         )  # fmt: skip
     plan = plan_for(model, serving, found.config)
     values = checkpoint.assign(model, plan, found, check_finite=check_finite)
-    new = settle(lower(serving, Adapter(name, plan, values, old.strength)))
-    active = [new if n == name else state.adapters[n] for n in state.active]
+    replace_adapter(model, state, Adapter(name, plan, values, old.strength))
+
+
+def replace_adapter(model: nn.Module, state: ModelState, adapter: Adapter) -> None:
+    """Put an adapter in the place of the one of its name in a prepared model, active where that is."""
+    new = settle(lower(serving_of(state), adapter))
+    active = [new if n == new.name else state.adapters[n] for n in state.active]
     check_together(active)
-    if state.enabled and name in state.active:
+    if state.enabled and new.name in state.active:
         activate(model, state, active)
-    state.adapters[name] = new
+    state.adapters[new.name] = new
 
 
 def hold(model: nn.Module) -> AbstractContextManager[None]:
