@@ -156,10 +156,8 @@ def test_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
 def test_compiled_training_compiles_once(tmp_path: Path) -> None:
     eager, compiled = adapted(), adapted()
     trainer(eager, tmp_path / "a").train()
-    torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True), count_graphs() as count:
         trainer(compiled, tmp_path / "b", torch_compile=True, torch_compile_backend="aot_eager").train()
-    torch._dynamo.reset()
     assert (count.graphs, count.breaks) == (1, ())
     mine, theirs = values(eager), values(compiled)
     assert all(torch.allclose(mine[key], theirs[key], atol=1e-5) for key in mine)
