@@ -103,7 +103,7 @@ FAMILIES: dict[str, Family] = {
             tf.Qwen3MoeForCausalLM, tf.Qwen3MoeConfig, num_experts=3, moe_intermediate_size=20, head_dim=8,
             decoder_sparse_step=2, **MOE,
         ),
-        text, QV, KO,
+        text, ["q_proj", "v_proj"], ["k_proj", "o_proj"],
     ),
     "gpt2": Family(
         _made(
