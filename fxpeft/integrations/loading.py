@@ -27,6 +27,10 @@ from fxpeft.plan import AdapterPlan, make_plan
 from fxpeft.serving import plan_for
 from fxpeft.state import Values, find_state, placement
 
+# expert projections as checkpoints of transformers 4 name them -> the parameter that holds them since 5
+FUSED = dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj") | dict.fromkeys(
+    ("down_proj", "w2"), "down_proj"
+)
 DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -147,6 +151,7 @@ def fit(model: PreTrainedModel, found: Checkpoint, *, trainable: bool) -> Fitted
     """
     config = copy.deepcopy(found.config)
     config.inference_mode = not trainable
+    check_experts(model, config)
     state = find_state(model)
     slots = None if state is None else state.serving
     plan = make_plan(model, config, heads=False) if slots is None else plan_for(model, slots, config)
@@ -157,6 +162,12 @@ def fit(model: PreTrainedModel, found: Checkpoint, *, trainable: bool) -> Fitted
         raise CheckpointError(
             f"{found.source}: none of its {len(found.tensors)} tensors belongs to one of the {len(plan.sites)} sites "
             f"that its config selects in {type(model).__name__}; is it an adapter of another base model?"
+        )
+    experts = [key for key in misfit.unexpected if ".experts." in key]
+    if experts:
+        raise CheckpointError(
+            f"{found.source}: {len(experts)} of its tensors belong to experts, which {type(model).__name__} holds "
+            f"fused; adapters on those are not supported. The first is {experts[0]}"
         )
     if misfit.missing or misfit.mismatched:
         _complete(values, fresh_values(model, plan, autocast=trainable))
@@ -191,6 +202,29 @@ def _aligned(model: PreTrainedModel, plan: AdapterPlan, tensors: Mapping[str, Te
     )
     sites = tuple(f"{site}." for site in plan.sites)
     return next((v for v in variants if any(key.startswith(sites) for key in v)), short)
+
+
+def check_experts(model: PreTrainedModel, config: AdapterConfig) -> None:
+    """Refuse names of expert projections that the model holds fused in one parameter.
+
+    PEFT adapts that parameter then; adapting only the dense modules of the same name would differ
+    from it in silence.
+    """
+    if config.target_modules is None or isinstance(config.target_modules, str):
+        return
+    fused: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        leaf = name.rpartition(".")[2]
+        if leaf in FUSED.values() and parameter.ndim == 3:
+            fused.setdefault(leaf, name)
+    for target in config.target_modules:
+        place = fused.get(FUSED.get(target.rpartition(".")[2], ""))
+        if place is not None:
+            raise AdapterError(
+                f"target_modules: {target!r} names projections of experts, which {type(model).__name__} holds fused in "
+                f"{place}; adapters on such parameters are not supported. Leave the name out, or select dense modules "
+                "with one regular expression"
+            )
 
 
 def split_adapter_kwargs(source: object, kwargs: dict[str, Any]) -> dict[str, Any]:

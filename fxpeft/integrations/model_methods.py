@@ -56,6 +56,7 @@ def add_adapter(self: PreTrainedModel, adapter_config: AdapterConfig, adapter_na
     _check_type(self, config)
     # Transformers notes the base in the caller's own object
     adapter_config.base_model_name_or_path = config.base_model_name_or_path = vars(self).get("name_or_path") or None
+    loading.check_experts(self, config)
     plan = make_plan(self, config, heads=False)
     adapters.check_name(self, name)
     leave_slots(self)

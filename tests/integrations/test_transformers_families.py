@@ -106,3 +106,20 @@ def test_compiled_swaps(name: str, tmp_path: Path) -> None:
             model.load_adapter(str(tmp_path / folder), "default")
             assert torch.allclose(outputs(compiled, family), expected[folder], atol=1e-4)
     assert counter.frame_count == graphs > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"), [("qwen3 moe", ["q_proj", "mlp.down_proj"]), ("mixtral", ["q_proj", "w1"])]
+)
+def test_fused_experts_are_refused(name: str, targets: list[str]) -> None:
+    # PEFT would adapt the fused parameter: adapting the dense layers alone would differ in silence
+    model = FAMILIES[name].build()
+    with pytest.raises(fxpeft.AdapterError, match=r"projections of experts, .* holds fused in .*\.mlp\.experts\."):
+        model.add_adapter(fxpeft.LoraConfig(target_modules=targets))
+    model.add_adapter(fxpeft.LoraConfig(target_modules=r".*\.q_proj|.*layers\.0\.mlp\.down_proj"))
+    tensors = model.get_adapter_state_dict()
+    tensors["model.layers.1.mlp.experts.0.down_proj.lora_A.weight"] = torch.zeros(8, 20)
+    other = FAMILIES[name].build()
+    with pytest.raises(fxpeft.CheckpointError, match="1 of its tensors belong to experts"):
+        other.load_adapter(peft_config=model.peft_config["default"], adapter_state_dict=tensors)
+    assert not hasattr(other, "peft_config")
