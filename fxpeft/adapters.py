@@ -20,7 +20,7 @@ from fxpeft.methods import method_of
 from fxpeft.methods.base import SiteAdapter
 from fxpeft.passes.base import PassError, attribute
 from fxpeft.passes.live import unbind
-from fxpeft.plan import AdapterPlan, base_state, make_plan
+from fxpeft.plan import AdapterPlan, base_state, base_value, base_values, make_plan
 from fxpeft.state import (
     Adapter,
     ModelState,
@@ -31,6 +31,7 @@ from fxpeft.state import (
     drop_state,
     ensure_state,
     find_state,
+    home,
     hosts,
     placement,
     rebind,
@@ -272,10 +273,10 @@ def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Valu
         method.initialise(config, site_plan, parameters)
         values.sites[site] = parameters
     for path in plan.saved:
-        state = base_state(model.get_submodule(path))
+        state = base_values(model.get_submodule(path))
         values.saved[path] = {key: tensor.detach().clone() for key, tensor in state.items()}
     for path in plan.tensors:
-        values.tensors[path] = attribute(model, path).detach().clone()
+        values.tensors[path] = base_value(model, path).detach().clone()
     return values
 
 
@@ -286,10 +287,11 @@ def placed(model: nn.Module, values: Values, *, autocast: bool) -> Values:
         device, _ = placement(model.get_submodule(site), model, autocast)
         out.sites[site] = {key: _cast(value, device, autocast) for key, value in parameters.items()}
     for path, parts in values.saved.items():
-        own = base_state(model.get_submodule(path))
-        out.saved[path] = {key: value.to(own[key], copy=True) for key, value in parts.items()}
+        module = model.get_submodule(path)
+        own = base_state(module)
+        out.saved[path] = {key: _beside(value, own[key], module) for key, value in parts.items()}
     for path, value in values.tensors.items():
-        out.tensors[path] = value.to(attribute(model, path), copy=True)
+        out.tensors[path] = _beside(value, attribute(model, path), model.get_submodule(path.rpartition(".")[0]))
     return out
 
 
@@ -360,6 +362,10 @@ def _only_active(state: ModelState) -> str:
     if len(state.active) != 1:
         raise AdapterError(f"{len(state.active)} adapters are active; say which one: {', '.join(state.adapters)}")
     return state.active[0]
+
+
+def _beside(value: Tensor, own: Tensor, module: nn.Module) -> Tensor:
+    return value.to(device=home(own, module), dtype=own.dtype, copy=True)
 
 
 def _cast(value: Tensor, device: torch.device, autocast: bool) -> Tensor:

@@ -17,10 +17,10 @@ from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
 from fxpeft.lock import guard_forwards, unguard_forwards
 from fxpeft.methods.lora import LoraConfig
-from fxpeft.passes.base import PassError, attribute
+from fxpeft.passes.base import PassError
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
 from fxpeft.passes.slot import LEAST, ActiveRank, Slot
-from fxpeft.plan import AdapterPlan, make_plan
+from fxpeft.plan import AdapterPlan, base_value, base_values, make_plan
 from fxpeft.state import (
     Adapter,
     ModelState,
@@ -257,11 +257,13 @@ def _bind_slots(model: nn.Module, serving: Serving) -> None:
     redirects: dict[str, dict[str, tuple[str, Tensor]]] = {}
     for path in serving.tensors:
         site, _, leaf = path.rpartition(".")
-        redirects.setdefault(site, {})[leaf] = (leaf, attribute(model, path).detach().clone())
+        redirects.setdefault(site, {})[leaf] = (leaf, base_value(model, path).detach().clone())
     for path in serving.saved:
         module = model.get_submodule(path)
         unbind(module)
-        serving.copies[path] = _transient(bare_copy(module))
+        copied = bare_copy(module)
+        copied.load_state_dict({k: v.detach().clone() for k, v in base_values(module).items()}, assign=True)
+        serving.copies[path] = _transient(copied)
         holder = Container()
         holder.add_module("module", serving.copies[path])
         module.add_module("slot", holder)
