@@ -24,6 +24,7 @@ if _TYPE_CHECKING:
     )
     from fxpeft.allocator import AdaLoraCallback, RankAllocator
     from fxpeft.errors import AdapterError, CheckpointError
+    from fxpeft.integrations.transformers import install, uninstall
     from fxpeft.methods import register
     from fxpeft.methods.adalora import AdaLoraConfig
     from fxpeft.methods.ia3 import IA3Config
@@ -55,6 +56,7 @@ __all__ = [
     "enable_adapters",
     "hold",
     "hotswap",
+    "install",
     "load_adapter",
     "prepare_hotswap",
     "register",
@@ -64,6 +66,7 @@ __all__ = [
     "set_adapter",
     "set_scale",
     "trainable_parameters",
+    "uninstall",
 ]
 _MODULES = {
     **dict.fromkeys(("AdapterError", "CheckpointError"), "fxpeft.errors"),
@@ -71,6 +74,7 @@ _MODULES = {
     **dict.fromkeys(("AdaLoraCallback", "RankAllocator"), "fxpeft.allocator"),
     "AdaLoraConfig": "fxpeft.methods.adalora",
     "IA3Config": "fxpeft.methods.ia3",
+    **dict.fromkeys(("install", "uninstall"), "fxpeft.integrations.transformers"),
     "LoraConfig": "fxpeft.methods.lora",
     "PrefixTuningConfig": "fxpeft.methods.prefix_tuning",
     "PromptEncoderConfig": "fxpeft.methods.p_tuning",

@@ -22,7 +22,7 @@ from fxpeft.methods.prompts import PromptMethod
 from fxpeft.passes.base import PassError, attribute
 from fxpeft.passes.live import unbind
 from fxpeft.penalty import unwatch_loss, watch_loss
-from fxpeft.plan import AdapterPlan, base_state, make_plan
+from fxpeft.plan import AdapterPlan, base_state, base_value, base_values, make_plan
 from fxpeft.state import (
     Adapter,
     ModelState,
@@ -33,6 +33,7 @@ from fxpeft.state import (
     drop_state,
     ensure_state,
     find_state,
+    home,
     hosts,
     placement,
     rebind,
@@ -281,10 +282,10 @@ def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Valu
         method.initialise(config, site_plan, parameters, Base(model.get_submodule(site)))
         values.sites[site] = parameters
     for path in plan.saved:
-        state = base_state(model.get_submodule(path))
+        state = base_values(model.get_submodule(path))
         values.saved[path] = {key: tensor.detach().clone() for key, tensor in state.items()}
     for path in plan.tensors:
-        values.tensors[path] = attribute(model, path).detach().clone()
+        values.tensors[path] = base_value(model, path).detach().clone()
     return values
 
 
@@ -295,10 +296,11 @@ def placed(model: nn.Module, values: Values, *, autocast: bool) -> Values:
         device, _ = placement(model.get_submodule(site), model, autocast)
         out.sites[site] = {key: _cast(value, device, autocast) for key, value in parameters.items()}
     for path, parts in values.saved.items():
-        own = base_state(model.get_submodule(path))
-        out.saved[path] = {key: value.to(own[key], copy=True) for key, value in parts.items()}
+        module = model.get_submodule(path)
+        own = base_state(module)
+        out.saved[path] = {key: _beside(value, own[key], module) for key, value in parts.items()}
     for path, value in values.tensors.items():
-        out.tensors[path] = value.to(attribute(model, path), copy=True)
+        out.tensors[path] = _beside(value, attribute(model, path), model.get_submodule(path.rpartition(".")[0]))
     return out
 
 
@@ -321,6 +323,25 @@ def install_adapter(model: nn.Module, adapter: Adapter) -> None:
         if isinstance(error, PassError):
             raise AdapterError(str(error)) from None
         raise
+
+
+def exchange(model: nn.Module, state: ModelState, new: Adapter) -> None:
+    """Put an adapter in the place of an attached one of the same name; on an error the old one is back."""
+    old = state.get(new.name)
+    touched = hosts(model, [old, new])
+    check_together([new if name == new.name else state.adapters[name] for name in state.active])
+    detach(model, old)
+    try:
+        attach(model, new)
+        state.adapters[new.name] = new
+        rebind(touched, state.running())
+    except BaseException:
+        detach(model, new)
+        attach(model, old)
+        state.adapters[old.name] = old
+        rebind(touched, state.running())
+        raise
+    set_trainable(state)
 
 
 def _switch(model: nn.Module, state: ModelState, names: list[str], enabled: bool) -> None:
@@ -351,6 +372,10 @@ def _only_active(state: ModelState) -> str:
     if len(state.active) != 1:
         raise AdapterError(f"{len(state.active)} adapters are active; say which one: {', '.join(state.adapters)}")
     return state.active[0]
+
+
+def _beside(value: Tensor, own: Tensor, module: nn.Module) -> Tensor:
+    return value.to(device=home(own, module), dtype=own.dtype, copy=True)
 
 
 def _cast(value: Tensor, device: torch.device, autocast: bool) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, CheckpointError, listing
 from fxpeft.methods import config_class, method_of
+from fxpeft.methods.base import Method
 from fxpeft.passes.base import attribute
 from fxpeft.plan import AdapterPlan, base_state
 from fxpeft.state import Adapter, Values
 
+PREFIX = Method.prefix
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
@@ -32,6 +34,20 @@ class Checkpoint:
     source: str
     config: AdapterConfig
     tensors: dict[str, Tensor]
+
+
+@dataclass
+class Misfit:
+    """What of a checkpoint doesn't fit a model, for a caller who goes on without it.
+
+    Args:
+        missing: places that got no tensor. unexpected: keys that have no place.
+        mismatched: key, shape in the file, shape in the model.
+    """
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
 
 
 def read(
@@ -59,10 +75,7 @@ def read(
     config = read_config(find, str(source))
     weights = find(WEIGHTS)
     if weights is not None:
-        try:
-            return Checkpoint(str(source), config, load_file(weights))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{weights}: damaged or cut short, can't be read as safetensors: {error}") from error
+        return Checkpoint(str(source), config, read_safetensors(weights))
     pickled = find(PICKLE)
     if pickled is None:
         raise CheckpointError(f"{source}: expected {WEIGHTS}, found none; is this an adapter's folder?")
@@ -78,6 +91,14 @@ def read(
     if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise CheckpointError(f"{pickled}: expected a dict of tensors, found {type(tensors).__name__}")
     return Checkpoint(str(source), config, tensors)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file's tensors; ``CheckpointError`` where it is damaged."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged or cut short, can't be read as safetensors: {error}") from error
 
 
 def read_config(find: Callable[[str], Path | None], source: str) -> AdapterConfig:
@@ -135,8 +156,14 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
     return tensors
 
 
-def write(folder: str | Path, model: nn.Module, adapter: Adapter) -> None:
-    """Write an adapter's two files, each to a temporary file first; the config comes last."""
+def write(
+    folder: str | Path, model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write an adapter's two files, each to a temporary file first; the config comes last.
+
+    Args:
+        tensors: what to write in place of :func:`to_tensors`.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = adapter.config.to_dict()
@@ -146,8 +173,9 @@ def write(folder: str | Path, model: nn.Module, adapter: Adapter) -> None:
     if values["task_type"] is None and values["auto_mapping"] is None:
         cls = next(c for c in type(model).__mro__ if not hasattr(c, "_fxpeft_base"))
         values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
-    tensors = {k: v.cpu().contiguous() for k, v in to_tensors(adapter).items()}
-    stored = {k: v.clone() for k, v in tensors.items()}  # tied modules may share memory, safetensors can't
+    written = to_tensors(adapter) if tensors is None else tensors
+    # tied modules may share memory, which safetensors can't
+    stored = {k: v.cpu().contiguous().clone() for k, v in written.items()}
     content = {
         folder / WEIGHTS: save_tensors(stored, metadata={"format": "pt"}),
         folder / CONFIG: (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(),
@@ -177,8 +205,19 @@ def _replace_files(contents: dict[Path, bytes]) -> None:
         raise
 
 
-def assign(model: nn.Module, plan: AdapterPlan, found: Checkpoint, *, check_finite: bool = False) -> Values:
+def assign(
+    model: nn.Module,
+    plan: AdapterPlan,
+    found: Checkpoint,
+    *,
+    check_finite: bool = False,
+    misfit: Misfit | None = None,
+) -> Values:
     """Find the place of every tensor of a checkpoint.
+
+    Args:
+        misfit: is told what is missing, unexpected or of another shape, which is then no error: the
+            values lack those places.
 
     Raises:
         CheckpointError: keys that have no place, places that got no tensor, wrong shapes, NaN or
@@ -194,7 +233,10 @@ def assign(model: nn.Module, plan: AdapterPlan, found: Checkpoint, *, check_fini
     def take(key: str, shape: torch.Size | tuple[int, ...]) -> Tensor | None:
         tensor = left.pop(key, None)
         if tensor is None:
-            missing.append(f"{key} {list(shape)}")
+            missing.append(f"{key} {list(shape)}" if misfit is None else key)
+        elif tuple(tensor.shape) != tuple(shape) and misfit is not None:
+            misfit.mismatched.append((key, tuple(tensor.shape), tuple(shape)))
+            return None
         elif tuple(tensor.shape) != tuple(shape):
             wrong.append(f"{key}: expected {list(shape)}, found {list(tensor.shape)}")
         elif check_finite and not torch.isfinite(tensor).all():
@@ -216,6 +258,9 @@ def assign(model: nn.Module, plan: AdapterPlan, found: Checkpoint, *, check_fini
         if tensor is not None:
             values.tensors[path] = tensor
     _base_weights(model, plan, left, values, wrong)
+    if misfit is not None:
+        misfit.missing, misfit.unexpected = missing, list(left)
+        missing, left = [], {}
     if missing or wrong or left:
         parts = [
             f"{title}\n{listing(items)}"

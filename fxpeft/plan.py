@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -64,6 +65,24 @@ def base_state(module: nn.Module) -> dict[str, Tensor]:
             if tensor is not None and key not in transient:
                 found[join(name, key)] = tensor
     return found
+
+
+def base_values(module: nn.Module) -> dict[str, Tensor]:
+    """:func:`base_state` with real values: what accelerate has offloaded is fetched, one module at a time."""
+    found = base_state(module)
+    if any(tensor.is_meta for tensor in found.values()):
+        for name, part in base_modules(module):
+            with align_module_device(part):
+                for key, tensor in (*part._parameters.items(), *part._buffers.items()):
+                    if tensor is not None and join(name, key) in found:
+                        found[join(name, key)] = tensor.detach().clone()
+    return found
+
+
+def base_value(model: nn.Module, path: str) -> Tensor:
+    """One parameter of the base, fetched as by :func:`base_values`."""
+    owner, _, leaf = path.rpartition(".")
+    return base_values(model.get_submodule(owner))[leaf]
 
 
 def make_plan(model: nn.Module, config: AdapterConfig, *, heads: bool = True) -> AdapterPlan:

@@ -18,11 +18,11 @@ from fxpeft.errors import AdapterError
 from fxpeft.lock import guard_forwards, unguard_forwards
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.lora import LoraConfig
-from fxpeft.passes.base import PassError, attribute
+from fxpeft.passes.base import PassError
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
 from fxpeft.passes.slot import LEAST, ActiveRank, Slot
 from fxpeft.penalty import unwatch_loss, watch_loss
-from fxpeft.plan import AdapterPlan, make_plan, saved_modules
+from fxpeft.plan import AdapterPlan, base_value, base_values, make_plan, saved_modules
 from fxpeft.state import (
     Adapter,
     ModelState,
@@ -226,12 +226,17 @@ def hotswap(
         )  # fmt: skip
     plan = plan_for(model, serving, found.config)
     values = checkpoint.assign(model, plan, found, check_finite=check_finite)
-    new = settle(lower(model, serving, Adapter(name, plan, values, old.strength)))
-    active = [new if n == name else state.adapters[n] for n in state.active]
+    replace_adapter(model, state, Adapter(name, plan, values, old.strength))
+
+
+def replace_adapter(model: nn.Module, state: ModelState, adapter: Adapter) -> None:
+    """Put an adapter in the place of the one of its name in a prepared model, active where that is."""
+    new = settle(lower(model, serving_of(state), adapter))
+    active = [new if n == new.name else state.adapters[n] for n in state.active]
     check_together(active)
-    if state.enabled and name in state.active:
+    if state.enabled and new.name in state.active:
         activate(model, state, active)
-    state.adapters[name] = new
+    state.adapters[new.name] = new
 
 
 def hold(model: nn.Module) -> AbstractContextManager[None]:
@@ -276,11 +281,13 @@ def _bind_slots(model: nn.Module, serving: Serving) -> None:
     redirects: dict[str, dict[str, tuple[str, Tensor]]] = {}
     for path in serving.tensors:
         site, _, leaf = path.rpartition(".")
-        redirects.setdefault(site, {})[leaf] = (leaf, attribute(model, path).detach().clone())
+        redirects.setdefault(site, {})[leaf] = (leaf, base_value(model, path).detach().clone())
     for path in serving.saved:
         module = model.get_submodule(path)
         unbind(module)
-        serving.copies[path] = _transient(bare_copy(module))
+        copied = bare_copy(module)
+        copied.load_state_dict({k: v.detach().clone() for k, v in base_values(module).items()}, assign=True)
+        serving.copies[path] = _transient(copied)
         holder = Container()
         holder.add_module("module", serving.copies[path])
         module.add_module("slot", holder)

@@ -286,5 +286,14 @@ def placement(module: nn.Module, model: nn.Module, autocast: bool) -> tuple[torc
     return device, dtype if dtype.is_floating_point else torch.float32
 
 
+def home(tensor: Tensor, module: nn.Module) -> torch.device:
+    """Where an adapter's own copy of a module's tensor lives: beside it, or where accelerate runs the module."""
+    if not tensor.is_meta:
+        return tensor.device
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in devices if device is not None), "cpu"))
+
+
 def _owner(path: str) -> str:
     return path.rpartition(".")[0]

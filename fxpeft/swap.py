@@ -17,7 +17,7 @@ from fxpeft.passes.base import PassError, attribute, join
 from fxpeft.passes.copies import Copies
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.slot import FEATURES, LEAST, ActiveRank, Slot
-from fxpeft.plan import AdapterPlan, base_state
+from fxpeft.plan import AdapterPlan, base_value, base_values
 from fxpeft.state import Adapter, ModelState, Values, check_together
 
 
@@ -250,7 +250,7 @@ def _show_copies(model: nn.Module, serving: Serving, adapters: list[Adapter]) ->
     for path, copy in serving.copies.items():
         owner = next((a.values for a in adapters if path in a.values.saved), None)
         if path not in serving.holds or serving.holds[path] is not owner:
-            own = base_state(model.get_submodule(path)) if owner is None else owner.saved[path]
+            own = base_values(model.get_submodule(path)) if owner is None else owner.saved[path]
             for key, tensor in own.items():
                 attribute(copy, key).copy_(tensor.detach())
             serving.holds[path] = owner
@@ -258,6 +258,6 @@ def _show_copies(model: nn.Module, serving: Serving, adapters: list[Adapter]) ->
         owner = next((a.values for a in adapters if path in a.values.tensors), None)
         if path not in serving.holds or serving.holds[path] is not owner:
             site, _, leaf = path.rpartition(".")
-            value: Tensor = attribute(model, path) if owner is None else owner.tensors[path]
+            value: Tensor = base_value(model, path) if owner is None else owner.tensors[path]
             attribute(model, join(site, "slot", leaf)).copy_(value.detach())
             serving.holds[path] = owner

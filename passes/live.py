@@ -147,12 +147,25 @@ def _trace_any(module: nn.Module) -> GraphModule:
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    """A shallow stand-in of the module's own class: its tensors, no hooks, no instance forward."""
+    """A shallow stand-in of the module's own class: its tensors, no hooks, no instance forward.
+
+    Its other attributes are copies: a forward that is traced may write to them, as that of
+    bitsandbytes' Linear8bitLt does to its state, and proxies must not get into the module.
+    """
     bare = base_class(module).__new__(base_class(module))
-    vars(bare).update(vars(module))
+    vars(bare).update({name: _copied(value) for name, value in vars(module).items()})
     for name in ("forward", "_old_forward", "_hf_hook"):
         vars(bare).pop(name, None)
     return bare
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor | nn.Module) or callable(value):
+        return value
+    try:
+        return copy.copy(value)
+    except TypeError:  # it can't be copied
+        return value
 
 
 def _leaf_graph(module: nn.Module) -> GraphModule:
@@ -324,12 +337,25 @@ def _drop_autocast(module: nn.Module) -> None:
 
 def bare_copy(module: nn.Module) -> nn.Module:
     """A deep copy of the base module: no rewrite, no containers, no hooks."""
-    copied = copy.deepcopy(module)
+    shared = (vars(part).get("_hf_hook") for part in module.modules())
+    copied = copy.deepcopy(module, {id(hook): hook for hook in shared if hook is not None})  # it may hold all weights
     for part in copied.modules():
         unbind(part)
+        _unhook(part)
         for name in [n for n, child in part._modules.items() if isinstance(child, Container)]:
             del part._modules[name]
     return copied
+
+
+def _unhook(module: nn.Module) -> None:
+    """Take accelerate's hook off a copy, which has weights of its own to compute with."""
+    state = vars(module)
+    state.pop("_hf_hook", None)
+    if "_old_forward" in state:
+        forward = state.pop("_old_forward")
+        state.pop("forward", None)
+        if not _is_own(module, forward):
+            state["forward"] = forward
 
 
 def forward_text(module: nn.Module) -> str:

@@ -395,3 +395,24 @@ def test_forward_hooks_stay() -> None:
     bare = module(x)
     adapt(module)
     torch.testing.assert_close(module(x), bare + update(module, x), rtol=0, atol=2e-5)
+
+
+class Remembering(nn.Linear):
+    """Its forward writes to its state, as bitsandbytes' Linear8bitLt does."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.state = types.SimpleNamespace(seen=None)
+        self.log: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state.seen = x
+        self.log.append(x)
+        return super().forward(x)
+
+
+def test_tracing_leaves_no_proxy_in_the_modules_state() -> None:
+    module = Remembering()
+    kind_of(module)
+    assert module.state.seen is None
+    assert module.log == []

@@ -1,0 +1,264 @@
+"""An adapter as Transformers names it (id, config object, state_dict) to a plan and values for a model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file, resolve_revision
+from transformers.utils.loading_report import LoadStateDictInfo
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from fxpeft import checkpoint
+from fxpeft.adapters import fresh_values, placed
+from fxpeft.checkpoint import Checkpoint
+from fxpeft.config import AdapterConfig
+from fxpeft.errors import AdapterError, CheckpointError
+from fxpeft.methods import config_class
+from fxpeft.plan import AdapterPlan, make_plan
+from fxpeft.serving import plan_for
+from fxpeft.state import Values, find_state, placement
+
+# expert projections as checkpoints of transformers 4 name them -> the parameter that holds them since 5
+FUSED = dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj") | dict.fromkeys(
+    ("down_proj", "w2"), "down_proj"
+)
+DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+
+
+def as_config(config: object) -> AdapterConfig:
+    """fxpeft's config of the same fields.
+
+    Args:
+        config: one of fxpeft's (returned as it is); what ``adapter_config.json`` holds; or an object
+            of PEFT's config classes, which is read through its ``to_dict`` without importing PEFT.
+
+    Raises:
+        TypeError: none of these. AdapterError: a field that fxpeft can't honour; it is named.
+    """
+    if isinstance(config, AdapterConfig):
+        return config
+    if not isinstance(config, Mapping):
+        from_peft = any(cls.__module__.partition(".")[0] == "peft" for cls in type(config).__mro__)
+        if not from_peft or not hasattr(config, "to_dict"):
+            raise TypeError(
+                f"adapter_config should be one of fxpeft's configs, such as LoraConfig. Got {type(config)} instead."
+            )
+    values = dict(config if isinstance(config, Mapping) else config.to_dict())
+    values = json.loads(json.dumps(values, default=_plain))  # enums, sets and tuples as the file would have them
+    source = type(config).__name__
+    return config_class(values.get("peft_type"), source).from_dict(values, source=source)
+
+
+def _plain(value: object) -> object:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+
+def read(
+    source: str | os.PathLike[str] | None,
+    config: object,
+    tensors: Mapping[str, Tensor] | None,
+    *,
+    download: Mapping[str, Any],
+    use_safetensors: bool | None = None,
+) -> Checkpoint:
+    """Read an adapter's config and tensors, whichever of them was not given.
+
+    Args:
+        source: a folder, or an id on the hub; both files come from the same commit.
+        download: arguments of Transformers' ``cached_file``; see :data:`DOWNLOAD`.
+        use_safetensors: ``None``: ``adapter_model.safetensors``, else ``adapter_model.bin``, which is
+            unpickled with ``weights_only=True``; ``False``: the other order; ``True``: no ``.bin``.
+
+    Raises:
+        OSError, ValueError: there is no such file, as from Transformers.
+        CheckpointError: a file is damaged, or no adapter of a known method.
+    """
+    download = dict(download)
+    if source is not None:
+        download["revision"] = resolve_revision(
+            source, download.get("revision"), token=download.get("token"),
+            local_files_only=bool(download.get("local_files_only")), cache_dir=download.get("cache_dir"),
+        )  # fmt: skip
+    if config is None:
+        path = find_adapter_config_file(source, **download)  # type: ignore[arg-type]
+        if path is None:
+            raise ValueError(
+                f"adapter model file not found in {source}. Make sure you are passing the correct path to the adapter "
+                "model."
+            )
+        config = checkpoint.read_config(lambda name: Path(path), str(source))
+    given = as_config(config)
+    if tensors is not None:
+        return Checkpoint("the state_dict", given, dict(tensors))
+    if source is None:
+        raise ValueError("peft_config was given without weights: pass adapter_state_dict or peft_model_id too")
+    return Checkpoint(str(source), given, _read_tensors(source, download, use_safetensors))
+
+
+def _read_tensors(
+    source: str | os.PathLike[str], download: Mapping[str, Any], use_safetensors: bool | None
+) -> dict[str, Tensor]:
+    names = [checkpoint.WEIGHTS, checkpoint.PICKLE]
+    if use_safetensors is not None:
+        names = names[:1] if use_safetensors else names[::-1]
+    for name in names:
+        path = cached_file(source, name, **download, _raise_exceptions_for_missing_entries=False)
+        if path is None:
+            continue
+        return checkpoint.read_safetensors(Path(path)) if name == checkpoint.WEIGHTS else _read_pickle(path)
+    raise OSError(f"Could not download either a .bin or a .safetensors adapter file: {source} has neither.")
+
+
+def _read_pickle(path: str) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path}: can't be read as a pickled state_dict of tensors: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
+        raise CheckpointError(f"{path}: expected a dict of tensors, found {type(tensors).__name__}")
+    return tensors
+
+
+@dataclass
+class Fitted:
+    """An adapter's values for one model, and what did not fit in the form that Transformers returns."""
+
+    plan: AdapterPlan
+    values: Values
+    info: LoadStateDictInfo
+
+
+def fit(model: PreTrainedModel, found: Checkpoint, *, trainable: bool) -> Fitted:
+    """Match an adapter with a model; the model is not touched.
+
+    As in Transformers, places that the file doesn't fill or fills with another shape get first
+    values, and keys that have no place are left out; the report names all of them. Parameters to be
+    trained are float32 where the base is in half precision, others have the base's dtype.
+
+    Raises:
+        CheckpointError: nothing of the file fits, or a tensor is damaged.
+        AdapterError: the config doesn't fit the model.
+    """
+    config = copy.deepcopy(found.config)
+    config.inference_mode = not trainable
+    check_experts(model, config)
+    state = find_state(model)
+    slots = None if state is None else state.serving
+    plan = make_plan(model, config, heads=False) if slots is None else plan_for(model, slots, config)
+    misfit = checkpoint.Misfit()
+    content = Checkpoint(found.source, config, _aligned(model, plan, found.tensors))
+    values = checkpoint.assign(model, plan, content, misfit=misfit)
+    if not any(values.sites.values()):
+        raise CheckpointError(
+            f"{found.source}: none of its {len(found.tensors)} tensors belongs to one of the {len(plan.sites)} sites "
+            f"that its config selects in {type(model).__name__}; is it an adapter of another base model?"
+        )
+    experts = [key for key in misfit.unexpected if ".experts." in key]
+    if experts:
+        raise CheckpointError(
+            f"{found.source}: {len(experts)} of its tensors belong to experts, which {type(model).__name__} holds "
+            f"fused; adapters on those are not supported. The first is {experts[0]}"
+        )
+    if misfit.missing or misfit.mismatched:
+        _complete(values, fresh_values(model, plan, autocast=trainable))
+    mismatched: Any = set(misfit.mismatched)
+    info = LoadStateDictInfo(
+        missing_keys=set(misfit.missing), unexpected_keys=set(misfit.unexpected),
+        mismatched_keys=mismatched, error_msgs=[], conversion_errors={}, skipped_pp_keys=set(),
+    )  # fmt: skip
+    values = placed(model, values, autocast=trainable)
+    if not trainable:
+        for site, parameters in values.sites.items():
+            _, dtype = placement(model.get_submodule(site), model, autocast=False)
+            values.sites[site] = {name: value.to(dtype) for name, value in parameters.items()}
+    return Fitted(plan, values, info)
+
+
+def _complete(values: Values, fresh: Values) -> None:
+    for own, first in ((values.sites, fresh.sites), (values.saved, fresh.saved)):
+        for path, parts in first.items():
+            own[path] = {key: own.get(path, {}).get(key, value) for key, value in parts.items()}
+    values.tensors = {**fresh.tensors, **values.tensors}
+
+
+def _aligned(model: PreTrainedModel, plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under this model's names: an adapter of a head model fits its body too, and the reverse."""
+    short = {key.removeprefix(checkpoint.PREFIX): tensor for key, tensor in tensors.items()}
+    prefix = f"{model.base_model_prefix}."
+    variants = (
+        short,
+        {key.removeprefix(prefix): tensor for key, tensor in short.items()},
+        {prefix + key: tensor for key, tensor in short.items()},
+    )
+    sites = tuple(f"{site}." for site in plan.sites)
+    return next((v for v in variants if any(key.startswith(sites) for key in v)), short)
+
+
+def check_experts(model: PreTrainedModel, config: AdapterConfig) -> None:
+    """Refuse names of expert projections that the model holds fused in one parameter.
+
+    PEFT adapts that parameter then; adapting only the dense modules of the same name would differ
+    from it in silence.
+    """
+    if config.target_modules is None or isinstance(config.target_modules, str):
+        return
+    fused: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        leaf = name.rpartition(".")[2]
+        if leaf in FUSED.values() and parameter.ndim == 3:
+            fused.setdefault(leaf, name)
+    for target in config.target_modules:
+        place = fused.get(FUSED.get(target.rpartition(".")[2], ""))
+        if place is not None:
+            raise AdapterError(
+                f"target_modules: {target!r} names projections of experts, which {type(model).__name__} holds fused in "
+                f"{place}; adapters on such parameters are not supported. Leave the name out, or select dense modules "
+                "with one regular expression"
+            )
+
+
+def split_adapter_kwargs(source: object, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``from_pretrained``, with an adapter's own place given to the adapter alone.
+
+    Transformers looks the base model up at the adapter's ``subfolder`` and ``revision`` too. Here
+    they go to ``adapter_kwargs``, and the base is taken at the revision that the adapter's config
+    records. A folder that holds a whole model with an adapter in it is left to Transformers.
+
+    Raises:
+        AdapterError: the adapter's config names no base model.
+    """
+    own = dict(kwargs.get("adapter_kwargs") or {})
+    if not isinstance(source, str | os.PathLike) or "_adapter_model_path" in own:
+        return kwargs
+    subfolder, revision = kwargs.get("subfolder") or "", kwargs.get("revision")
+    local = Path(source).is_dir()
+    if not (local or subfolder or revision):
+        return kwargs  # a plain hub id: Transformers asks the hub itself
+    lookup = {key: kwargs[key] for key in DOWNLOAD if kwargs.get(key) is not None} | own
+    path = find_adapter_config_file(str(source), **lookup)
+    if path is None or (local and (Path(source, lookup.get("subfolder", "")) / "config.json").is_file()):
+        return kwargs
+    embedded = local and Path(source, "config.json").is_file()
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not embedded and not config.get("base_model_name_or_path"):
+        raise AdapterError(
+            f"{path}: base_model_name_or_path: expected the base model's folder or id, found none. Write it there, or "
+            "load the base model and call its load_adapter"
+        )
+    rest = {key: value for key, value in kwargs.items() if key not in ("subfolder", "revision")}
+    if subfolder:
+        own.setdefault("subfolder", subfolder)
+    if revision:
+        own.setdefault("revision", revision)
+    if not embedded and config.get("revision"):
+        rest["revision"] = config["revision"]
+    return {**rest, "adapter_kwargs": own}

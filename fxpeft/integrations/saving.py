@@ -1,0 +1,92 @@
+"""``save_pretrained`` of a model with adapters: the active one's two files, whole or not at all."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.hub import create_and_tag_model_card, hf_api
+
+from fxpeft import checkpoint
+from fxpeft.integrations.model_methods import get_adapter_state_dict, only_active
+from fxpeft.integrations.model_state import LOADED, adapters_of, logger
+from fxpeft.passes.live import Container
+from fxpeft.state import state_of
+
+USED = ("save_directory", "is_main_process", "state_dict", "push_to_hub", "token", "save_peft_format")
+
+
+def saves_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``PreTrainedModel.save_pretrained``, for models with fxpeft's adapters too.
+
+    Transformers' arguments keep their meaning. Sharding and variants don't apply to two files.
+    """
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if not adapters_of(self):
+            return original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs)
+        if not getattr(self, LOADED):  # switched off by a model that saves its base too
+            if given.arguments.get("state_dict") is None:
+                given.arguments["state_dict"] = base_state_dict(self)
+            return original(*given.args, **given.kwargs)
+        given.apply_defaults()
+        return _save(self, **{name: given.arguments[name] for name in USED}, **given.arguments["kwargs"])
+
+    return save_pretrained
+
+
+def base_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's ``state_dict`` without what fxpeft put into it."""
+    own = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Container))
+    return {key: value for key, value in model.state_dict().items() if not key.startswith(own)}
+
+
+def _save(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    *,
+    is_main_process: bool,
+    state_dict: dict[str, Tensor] | None,
+    push_to_hub: bool,
+    token: Any,
+    save_peft_format: bool,
+    commit_message: str | None = None,
+    repo_id: str | None = None,
+    create_pr: bool = False,
+    **create: Any,
+) -> None:
+    folder = Path(save_directory)
+    if folder.is_file():
+        logger.error(f"Provided path ({save_directory}) should be a directory, not a file")
+        return
+    state = state_of(model)
+    if len(state.active) > 1:
+        raise ValueError(
+            "Multiple active adapters detected, saving multiple active adapters is not supported yet. You can save "
+            "adapters separately one by one by iteratively calling `model.set_adapter(adapter_name)` then "
+            "`model.save_pretrained(...)`"
+        )
+    adapter = state.get(only_active(model))
+    tensors = get_adapter_state_dict(model, adapter.name, state_dict)
+    if not model.should_save_on_this_rank(is_main_process):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if push_to_hub:
+        target = hf_api().create_repo(repo_id or folder.name, exist_ok=True, token=token, **create).repo_id
+        timestamps = model._get_files_timestamps(folder)
+    prefix = checkpoint.PREFIX if save_peft_format else ""
+    checkpoint.write(folder, model, adapter, {prefix + key: value for key, value in tensors.items()})
+    if push_to_hub:
+        create_and_tag_model_card(target, model.model_tags, token=token).save(folder / "README.md")
+        model._upload_modified_files(
+            folder, target, timestamps, commit_message=commit_message, token=token, create_pr=create_pr
+        )

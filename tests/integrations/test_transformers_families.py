@@ -1,0 +1,125 @@
+"""Many architectures through Transformers' methods: add, train, save, load and swap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, Family, first_output
+from tiny import randomise
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fxpeft
+
+
+def outputs(model: Any, family: Family) -> Tensor:
+    with torch.no_grad():
+        return first_output(model(**family.inputs()))
+
+
+def config(family: Family, *, other: bool = False) -> fxpeft.LoraConfig:
+    if other:
+        return fxpeft.LoraConfig(r=5, lora_alpha=9, target_modules=family.other)
+    pattern = {family.targets[0]: 3}
+    return fxpeft.LoraConfig(
+        r=4, lora_alpha=10, target_modules=family.targets, rank_pattern=pattern, alpha_pattern={family.targets[1]: 7}
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_add_train_save_load_swap(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    model = family.build()
+    base = {key: value.clone() for key, value in model.state_dict().items()}
+    bare = outputs(model, family)
+    model.add_adapter(config(family))
+    assert torch.equal(outputs(model, family), bare)
+
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.02)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**family.inputs()).loss.backward()
+        assert all(p.grad is not None for p in parameters)
+        optimizer.step()
+    model.eval()
+    trained = outputs(model, family)
+    assert not torch.allclose(trained, bare, atol=1e-4)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in base.items())
+    # three steps leave B small; larger numbers show a wrong scale better
+    randomise(model.get_adapter_state_dict().values(), seed=1)
+    first = outputs(model, family)
+    model.save_pretrained(tmp_path / "first")
+    model.add_adapter(config(family, other=True), "other")
+    randomise(model.get_adapter_state_dict("other").values(), seed=2)
+    second = outputs(model, family)
+    model.save_pretrained(tmp_path / "second")
+    assert not torch.allclose(first, second, atol=1e-2)
+    model.delete_adapter(["default", "other"])
+    assert torch.equal(outputs(model, family), bare)
+
+    fresh = family.build()
+    info = fresh.load_adapter(str(tmp_path / "first"))
+    assert info.missing_keys == info.unexpected_keys == set()
+    assert torch.allclose(outputs(fresh, family), first, atol=1e-5)
+    slotted = family.build()
+    if name == "whisper":  # its second adapter is in a convolution, which the first one has to declare
+        slotted.load_adapter(str(tmp_path / "second"), "default")
+        slotted.enable_peft_hotswap(target_rank=8, check_compiled="ignore")
+    else:
+        slotted.enable_peft_hotswap(target_rank=8)
+        slotted.load_adapter(str(tmp_path / "second"), "default")
+    for folder, expected in (("first", first), ("second", second), ("first", first)):
+        slotted.load_adapter(str(tmp_path / folder), "default")
+        assert torch.allclose(outputs(slotted, family), expected, atol=1e-4)
+    slotted.disable_adapters()
+    assert torch.allclose(outputs(slotted, family), bare, atol=1e-5)
+    slotted.enable_adapters()
+    fxpeft.remove(slotted)
+    assert torch.equal(outputs(slotted, family), bare)
+    assert [type(m) for m in slotted.modules()] == [type(m) for m in family.build().modules()]
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "vit", "qwen3 moe"])
+def test_compiled_swaps(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    expected = {}
+    for folder, other in (("first", False), ("second", True)):
+        model = family.build()
+        model.add_adapter(config(family, other=other))
+        randomise(model.get_adapter_state_dict().values(), seed=1 + other)
+        model.save_pretrained(tmp_path / folder)
+        expected[folder] = outputs(model.eval(), family)
+    model = family.build()
+    model.enable_peft_hotswap(target_rank=8)
+    model.load_adapter(str(tmp_path / "first"), "default")
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        outputs(compiled, family)
+        graphs = counter.frame_count
+        for folder in ("second", "first", "second"):
+            model.load_adapter(str(tmp_path / folder), "default")
+            assert torch.allclose(outputs(compiled, family), expected[folder], atol=1e-4)
+    assert counter.frame_count == graphs > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"), [("qwen3 moe", ["q_proj", "mlp.down_proj"]), ("mixtral", ["q_proj", "w1"])]
+)
+def test_fused_experts_are_refused(name: str, targets: list[str]) -> None:
+    # PEFT would adapt the fused parameter: adapting the dense layers alone would differ in silence
+    model = FAMILIES[name].build()
+    with pytest.raises(fxpeft.AdapterError, match=r"projections of experts, .* holds fused in .*\.mlp\.experts\."):
+        model.add_adapter(fxpeft.LoraConfig(target_modules=targets))
+    model.add_adapter(fxpeft.LoraConfig(target_modules=r".*\.q_proj|.*layers\.0\.mlp\.down_proj"))
+    tensors = model.get_adapter_state_dict()
+    tensors["model.layers.1.mlp.experts.0.down_proj.lora_A.weight"] = torch.zeros(8, 20)
+    other = FAMILIES[name].build()
+    with pytest.raises(fxpeft.CheckpointError, match="1 of its tensors belong to experts"):
+        other.load_adapter(peft_config=model.peft_config["default"], adapter_state_dict=tensors)
+    assert not hasattr(other, "peft_config")
