@@ -130,7 +130,7 @@ def _trace_inside(module: nn.Module) -> GraphModule | None:
 
 def _trace_any(module: nn.Module) -> GraphModule:
     """The module's own graph, the same in training and evaluation; ``PassError`` where there is none."""
-    if _given_forward(module) is not None:
+    if given_forward(module) is not None:
         raise PassError("somebody replaced this instance's forward, so it can only be called, not looked into")
     bare = _bare(module)
     traced = []
@@ -159,7 +159,7 @@ def _leaf_graph(module: nn.Module) -> GraphModule:
     root.add_module(LEAF, module)
     graph = fx.Graph()
     inputs = []
-    function = _given_forward(module) or base_class(module).forward.__get__(module)
+    function = given_forward(module) or base_class(module).forward.__get__(module)
     for p in inspect.signature(function).parameters.values():
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             continue
@@ -234,7 +234,7 @@ def _source(graph: fx.Graph) -> str:
 def _signature(module: nn.Module) -> tuple[Any, ...] | None:
     """What a module's own graph depends on; ``None`` where that can't be told from plain attributes."""
     state = vars(module)
-    if _given_forward(module) is not None:
+    if given_forward(module) is not None:
         return None
     plain: list[tuple[str, Any]] = []
     for name, value in state.items():
@@ -252,7 +252,7 @@ def _signature(module: nn.Module) -> tuple[Any, ...] | None:
     return base_class(module), tuple(plain), tuple(tensors)
 
 
-def _given_forward(module: nn.Module) -> Any:
+def given_forward(module: nn.Module) -> Any:
     """The forward that somebody gave this instance in place of its class's, or ``None``."""
     state = vars(module)
     if LEAF in state:
@@ -270,7 +270,7 @@ def bind_source(module: nn.Module, source: str) -> None:
     """Move a module to the generated subclass whose ``forward`` is defined by ``source``."""
     base = base_class(module)
     state = vars(module)
-    given, hooked = _given_forward(module), "_old_forward" in state
+    given, hooked = given_forward(module), "_old_forward" in state
     if "forward" in state and not hooked and (LEAF not in state or _is_own(module, state["forward"])):
         del state["forward"]  # let the class's forward run
     if given is not None:
