@@ -48,7 +48,7 @@ def fold(
         keep: ``"original"``: copies of the weights, for an exact :func:`unfold`. ``"delta"``: copies of
             the adapters only; ``unfold`` then subtracts, and a weight comes back to within rounding
             (a float32 one to about 1e-7 of the largest value it had, a bfloat16 one to 4e-3).
-            ``None``: nothing, there is no way back.
+            A gain near zero makes that worse by its inverse. ``None``: nothing, there is no way back.
         safe: refuse NaN and infinity.
 
     Raises:
@@ -66,10 +66,11 @@ def fold(
         )
     wanted = _wanted(state, names)
     _check_order(state, wanted)
-    work = _compute(model, [state.get(n) for n in wanted], {}, keep)
-    if safe:
-        check_finite(work.writes, wanted)
-    before = _apply(model, state, work.writes, [n for n in state.active if n not in wanted])
+    with _exclusive(state):
+        work = _compute(model, [state.get(n) for n in wanted], {}, keep)
+        if safe:
+            check_finite(work.writes, wanted)
+        before = _apply(model, state, work.writes, [n for n in state.active if n not in wanted])
     if keep is None:
         state.baked += wanted
     else:
@@ -99,11 +100,12 @@ def refold(model: nn.Module, names: str | Sequence[str], *, safe: bool = False) 
     old = state.folded or Folded([], "original")
     state.check_unfolded([n for n in wanted if n not in old.names], "folding it again would add it twice")
     _check_enabled(state)
-    bare = old.bare(model)
-    work = _compute(model, [state.get(n) for n in wanted], bare, old.keep)
-    if safe:
-        check_finite(work.writes, wanted)
-    before = _apply(model, state, {**bare, **work.writes}, [])
+    with _exclusive(state):
+        bare = old.bare(model)
+        work = _compute(model, [state.get(n) for n in wanted], bare, old.keep)
+        if safe:
+            check_finite(work.writes, wanted)
+        before = _apply(model, state, {**bare, **work.writes}, [])
     originals = {p: bare.get(p, before[p]) for p in work.writes if p not in work.subtracted}
     state.folded = Folded(wanted, old.keep, originals, work.steps)
 
@@ -127,7 +129,8 @@ def unfold(model: nn.Module) -> None:
     check_together([state.get(n) for n in active])
     state.folded = None
     try:
-        _apply(model, state, folded.bare(model), active)
+        with _exclusive(state):
+            _apply(model, state, folded.bare(model), active)
     except BaseException:
         state.folded = folded
         raise
@@ -324,19 +327,19 @@ def _like(tensor: Tensor, value: Tensor) -> Tensor:
 def _apply(model: nn.Module, state: ModelState, writes: Mapping[str, Tensor], active: list[str]) -> dict[str, Tensor]:
     """Write and activate as one swap, all or nothing; returns what was there."""
     old = state.active
-    with _exclusive(state):
-        before = exchange(model, writes)
-        try:
-            _run(model, state, active)
-        except BaseException:
-            exchange(model, before)
-            _run(model, state, old)
-            raise
+    before = exchange(model, writes)
+    try:
+        _run(model, state, active)
+    except BaseException:
+        exchange(model, before)
+        _run(model, state, old)
+        raise
     return before
 
 
 @contextmanager
 def _exclusive(state: ModelState) -> Iterator[None]:
+    """Keep the forwards of a prepared model out, from before the first trace on: torch.fx patches ``nn.Module``."""
     if state.serving is None:
         yield
         return

@@ -130,7 +130,7 @@ def settle_shared(model: nn.Module, writes: Mapping[str, Tensor]) -> dict[str, T
             continue
         first = writes[written[0]]
         shapes = {attribute(model, path).shape for path in paths}
-        if len(shapes) > 1 or len(written) < len(paths) or not all(torch.equal(first, writes[p]) for p in written):
+        if len(shapes) > 1 or len(written) < len(paths) or not all(torch.equal(first, writes[p]) for p in written[1:]):
             clashes.append(" = ".join(paths))
         else:
             kept[paths[0]] = first

@@ -85,7 +85,7 @@ def kind_of(module: nn.Module) -> Kind:
     Raises:
         PassError: as :func:`trace_module`.
     """
-    key = _signature(module)
+    key = signature(module)
     if key is None:
         return target_of(trace_module(module)).kind
     if key not in _kinds:
@@ -198,7 +198,7 @@ def rewrite_module(
         PassError: the module can't take the rewrite; it is unchanged then.
     """
     redirects = redirects or {}
-    own = _signature(module)
+    own = signature(module)
     reads = ((k, path, container) for k, (path, _) in redirects.items())
     key = own and (own, *(r.signature() for r in rewrites), *reads)
     source = _sources.get(key) if key and dump is None else None
@@ -231,7 +231,7 @@ def _source(graph: fx.Graph) -> str:
     return f"{import_block(used)}\n\n{code.src.strip()}\n"
 
 
-def _signature(module: nn.Module) -> tuple[Any, ...] | None:
+def signature(module: nn.Module) -> tuple[Any, ...] | None:
     """What a module's own graph depends on; ``None`` where that can't be told from plain attributes."""
     state = vars(module)
     if given_forward(module) is not None:

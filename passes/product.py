@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule, Node
 
-from fxpeft.passes.base import PassError, attribute
+from fxpeft.passes.base import PassError
 from fxpeft.passes.kinds import Conv, Embedding, Kind
-from fxpeft.passes.live import base_class, given_forward, trace_module
+from fxpeft.passes.live import base_class, given_forward, signature, trace_module
 from fxpeft.passes.match import TARGET, operands
 
 # forwards that torch.fx may not look into and that are nothing but the product of their kind
 _STOCK = {c.forward for c in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+_products: dict[tuple[Any, ...], Product] = {}
 
 
 class Product(NamedTuple):
@@ -42,37 +43,56 @@ def product_of(module: nn.Module) -> Product:
         PassError: there is none: no target, a weight that is quantised, computed, elsewhere or read
             for something else too, or a forward that torch.fx can't look into.
     """
+    key = signature(module)
+    product = _products.get(key) if key else None
+    if product is None:
+        product = _read(module)
+        if key:
+            _products[key] = product
+    for leaf in (product.weight, product.bias):
+        if leaf is not None:
+            _check_stored(module, leaf)
+    return product
+
+
+def _read(module: nn.Module) -> Product:
     traced = trace_module(module)
     node = next(n for n in traced.graph.nodes if TARGET in n.meta)
-    name = base_class(module).__name__
     if node.op == "call_module" and (given_forward(module) or base_class(module).forward not in _STOCK):
+        name = base_class(module).__name__
         raise PassError(f"torch.fx can't look into {name}.forward, which may do more with its weight than one product")
     found, flip, bias = operands(traced, node)
     while isinstance(found, Node) and found.op != "get_attr":
         found, flip = found.all_input_nodes[0], not flip  # the graph transposes it itself
-    weight = _stored(module, traced, found, "weight")
-    added = None if bias is None else _stored(module, traced, bias, "bias")
-    return Product(node.meta[TARGET].kind, weight, flip, added)
+    weight = _own_name(module, traced, found)
+    return Product(node.meta[TARGET].kind, weight, flip, None if bias is None else _own_name(module, traced, bias))
 
 
-def _stored(module: nn.Module, traced: GraphModule, found: Node | str, what: str) -> str:
-    """The name of a module's own attribute that holds an operand of its product."""
+def _own_name(module: nn.Module, traced: GraphModule, found: Node | str) -> str:
+    """The name of the attribute that an operand is read from, where it is read for nothing else."""
     name = base_class(module).__name__
-    if isinstance(found, Node) and found.op != "get_attr":
-        raise PassError(f"{name}'s {what} is computed in its forward, so writing to it would change something else")
-    path = found if isinstance(found, str) else str(found.target)
-    leaf = path.rpartition(".")[2]
-    tensor: Tensor = attribute(traced, path)
-    if {**module._parameters, **module._buffers}.get(leaf) is not tensor:
+    if isinstance(found, str):
+        return found.rpartition(".")[2]
+    if found.op != "get_attr":
+        raise PassError(f"{name}.forward computes an operand of its product, so writing would change something else")
+    path = str(found.target)
+    if "." in path:
+        raise PassError(f"{name}.forward reads {path}, which is no attribute of its own")
+    if _uses(traced.graph, path) != 1:
+        raise PassError(f"{name}.forward reads its {path} for something else than its product too")
+    return path
+
+
+def _check_stored(module: nn.Module, leaf: str) -> None:
+    name = base_class(module).__name__
+    tensor = {**module._parameters, **module._buffers}.get(leaf)
+    if tensor is None or getattr(module, leaf) is not tensor:
         raise PassError(f"{name}.{leaf} is not stored but computed when it is read; remove its parametrization first")
     if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_floating_point() or tensor.layout != torch.strided:
-        found_type = f"{type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}"
-        raise PassError(f"expected a plain floating-point tensor, {name}.{leaf} is a {found_type}: dequantise it first")
+        found = f"{type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}"
+        raise PassError(f"expected a plain floating-point tensor, {name}.{leaf} is a {found}: dequantise it first")
     if tensor.is_meta:
         raise PassError(f"{name}.{leaf} is offloaded (on the meta device); load the model without offloading")
-    if isinstance(found, Node) and _uses(traced.graph, path) != 1:
-        raise PassError(f"{name}.forward reads its {leaf} for something else than its product too")
-    return leaf
 
 
 def _uses(graph: fx.Graph, path: str) -> int:
