@@ -23,8 +23,11 @@ if _TYPE_CHECKING:
         trainable_parameters,
     )
     from fxpeft.allocator import AdaLoraCallback, RankAllocator
+    from fxpeft.blend import add_weighted_adapter
+    from fxpeft.conversion import convert
     from fxpeft.errors import AdapterError, CheckpointError
     from fxpeft.integrations.transformers import install, uninstall
+    from fxpeft.folding import fold, folded_adapters, merge_and_unload, refold, unfold
     from fxpeft.methods import register
     from fxpeft.methods.adalora import AdaLoraConfig
     from fxpeft.methods.ia3 import IA3Config
@@ -50,15 +53,21 @@ __all__ = [
     "adapter_config",
     "adapter_state_dict",
     "add_adapter",
+    "add_weighted_adapter",
+    "convert",
     "delete_adapter",
     "disable_adapters",
     "disabled",
     "enable_adapters",
+    "fold",
+    "folded_adapters",
     "hold",
     "hotswap",
     "install",
     "load_adapter",
+    "merge_and_unload",
     "prepare_hotswap",
+    "refold",
     "register",
     "release_hotswap",
     "remove",
@@ -67,12 +76,16 @@ __all__ = [
     "set_scale",
     "trainable_parameters",
     "uninstall",
+    "unfold",
 ]
 _MODULES = {
     **dict.fromkeys(("AdapterError", "CheckpointError"), "fxpeft.errors"),
     **dict.fromkeys(("hold", "hotswap", "prepare_hotswap", "release_hotswap"), "fxpeft.serving"),
+    **dict.fromkeys(("fold", "folded_adapters", "merge_and_unload", "refold", "unfold"), "fxpeft.folding"),
     **dict.fromkeys(("AdaLoraCallback", "RankAllocator"), "fxpeft.allocator"),
     "AdaLoraConfig": "fxpeft.methods.adalora",
+    "add_weighted_adapter": "fxpeft.blend",
+    "convert": "fxpeft.conversion",
     "IA3Config": "fxpeft.methods.ia3",
     **dict.fromkeys(("install", "uninstall"), "fxpeft.integrations.transformers"),
     "LoraConfig": "fxpeft.methods.lora",

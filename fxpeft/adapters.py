@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fxpeft import checkpoint, serving
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
+from fxpeft.inplace import exchange
 from fxpeft.methods import method_of
 from fxpeft.methods.base import Base, SiteAdapter
 from fxpeft.methods.prompts import PromptMethod
@@ -132,12 +133,13 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     model, state = unwrap(model), state_of(model)
     wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     adapters = [state.get(name) for name in wanted]
+    state.check_unfolded(wanted, "activating it would add it twice")
     check_together(adapters)
     if state.serving is not None:
         activate(model, state, adapters if state.enabled else [])
         state.active = wanted
         return
-    _switch(model, state, wanted, state.enabled)
+    switch(model, state, wanted, state.enabled)
 
 
 def active_adapters(model: nn.Module) -> list[str]:
@@ -179,6 +181,7 @@ def set_scale(model: nn.Module, name: str, scale: float) -> None:
     """
     model, state = unwrap(model), state_of(model)
     adapter = state.get(name)
+    state.check_unfolded([name], "its scale can't be changed")
     if not method_of(adapter.config).scales(adapter.config):
         raise AdapterError(f"adapter {name!r}: {method_of(adapter.config).name} has no scale to change")
     if state.serving is not None:
@@ -194,22 +197,27 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """Forget an adapter. Where it was active, the others that were stay so."""
     model, state = unwrap(model), state_of(model)
     adapter = state.get(name)
+    if state.folded is not None:
+        state.check_unfolded([n for n in state.folded.names if n == name], "it can't be deleted")
     if name in state.active:
         set_adapter(model, [n for n in state.active if n != name])
     del state.adapters[name]
+    state.baked = [n for n in state.baked if n != name]
     if state.serving is None:
         detach(model, adapter)
         watch_loss(model, state)
-    if not state.adapters and state.serving is None:
+    if not state.adapters and state.serving is None and state.folded is None:
         drop_state(model)
 
 
 def remove(model: nn.Module) -> None:
     """Take everything out of the model that fxpeft put in: it is then what it was before.
 
-    Classes, ``state_dict``, ``requires_grad`` and outputs are bit-identical to the bare model's.
+    Classes, ``state_dict``, ``requires_grad`` and outputs are bit-identical to the bare model's. Folded
+    adapters are unfolded; only what was folded with ``keep=None`` stays in the weights.
     """
     model, state = unwrap(model), state_of(model)
+    bare = {} if state.folded is None else state.folded.bare(model)
     if state.serving is not None:
         serving.release_slots(model, state)
     else:
@@ -217,6 +225,7 @@ def remove(model: nn.Module) -> None:
             for module in hosts(model, [adapter]).values():
                 unbind(module)
             detach(model, adapter)
+    exchange(model, bare)
     unwatch_loss(model)
     drop_state(model)
 
@@ -314,7 +323,7 @@ def install_adapter(model: nn.Module, adapter: Adapter) -> None:
     attach(model, adapter)
     state.adapters[adapter.name] = adapter
     try:
-        _switch(model, state, [adapter.name], state.enabled)
+        switch(model, state, [adapter.name], state.enabled)
     except BaseException as error:
         del state.adapters[adapter.name]
         detach(model, adapter)
@@ -325,7 +334,7 @@ def install_adapter(model: nn.Module, adapter: Adapter) -> None:
         raise
 
 
-def exchange(model: nn.Module, state: ModelState, new: Adapter) -> None:
+def replace_attached(model: nn.Module, state: ModelState, new: Adapter) -> None:
     """Put an adapter in the place of an attached one of the same name; on an error the old one is back."""
     old = state.get(new.name)
     touched = hosts(model, [old, new])
@@ -344,7 +353,7 @@ def exchange(model: nn.Module, state: ModelState, new: Adapter) -> None:
     set_trainable(state)
 
 
-def _switch(model: nn.Module, state: ModelState, names: list[str], enabled: bool) -> None:
+def switch(model: nn.Module, state: ModelState, names: list[str], enabled: bool) -> None:
     """Rebind the modules of the adapters that come or go; on an error everything is bound as before."""
     old, old_enabled = state.active, state.enabled
     touched = hosts(model, [state.adapters[n] for n in dict.fromkeys((*old, *names)) if n in state.adapters])
@@ -361,11 +370,13 @@ def _switch(model: nn.Module, state: ModelState, names: list[str], enabled: bool
 
 def _set_enabled(model: nn.Module, enabled: bool) -> None:
     model, state = unwrap(model), state_of(model)
+    if not enabled and state.folded is not None:
+        state.check_unfolded(state.folded.names, "it can't be switched off")
     if state.serving is not None:
         activate(model, state, [state.adapters[n] for n in state.active] if enabled else [])
         state.enabled = enabled
     else:
-        _switch(model, state, state.active, enabled)
+        switch(model, state, state.active, enabled)
 
 
 def _only_active(state: ModelState) -> str:

@@ -53,7 +53,10 @@ class SwapLock:
 
     @contextmanager
     def write(self) -> Iterator[None]:
-        """A swap; waits for the forwards that are under way."""
+        """A swap; waits for the forwards that are under way. A swap may be part of a larger one of its thread."""
+        if getattr(self._local, "writing", False):
+            yield
+            return
         if getattr(self._local, "depth", 0):
             raise RuntimeError("a swap inside a forward of the same thread would wait for itself: swap after it")
         with self._changed:
@@ -62,9 +65,11 @@ class SwapLock:
                 self._changed.wait()
             self._writers_waiting -= 1
             self._writing = True
+        self._local.writing = True
         try:
             yield
         finally:
+            self._local.writing = False
             with self._changed:
                 self._writing = False
                 self._changed.notify_all()

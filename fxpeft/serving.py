@@ -217,6 +217,7 @@ def hotswap(
             raise AdapterError(f"{len(state.active)} adapters are active; say which to replace: {list(state.adapters)}")
         name = state.active[0]
     old = state.get(name)
+    state.check_unfolded([name], "it can't be replaced")
     if isinstance(source, Mapping):
         found = checkpoint.Checkpoint("the state_dict", config or old.config, dict(source))
     else:

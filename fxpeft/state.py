@@ -21,6 +21,7 @@ from fxpeft.passes.live import Container, bare_copy, feed_module, replace_module
 from fxpeft.plan import AdapterPlan, base_modules, base_state
 
 if TYPE_CHECKING:
+    from fxpeft.inplace import Folded
     from fxpeft.swap import Serving
 
 STATE = "_fxpeft"
@@ -102,13 +103,19 @@ class Adapter:
 
 @dataclass
 class ModelState:
-    """The adapters of one model. It names the base's modules and holds none: a copy of the model copies it."""
+    """The adapters of one model. It names the base's modules and holds none: a copy of the model copies it.
+
+    Args:
+        folded: what is in the base's weights and can be taken out. baked: names of what is there for good.
+    """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     enabled: bool = True
     base_grads: dict[str, bool] = field(default_factory=dict)
     serving: Serving | None = None
+    folded: Folded | None = None
+    baked: list[str] = field(default_factory=list)
 
     def get(self, name: str) -> Adapter:
         """The adapter of that name, or an error that lists the names there are."""
@@ -119,6 +126,14 @@ class ModelState:
     def running(self) -> list[Adapter]:
         """The adapters that take part in the forward now."""
         return [self.adapters[name] for name in self.active] if self.enabled else []
+
+    def check_unfolded(self, names: Iterable[str], what: str) -> None:
+        """Refuse to do something to adapters that are in the base's weights."""
+        inside = [*(self.folded.names if self.folded else ()), *self.baked]
+        for name in names:
+            if name in inside:
+                todo = "it stays there (keep=None)" if name in self.baked else "unfold the model first"
+                raise AdapterError(f"adapter {name!r} is folded into the base's weights, so {what}; {todo}")
 
 
 def find_state(model: nn.Module) -> ModelState | None:

@@ -86,7 +86,7 @@ def kind_of(module: nn.Module) -> Kind:
     Raises:
         PassError: as :func:`trace_module`.
     """
-    key = _signature(module)
+    key = signature(module)
     if key is None:
         return target_of(trace_module(module)).kind
     if key not in _kinds:
@@ -131,7 +131,7 @@ def _trace_inside(module: nn.Module) -> GraphModule | None:
 
 def _trace_any(module: nn.Module) -> GraphModule:
     """The module's own graph, the same in training and evaluation; ``PassError`` where there is none."""
-    if _given_forward(module) is not None:
+    if given_forward(module) is not None:
         raise PassError("somebody replaced this instance's forward, so it can only be called, not looked into")
     bare = _bare(module)
     traced = []
@@ -173,7 +173,7 @@ def _leaf_graph(module: nn.Module) -> GraphModule:
     root.add_module(LEAF, module)
     graph = fx.Graph()
     inputs = []
-    function = _given_forward(module) or base_class(module).forward.__get__(module)
+    function = given_forward(module) or base_class(module).forward.__get__(module)
     for p in inspect.signature(function).parameters.values():
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             continue
@@ -212,7 +212,7 @@ def rewrite_module(
         PassError: the module can't take the rewrite; it is unchanged then.
     """
     redirects = redirects or {}
-    own = _signature(module)
+    own = signature(module)
     reads = ((k, path, container) for k, (path, _) in redirects.items())
     key = own and (own, *(r.signature() for r in rewrites), *reads)
     source = _sources.get(key) if key and dump is None else None
@@ -245,7 +245,7 @@ def feed_module(module: nn.Module, feed: Feed, *, name: str, dump: str | None = 
     Raises:
         PassError: the forward's arguments have no names; the module is unchanged then.
     """
-    given = _given_forward(module) or base_class(module).forward.__get__(module)
+    given = given_forward(module) or base_class(module).forward.__get__(module)
     try:
         graph = Pipeline([FeedPass(feed)], dump=dump)(call_graph(given)).graph
     except PassError as error:
@@ -262,10 +262,10 @@ def _source(graph: fx.Graph) -> str:
     return f"{import_block(used)}\n\n{code.src.strip()}\n"
 
 
-def _signature(module: nn.Module) -> tuple[Any, ...] | None:
+def signature(module: nn.Module) -> tuple[Any, ...] | None:
     """What a module's own graph depends on; ``None`` where that can't be told from plain attributes."""
     state = vars(module)
-    if _given_forward(module) is not None:
+    if given_forward(module) is not None:
         return None
     plain: list[tuple[str, Any]] = []
     for name, value in state.items():
@@ -283,7 +283,7 @@ def _signature(module: nn.Module) -> tuple[Any, ...] | None:
     return base_class(module), tuple(plain), tuple(tensors)
 
 
-def _given_forward(module: nn.Module) -> Any:
+def given_forward(module: nn.Module) -> Any:
     """The forward that somebody gave this instance in place of its class's, or ``None``."""
     state = vars(module)
     if LEAF in state:
@@ -302,7 +302,7 @@ def bind_source(module: nn.Module, source: str, mixin: type | None = None) -> No
     base = base_class(module)
     state = vars(module)
     _drop_autocast(module)
-    given, hooked = _given_forward(module), "_old_forward" in state
+    given, hooked = given_forward(module), "_old_forward" in state
     if "forward" in state and not hooked and (LEAF not in state or _is_own(module, state["forward"])):
         del state["forward"]  # let the class's forward run
     if given is not None:

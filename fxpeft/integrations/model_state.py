@@ -124,7 +124,7 @@ def swap(model: PreTrainedModel, new: Adapter) -> None:
                 part.set_strength(old.strength)
         set_trainable(state)
     else:
-        adapters.exchange(model, state, new)
+        adapters.replace_attached(model, state, new)
 
 
 def overwrite(adapter: Adapter, values: Values) -> None:

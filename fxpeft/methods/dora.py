@@ -47,11 +47,12 @@ def dora(
     y = base(x)
     norm = norms(kind, weight.type_as(lora_A).detach(), lora_A.detach(), lora_B.detach(), scaling)
     gain = kind.per_output(lora_magnitude_vector.flatten() / norm)
+    plain = y if bias is None else y - kind.per_output(bias)
     if dropout is not None:
-        x = dropout(x)
-        plain = kind.apply(x, weight)
-    else:
-        plain = y if bias is None else y - kind.per_output(bias)
+        # as a difference, which is zero in evaluation: y may be another adapter's, or padded otherwise
+        dropped = dropout(x)
+        plain = plain + kind.apply(dropped - x, weight)
+        x = dropped
     update = kind.expand(kind.scale(kind.reduce(x, lora_A), scaling), lora_B)
     out: Tensor = (y + (gain - 1) * plain + gain * update).type_as(y)
     return out
