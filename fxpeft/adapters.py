@@ -270,17 +270,21 @@ def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Valu
     """First values of a new adapter."""
     method, config = method_of(plan.config), plan.config
     values = Values()
+    for path in plan.saved:
+        state = base_state(model.get_submodule(path))
+        values.saved[path] = {key: tensor.detach().clone() for key, tensor in state.items()}
+    for path in (*plan.tensors, *plan.weights):
+        values.tensors[path] = attribute(model, path).detach().clone()
     for site, site_plan in plan.sites.items():
         device, dtype = placement(model.get_submodule(site), model, autocast)
         shapes = method.shapes(config, site_plan)
         parameters = {key: torch.empty(shape, device=device, dtype=dtype) for key, shape in shapes.items()}
-        method.initialise(config, site_plan, parameters, Base(model.get_submodule(site)))
+        base = Base(model.get_submodule(site), values.own(site))
+        try:
+            method.initialise(config, site_plan, parameters, base)
+        except PassError as error:
+            raise AdapterError(f"{site}: the base's weight gives no first values: {error}") from None
         values.sites[site] = parameters
-    for path in plan.saved:
-        state = base_state(model.get_submodule(path))
-        values.saved[path] = {key: tensor.detach().clone() for key, tensor in state.items()}
-    for path in plan.tensors:
-        values.tensors[path] = attribute(model, path).detach().clone()
     return values
 
 
