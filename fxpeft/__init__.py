@@ -24,9 +24,11 @@ if _TYPE_CHECKING:
     )
     from fxpeft.allocator import AdaLoraCallback, RankAllocator
     from fxpeft.errors import AdapterError, CheckpointError
+    from fxpeft.eva import initialize_eva
     from fxpeft.methods import register
     from fxpeft.methods.adalora import AdaLoraConfig
     from fxpeft.methods.ia3 import IA3Config
+    from fxpeft.methods.inits import EvaConfig, LoftQConfig
     from fxpeft.methods.lora import LoraConfig
     from fxpeft.serving import hold, hotswap, prepare_hotswap, release_hotswap
 
@@ -36,7 +38,9 @@ __all__ = [
     "AdaLoraConfig",
     "AdapterError",
     "CheckpointError",
+    "EvaConfig",
     "IA3Config",
+    "LoftQConfig",
     "LoraConfig",
     "RankAllocator",
     "active_adapters",
@@ -49,6 +53,7 @@ __all__ = [
     "enable_adapters",
     "hold",
     "hotswap",
+    "initialize_eva",
     "load_adapter",
     "prepare_hotswap",
     "register",
@@ -64,8 +69,11 @@ _MODULES = {
     **dict.fromkeys(("hold", "hotswap", "prepare_hotswap", "release_hotswap"), "fxpeft.serving"),
     **dict.fromkeys(("AdaLoraCallback", "RankAllocator"), "fxpeft.allocator"),
     "AdaLoraConfig": "fxpeft.methods.adalora",
+    "EvaConfig": "fxpeft.methods.inits",
     "IA3Config": "fxpeft.methods.ia3",
+    "LoftQConfig": "fxpeft.methods.inits",
     "LoraConfig": "fxpeft.methods.lora",
+    "initialize_eva": "fxpeft.eva",
     "register": "fxpeft.methods",
 }
 

@@ -21,6 +21,8 @@ from fxpeft.methods.base import Base, SiteAdapter
 from fxpeft.passes.base import PassError, attribute
 from fxpeft.passes.live import unbind
 from fxpeft.penalty import unwatch_loss, watch_loss
+from fxpeft.plain import has_to_be_plain
+from fxpeft.plain import plain as as_plain
 from fxpeft.plan import AdapterPlan, base_state, make_plan
 from fxpeft.state import (
     Adapter,
@@ -104,15 +106,26 @@ def load_adapter(
     install_adapter(model, Adapter(name, plan, placed(model, values, autocast=autocast)))
 
 
-def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) -> None:
+def save_adapter(
+    model: nn.Module, path: str | Path, name: str | None = None, *, plain: bool | None = None
+) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's format, atomically.
 
     Args:
         path: a folder, made where missing.
         name: which adapter; the active one by default.
+        plain: write a LoRA with ``init_lora_weights=True``, which needs nothing but the base. One
+            that started with PiSSA or OLoRA has twice the rank then; ``False`` keeps its rank, and
+            loading it decomposes the base's weights again. Default: only where loading could not
+            find the start again, as with ``pissa_niter_N``.
+
+    Raises:
+        AdapterError: no such adapter, or it is no plain LoRA of the base.
     """
     state = state_of(model)
     adapter = state.get(name if name is not None else _only_active(state))
+    if plain or (plain is None and has_to_be_plain(unwrap(model), adapter)):
+        adapter = as_plain(adapter)
     checkpoint.write(path, unwrap(model), adapter)
 
 
@@ -321,6 +334,27 @@ def install_adapter(model: nn.Module, adapter: Adapter) -> None:
         if isinstance(error, PassError):
             raise AdapterError(str(error)) from None
         raise
+
+
+def replace_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Put a finished adapter in the place of the one of its name, which may have other sites; active if that was."""
+    state = state_of(model)
+    old = state.get(adapter.name)
+    touched = hosts(model, [old, adapter])
+    detach(model, old)
+    attach(model, adapter)
+    state.adapters[adapter.name] = adapter
+    try:
+        rebind(touched, state.running())
+    except BaseException:
+        detach(model, adapter)
+        attach(model, old)
+        state.adapters[adapter.name] = old
+        rebind(touched, state.running())
+        raise
+    finally:
+        set_trainable(state)
+        watch_loss(model, state)
 
 
 def _switch(model: nn.Module, state: ModelState, names: list[str], enabled: bool) -> None:
