@@ -26,11 +26,13 @@ if _TYPE_CHECKING:
     from fxpeft.blend import add_weighted_adapter
     from fxpeft.conversion import convert
     from fxpeft.errors import AdapterError, CheckpointError
-    from fxpeft.integrations.transformers import install, uninstall
+    from fxpeft.eva import initialize_eva
     from fxpeft.folding import fold, folded_adapters, merge_and_unload, refold, unfold
+    from fxpeft.integrations.transformers import install, uninstall
     from fxpeft.methods import register
     from fxpeft.methods.adalora import AdaLoraConfig
     from fxpeft.methods.ia3 import IA3Config
+    from fxpeft.methods.inits import EvaConfig, LoftQConfig
     from fxpeft.methods.lora import LoraConfig
     from fxpeft.methods.p_tuning import PromptEncoderConfig
     from fxpeft.methods.prefix_tuning import PrefixTuningConfig
@@ -43,7 +45,9 @@ __all__ = [
     "AdaLoraConfig",
     "AdapterError",
     "CheckpointError",
+    "EvaConfig",
     "IA3Config",
+    "LoftQConfig",
     "LoraConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
@@ -63,6 +67,7 @@ __all__ = [
     "folded_adapters",
     "hold",
     "hotswap",
+    "initialize_eva",
     "install",
     "load_adapter",
     "merge_and_unload",
@@ -75,8 +80,8 @@ __all__ = [
     "set_adapter",
     "set_scale",
     "trainable_parameters",
-    "uninstall",
     "unfold",
+    "uninstall",
 ]
 _MODULES = {
     **dict.fromkeys(("AdapterError", "CheckpointError"), "fxpeft.errors"),
@@ -84,11 +89,14 @@ _MODULES = {
     **dict.fromkeys(("fold", "folded_adapters", "merge_and_unload", "refold", "unfold"), "fxpeft.folding"),
     **dict.fromkeys(("AdaLoraCallback", "RankAllocator"), "fxpeft.allocator"),
     "AdaLoraConfig": "fxpeft.methods.adalora",
+    "EvaConfig": "fxpeft.methods.inits",
+    "IA3Config": "fxpeft.methods.ia3",
+    "LoftQConfig": "fxpeft.methods.inits",
+    "LoraConfig": "fxpeft.methods.lora",
+    "initialize_eva": "fxpeft.eva",
     "add_weighted_adapter": "fxpeft.blend",
     "convert": "fxpeft.conversion",
-    "IA3Config": "fxpeft.methods.ia3",
     **dict.fromkeys(("install", "uninstall"), "fxpeft.integrations.transformers"),
-    "LoraConfig": "fxpeft.methods.lora",
     "PrefixTuningConfig": "fxpeft.methods.prefix_tuning",
     "PromptEncoderConfig": "fxpeft.methods.p_tuning",
     "PromptTuningConfig": "fxpeft.methods.prompt_tuning",

@@ -23,6 +23,8 @@ from fxpeft.methods.prompts import PromptMethod
 from fxpeft.passes.base import PassError, attribute
 from fxpeft.passes.live import unbind
 from fxpeft.penalty import unwatch_loss, watch_loss
+from fxpeft.plain import has_to_be_plain
+from fxpeft.plain import plain as as_plain
 from fxpeft.plan import AdapterPlan, base_state, base_value, base_values, make_plan
 from fxpeft.state import (
     Adapter,
@@ -107,15 +109,26 @@ def load_adapter(
     install_adapter(model, Adapter(name, plan, placed(model, values, autocast=autocast)))
 
 
-def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) -> None:
+def save_adapter(
+    model: nn.Module, path: str | Path, name: str | None = None, *, plain: bool | None = None
+) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's format, atomically.
 
     Args:
         path: a folder, made where missing.
         name: which adapter; the active one by default.
+        plain: write a LoRA with ``init_lora_weights=True``, which needs nothing but the base. One
+            that started with PiSSA or OLoRA has twice the rank then; ``False`` keeps its rank, and
+            loading it decomposes the base's weights again. Default: only where loading could not
+            find the start again, as with ``pissa_niter_N``.
+
+    Raises:
+        AdapterError: no such adapter, or it is no plain LoRA of the base.
     """
     state = state_of(model)
     adapter = state.get(name if name is not None else _only_active(state))
+    if plain or (plain is None and has_to_be_plain(unwrap(model), adapter)):
+        adapter = as_plain(adapter)
     checkpoint.write(path, unwrap(model), adapter)
 
 
@@ -281,6 +294,11 @@ def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Valu
     """First values of a new adapter."""
     method, config = method_of(plan.config), plan.config
     values = Values()
+    for path in plan.saved:
+        state = base_values(model.get_submodule(path))
+        values.saved[path] = {key: tensor.detach().clone() for key, tensor in state.items()}
+    for path in (*plan.tensors, *plan.weights):
+        values.tensors[path] = base_value(model, path).detach().clone()
     for site, site_plan in plan.sites.items():
         device, dtype = placement(model.get_submodule(site), model, autocast)
         if isinstance(method, PromptMethod):
@@ -288,13 +306,12 @@ def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Valu
             continue
         shapes = method.shapes(config, site_plan)
         parameters = {key: torch.empty(shape, device=device, dtype=dtype) for key, shape in shapes.items()}
-        method.initialise(config, site_plan, parameters, Base(model.get_submodule(site)))
+        base = Base(model.get_submodule(site), values.own(site))
+        try:
+            method.initialise(config, site_plan, parameters, base)
+        except PassError as error:
+            raise AdapterError(f"{site}: the base's weight gives no first values: {error}") from None
         values.sites[site] = parameters
-    for path in plan.saved:
-        state = base_values(model.get_submodule(path))
-        values.saved[path] = {key: tensor.detach().clone() for key, tensor in state.items()}
-    for path in plan.tensors:
-        values.tensors[path] = base_value(model, path).detach().clone()
     return values
 
 
@@ -351,6 +368,7 @@ def replace_attached(model: nn.Module, state: ModelState, new: Adapter) -> None:
         rebind(touched, state.running())
         raise
     set_trainable(state)
+    watch_loss(model, state)
 
 
 def switch(model: nn.Module, state: ModelState, names: list[str], enabled: bool) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, CheckpointError, listing
 from fxpeft.methods import config_class, method_of
-from fxpeft.methods.base import Method
-from fxpeft.passes.base import attribute
+from fxpeft.methods.base import Base, Method
+from fxpeft.passes.base import PassError, attribute
 from fxpeft.plan import AdapterPlan, base_state
 from fxpeft.state import Adapter, Values
 
@@ -150,6 +150,8 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
     for path, parts in values.saved.items():
         tensors.update({f"{method.prefix}{path}.{k}": v for k, v in parts.items()})
     for path, tensor in values.tensors.items():
+        if path in adapter.plan.weights:
+            continue
         owner, _, leaf = path.rpartition(".")
         # PEFT wraps a site's module, which moves the base's own parameters one level down
         tensors[method.prefix + (f"{owner}.base_layer.{leaf}" if owner in values.sites else path)] = tensor
@@ -245,7 +247,8 @@ def assign(
 
     for site, site_plan in plan.sites.items():
         keys = {n: _short(method.key(site, site_plan, n), method.prefix) for n in method.shapes(config, site_plan)}
-        taken = {n: take(keys[n], s) for n, s in method.shapes(config, site_plan).items()}
+        shapes = method.shapes(config, site_plan)
+        taken = {n: take(keys[n], s) for n, s in shapes.items() if n not in method.frozen(config)}
         values.sites[site] = {n: t for n, t in taken.items() if t is not None}
     for path in plan.saved:
         own = base_state(model.get_submodule(path))
@@ -276,7 +279,26 @@ def assign(
             + "\n".join(parts)
             + "\nIs it an adapter of another base model, or are target_modules or rank_pattern in its config wrong?"
         )
+    _restore(model, plan, values, found.source)
     return values
+
+
+def _restore(model: nn.Module, plan: AdapterPlan, values: Values, source: str) -> None:
+    """Work out what no file holds, from the base's weights."""
+    method, config = method_of(plan.config), plan.config
+    for path in plan.weights:
+        values.tensors[path] = attribute(model, path).detach().clone()
+    for site, site_plan in plan.sites.items():
+        base = Base(model.get_submodule(site), values.own(site))
+        shapes = {n: s for n, s in method.shapes(config, site_plan).items() if n in method.frozen(config)}
+        device = attribute(base.module, "weight").device if shapes else None
+        values.sites[site] |= {n: torch.empty(shape, device=device) for n, shape in shapes.items()}
+        try:
+            method.restore(config, site_plan, values.sites[site], base)
+        except PassError as error:
+            raise CheckpointError(
+                f"{source}: {site}: it starts from the base's weight, which can't be decomposed here: {error}"
+            ) from None
 
 
 def _base_weights(

@@ -34,12 +34,14 @@ class AdapterPlan:
         sites: site name -> rank, scaling and kind there.
         saved: modules that the adapter brings whole (``modules_to_save``).
         tensors: single parameters that it brings (``bias``): dotted names in the base model.
+        weights: the same, of weights that follow from the base's and are in no checkpoint.
     """
 
     config: AdapterConfig
     sites: dict[str, SitePlan]
     saved: list[str] = field(default_factory=list)
     tensors: list[str] = field(default_factory=list)
+    weights: list[str] = field(default_factory=list)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -109,7 +111,8 @@ def make_plan(model: nn.Module, config: AdapterConfig, *, heads: bool = True) ->
     if not sites:
         raise AdapterError(_nothing_found(config, modules))
     _check_patterns(config, sites)
-    return AdapterPlan(config, sites, saved, _bias_names(modules, method.bias(config), sites, saved))
+    weights = [join(site, "weight") for site in sites] if method.brings_weight(config) else []
+    return AdapterPlan(config, sites, saved, _bias_names(modules, method.bias(config), sites, saved), weights)
 
 
 def _resolve(model: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig, heads: bool) -> AdapterConfig:

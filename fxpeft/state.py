@@ -34,12 +34,16 @@ class Values:
     Args:
         sites: site -> parameter name -> tensor, in the shapes of the method.
         saved: module -> key of its ``state_dict`` -> the adapter's own copy (``modules_to_save``).
-        tensors: dotted parameter name in the base -> the adapter's own value (``bias``).
+        tensors: dotted parameter name in the base -> the adapter's own value (``bias``, ``weight``).
     """
 
     sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def own(self, site: str) -> dict[str, Tensor]:
+        """Parameter name -> the adapter's own value of the base's parameters at a site."""
+        return {p.rpartition(".")[2]: v for p, v in self.tensors.items() if p.rpartition(".")[0] == site}
 
     def clone(self, *, sites: bool = True) -> Values:
         """The same values in memory of their own, with or without those of the sites."""
@@ -209,7 +213,10 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
         module.get_submodule("adapters").add_module(adapter.name, part)
     for path, tensor in values.tensors.items():
         owner, _, leaf = path.rpartition(".")
-        adapter.parts[owner].register_parameter(leaf, nn.Parameter(tensor))
+        if leaf == "bias":
+            adapter.parts[owner].register_parameter(leaf, nn.Parameter(tensor))
+        else:  # a weight in the place of the base's is as frozen as the base's
+            adapter.parts[owner].register_buffer(leaf, tensor)
 
 
 def detach(model: nn.Module, adapter: Adapter) -> None:

@@ -91,16 +91,14 @@ def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
     lowered: dict[str, SlotValues] = {}
     problems += prompts_serving.lower(serving.prompts, adapter)
     for site, parameters in values.sites.items() if not method.whole else ():
-        plan = adapter.plan.sites[site]
-        if plan.rank > serving.max_rank:
-            problems.append(f"{site}: rank {plan.rank} is above max_rank {serving.max_rank}")
-            continue
-        own = {p.rpartition(".")[2]: v for p, v in values.tensors.items() if p.rpartition(".")[0] == site}
-        base = Base(model.get_submodule(site), own)
+        plan, base = adapter.plan.sites[site], Base(model.get_submodule(site), values.own(site))
         try:
             lowered[site] = method.lower(plan.scaled(adapter.strength), parameters, base)
         except PassError as error:
             problems.append(f"{site}: {error}")
+            continue
+        if (rank := lowered[site].d.numel()) > serving.max_rank:
+            problems.append(f"{site}: rank {rank} is above max_rank {serving.max_rank}")
     if problems:
         raise AdapterError(
             f"adapter {adapter.name!r} doesn't fit the slots; nothing was changed.\n{listing(problems)}\n"

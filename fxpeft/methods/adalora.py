@@ -53,7 +53,9 @@ class AdaLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         AdapterConfig.__post_init__(self)  # rank_pattern is no pattern here
         self.check_lora()
-        unused = {"use_dora": self.use_dora, "lora_bias": self.lora_bias, "use_rslora": self.use_rslora}
+        names = ("use_dora", "lora_bias", "use_rslora", "loftq_config", "eva_config")
+        unused = {name: getattr(self, name) for name in names}
+        unused["init_lora_weights"] = self.init_lora_weights not in (True, False, "gaussian")
         wrong = [name for name, value in unused.items() if value] + (["alpha_pattern"] if self.alpha_pattern else [])
         if wrong:
             raise AdapterError(f"{', '.join(wrong)}: has no effect with AdaLoRA; leave it at its default")

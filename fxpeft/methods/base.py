@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft.config import AdapterConfig
+from fxpeft.passes.base import attribute
 from fxpeft.passes.feed import Feed
 from fxpeft.passes.inject import Rewrite
 from fxpeft.passes.kinds import Kind
@@ -40,6 +41,9 @@ class SitePlan:
 class SiteAdapter(nn.Module):
     """One adapter's parameters at one site, with the scale as a tensor so that changing it recompiles nothing.
 
+    Args:
+        frozen: those of ``parameters`` that are never trained; they become buffers.
+
     ``scaling`` stays float32 whatever dtype the model is cast to: alpha / rank rounded to bfloat16
     would be off by up to 0.4%.
     """
@@ -47,12 +51,21 @@ class SiteAdapter(nn.Module):
     scaling: Tensor
 
     def __init__(
-        self, plan: SitePlan, parameters: Mapping[str, Tensor], *, dropout: float = 0.0, strength: float = 1.0
+        self,
+        plan: SitePlan,
+        parameters: Mapping[str, Tensor],
+        *,
+        dropout: float = 0.0,
+        strength: float = 1.0,
+        frozen: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.plan = plan
         for name, value in parameters.items():
-            self.register_parameter(name, nn.Parameter(value))
+            if name in frozen:
+                self.register_buffer(name, value)
+            else:
+                self.register_parameter(name, nn.Parameter(value))
         device = next((p.device for p in parameters.values()), None)
         self.register_buffer("scaling", torch.tensor(plan.scaling * strength, device=device), persistent=False)
         self.strength = strength
@@ -103,7 +116,7 @@ class Base:
     """What a method may read of the base at a site.
 
     Args:
-        module: the site's module. own: parameter name -> the adapter's own value for it (``bias``).
+        module: the site's module. own: parameter name -> the adapter's own value for it (``bias``, ``weight``).
     """
 
     module: nn.Module
@@ -115,7 +128,18 @@ class Base:
         Raises:
             PassError: it is no plain tensor.
         """
-        return base_weight(self.module).float()
+        return self._view().float()
+
+    def set_weight(self, value: Tensor) -> None:
+        """Write the adapter's own weight, ``[out, in, ...]``."""
+        self._view().copy_(value)
+
+    def _view(self) -> Tensor:
+        plain, own = base_weight(self.module), self.own.get("weight")
+        if own is None:
+            return plain
+        stored = attribute(self.module, "weight")
+        return own.detach() if plain.stride() == stored.stride() else own.detach().t()
 
     def bias(self) -> Tensor | None:
         """``[out]`` in float32, or ``None``."""
@@ -166,6 +190,18 @@ class Method(abc.ABC, Generic[C]):
     def initialise(self, config: C, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
         """Fill fresh parameters in place."""
 
+    def frozen(self, config: C) -> Collection[str]:
+        """Those of :meth:`shapes` that are never trained and in no checkpoint: they follow from the base."""
+        return ()
+
+    def brings_weight(self, config: C) -> bool:
+        """Whether an adapter has its own value of each site's weight; it is in no checkpoint either."""
+        return False
+
+    def restore(self, config: C, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
+        """Fill what no checkpoint holds in place, as it was when the adapter was fresh."""
+        return
+
     @abc.abstractmethod
     def rewrite(self, name: str, config: C, site: SiteAdapter) -> Rewrite | Feed:
         """The training subgraph of adapter ``name``; of a whole model, what prepares its inputs."""
@@ -181,7 +217,9 @@ class Method(abc.ABC, Generic[C]):
         self, config: C, plan: SitePlan, parameters: Mapping[str, Tensor], *, strength: float = 1.0
     ) -> SiteAdapter:
         """The module that holds the parameters at one site while the adapter is attached."""
-        return SiteAdapter(plan, parameters, dropout=self.dropout(config, plan.kind), strength=strength)
+        return SiteAdapter(
+            plan, parameters, dropout=self.dropout(config, plan.kind), strength=strength, frozen=self.frozen(config)
+        )
 
     def key(self, site: str, plan: SitePlan, name: str) -> str:
         """A parameter's whole checkpoint key."""

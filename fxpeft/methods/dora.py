@@ -16,7 +16,7 @@ from torch import Tensor
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Base, SiteAdapter, SitePlan, SlotValues
-from fxpeft.methods.lora import Lora, LoraConfig
+from fxpeft.methods.lora import Lora, LoraConfig, rest
 from fxpeft.passes.inject import Rewrite
 from fxpeft.passes.kinds import Conv, Kind
 
@@ -30,6 +30,11 @@ def norms(kind: Kind, weight: Tensor, a: Tensor, b: Tensor, scaling: Tensor | fl
     return found
 
 
+def weight_rest(kind: Kind, weight: Tensor, a0: Tensor | None, b0: Tensor | None, scaling: Tensor | float) -> Tensor:
+    """A weight without the first update, where there is one."""
+    return weight if a0 is None or b0 is None else weight - kind.delta(a0, kind.rows(b0)) * scaling
+
+
 def dora(
     kind: Kind,
     base: Callable[[Tensor], Tensor],
@@ -41,20 +46,25 @@ def dora(
     scaling: Tensor,
     lora_magnitude_vector: Tensor,
     bias: Tensor | None = None,
+    lora_A0: Tensor | None = None,
+    lora_B0: Tensor | None = None,
     dropout: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The training subgraph. Dropout is PEFT's: the part of the base that the gain changes sees it too."""
-    y = base(x)
-    norm = norms(kind, weight.type_as(lora_A).detach(), lora_A.detach(), lora_B.detach(), scaling)
+    whole = base(x)
+    y = rest(kind, whole, x, lora_A0, lora_B0, scaling)
+    own = weight_rest(kind, weight.type_as(lora_A).detach(), lora_A0, lora_B0, scaling)
+    norm = norms(kind, own, lora_A.detach(), lora_B.detach(), scaling)
     gain = kind.per_output(lora_magnitude_vector.flatten() / norm)
     plain = y if bias is None else y - kind.per_output(bias)
     if dropout is not None:
         # as a difference, which is zero in evaluation: y may be another adapter's, or padded otherwise
         dropped = dropout(x)
-        plain = plain + kind.apply(dropped - x, weight)
+        change = dropped - x
+        plain = plain + rest(kind, kind.apply(change, weight), change, lora_A0, lora_B0, scaling)
         x = dropped
     update = kind.expand(kind.scale(kind.reduce(x, lora_A), scaling), lora_B)
-    out: Tensor = (y + (gain - 1) * plain + gain * update).type_as(y)
+    out: Tensor = (y + (gain - 1) * plain + gain * update).type_as(whole)
     return out
 
 
@@ -88,11 +98,11 @@ class Dora(Lora):
 
     def initialise(self, config: LoraConfig, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
         super().initialise(config, plan, parameters, base)
-        a, b, magnitude = (parameters[name] for name in ("lora_A", "lora_B", MAGNITUDE))
-        magnitude.copy_(norms(plan.kind, base.weight(), a.float(), b.float(), plan.scaling).view_as(magnitude))
+        magnitude = parameters[MAGNITUDE]
+        magnitude.copy_(self._norms(plan, parameters, base.weight().to(magnitude.device)).view_as(magnitude))
 
     def rewrite(self, name: str, config: LoraConfig, site: SiteAdapter) -> Rewrite:
-        operands = ("lora_A", "lora_B", "scaling", MAGNITUDE, "dropout")
+        operands = ("lora_A", "lora_B", "scaling", MAGNITUDE, "lora_A0", "lora_B0", "dropout")
         held = {f"{name}.{o}": getattr(site, o) for o in operands if hasattr(site, o)}
         # an embedding's graph may be a leaf call of the module, and it has no bias
         reads = ("weight", "bias") if site.plan.kind.takes_bias else ("weight",)
@@ -100,7 +110,13 @@ class Dora(Lora):
 
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
         ranks = super().lower(plan, parameters, base)
-        a, b, magnitude = (parameters[name].float() for name in ("lora_A", "lora_B", MAGNITUDE))
-        weight, bias = base.weight().to(a.device), base.bias()
-        gain = magnitude.flatten() / norms(plan.kind, weight, a, b, plan.scaling)
+        magnitude, bias = parameters[MAGNITUDE].float(), base.bias()
+        gain = magnitude.flatten() / self._norms(plan, parameters, base.weight().to(magnitude.device))
         return ranks._replace(g_out=gain, shift=None if bias is None else bias.to(gain) * (1 - gain))
+
+    def _norms(self, plan: SitePlan, parameters: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        given = (parameters.get(name) for name in ("lora_A", "lora_B", "lora_A0", "lora_B0"))
+        a, b, a0, b0 = (None if p is None else p.to(weight) for p in given)
+        assert a is not None
+        assert b is not None
+        return norms(plan.kind, weight_rest(plan.kind, weight, a0, b0, plan.scaling), a, b, plan.scaling)

@@ -1,25 +1,36 @@
 """LoRA (https://arxiv.org/abs/2106.09685), with PEFT's options.
 
     y = base(x) + scale * B A dropout(x),    scale = alpha / r, or alpha / sqrt(r) with rsLoRA
+
+A start that is a part of the base's weight (:mod:`fxpeft.methods.inits`) is taken off again, and
+with it ``y`` starts as the base's:
+
+    y = base(x) + scale * (B A dropout(x) - B0 A0 x)
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fxpeft.config import RankConfig
 from fxpeft.errors import AdapterError
+from fxpeft.methods import inits
 from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
+from fxpeft.methods.inits import EvaConfig, LoftQConfig
+from fxpeft.passes.base import PassError
 from fxpeft.passes.inject import Rewrite
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.names import pattern_value
+
+S = TypeVar("S", LoftQConfig, EvaConfig)
 
 
 @dataclass
@@ -31,7 +42,12 @@ class LoraConfig(RankConfig):
         bias: ``"none"``; ``"lora_only"``: the sites' biases are trained with the adapter;
             ``"all"``: every bias of the model. Unlike PEFT the base's own biases stay untouched.
         init_lora_weights: ``True``: A uniform (Kaiming), B zero; ``"gaussian"``: A normal with
-            deviation 1/r, B zero; ``False``: both random. Embeddings: A zero, B normal.
+            deviation 1/r, B zero; ``False``: both random; ``"orthogonal"``; ``"pissa"``,
+            ``"pissa_niter_N"``, ``"olora"``: principal parts of the weight, which the base keeps;
+            ``"loftq"``: beside a quantised weight of the adapter's own; ``"eva"``: see
+            :func:`fxpeft.initialize_eva`. Embeddings: A zero, B normal.
+        loftq_config: a :class:`~fxpeft.LoftQConfig` or a dict; kept as a dict, as in PEFT.
+        eva_config: a :class:`~fxpeft.EvaConfig` or a dict.
         lora_bias: B has a bias of its own.
         use_dora: train magnitude and direction apart; see :mod:`fxpeft.methods.dora`.
         fan_in_fan_out: accepted for PEFT's sake; the layout of a weight is read off the graph.
@@ -43,31 +59,62 @@ class LoraConfig(RankConfig):
     lora_bias: bool = False
     use_dora: bool = False
     fan_in_fan_out: bool = False
+    loftq_config: dict[str, Any] = field(default_factory=dict)
+    eva_config: EvaConfig | None = None
 
     peft_type: ClassVar[str] = "LORA"
     unsupported: ClassVar[Mapping[str, Any]] = {
         "alora_invocation_tokens": None, "arrow_config": None, "corda_config": None, "ensure_weight_tying": False,
-        "eva_config": None, "kasa_config": None, "layer_replication": None, "loftq_config": {}, "lora_ga_config": None,
-        "megatron_config": None, "megatron_core": "megatron.core", "monteclora_config": None, "qalora_group_size": 16,
-        "target_parameters": None, "trainable_token_indices": None, "use_bdlora": None,
-        "use_qalora": False, "velora_config": None,
+        "kasa_config": None, "layer_replication": None, "lora_ga_config": None, "megatron_config": None,
+        "megatron_core": "megatron.core", "monteclora_config": None, "qalora_group_size": 16, "target_parameters": None,
+        "trainable_token_indices": None, "use_bdlora": None, "use_qalora": False, "velora_config": None,
     }  # fmt: skip
 
     def __post_init__(self) -> None:
+        self.read_inits()
         super().__post_init__()
         self.check_lora()
+
+    def read_inits(self) -> None:
+        """Bring the fields of a start into the form that PEFT keeps them in; those of another start have no effect."""
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = self.init_lora_weights.lower()
+        start: Any = self.init_lora_weights
+        given: Any = self.loftq_config or {}
+        if not isinstance(given, dict | LoftQConfig):
+            raise AdapterError(f"loftq_config: expected a dict or a LoftQConfig, found {given!r}")
+        if start == "loftq" and not given:
+            raise AdapterError("init_lora_weights='loftq' needs loftq_config, for instance {'loftq_bits': 4}")
+        if start == "loftq":
+            self.loftq_config = vars(_sub_config(LoftQConfig, given))
+        elif given:
+            warnings.warn(f"loftq_config has no effect with init_lora_weights={start!r}", stacklevel=4)
+            self.loftq_config = {}
+        if self.eva_config is not None and start != "eva":
+            warnings.warn(f"eva_config has no effect with init_lora_weights={start!r}", stacklevel=4)
+        if isinstance(self.eva_config, dict) or start == "eva":
+            self.eva_config = _sub_config(EvaConfig, self.eva_config or {})
 
     def check_lora(self) -> None:
         """Check LoRA's own fields."""
         if not 0 <= self.lora_dropout < 1:
             raise AdapterError(f"lora_dropout: expected a probability in [0, 1), found {self.lora_dropout}")
-        known = (True, False, "gaussian")
-        if self.init_lora_weights not in known:
-            raise AdapterError(f"init_lora_weights: expected one of {known}, found {self.init_lora_weights!r}")
-        if self.lora_bias and self.init_lora_weights == "gaussian":
+        inits.check_name(self.init_lora_weights)
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             raise AdapterError("lora_bias=True needs init_lora_weights True or False, as in PEFT")
         if self.lora_bias and self.use_dora:
             raise AdapterError("lora_bias=True is not supported with use_dora=True, as in PEFT")
+
+
+def _sub_config(cls: type[S], given: Any) -> S:
+    if isinstance(given, cls):
+        return given
+    if not isinstance(given, dict):
+        raise AdapterError(f"expected a {cls.__name__} or a dict of its fields, found {given!r}")
+    unknown = ", ".join(sorted(map(str, given.keys() - cls.__dataclass_fields__.keys())))
+    if unknown:
+        raise AdapterError(f"{cls.__name__} has no fields {unknown}; it has {', '.join(cls.__dataclass_fields__)}")
+    return cls(**given)
 
 
 def lora(
@@ -79,20 +126,34 @@ def lora(
     lora_B: Tensor,
     scaling: Tensor,
     lora_B_bias: Tensor | None = None,
+    lora_A0: Tensor | None = None,
+    lora_B0: Tensor | None = None,
     dropout: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The training subgraph, rounded once to the base's dtype. The scale is applied where it is smallest."""
     y = base(x)
     h = kind.scale(kind.reduce(x if dropout is None else dropout(x), lora_A), scaling)
-    update = kind.expand(h, lora_B)
+    update = rest(kind, kind.expand(h, lora_B), x, lora_A0, lora_B0, scaling)
     if lora_B_bias is not None:
         update = update + kind.per_output(lora_B_bias * scaling)
     out: Tensor = (y + update).type_as(y)
     return out
 
 
+def rest(
+    kind: Kind, y: Tensor, x: Tensor, lora_A0: Tensor | None, lora_B0: Tensor | None, scaling: Tensor
+) -> Tensor:
+    """``y`` without the update that the adapter started from; it is a part of the base, which has no dropout."""
+    if lora_A0 is None or lora_B0 is None:
+        return y
+    return y - kind.expand(kind.scale(kind.reduce(x, lora_A0), scaling), lora_B0)
+
+
 class Lora(Method[LoraConfig]):
-    """Parameters ``lora_A``, ``lora_B`` and, with ``lora_bias``, ``lora_B_bias``."""
+    """Parameters ``lora_A``, ``lora_B`` and, with ``lora_bias``, ``lora_B_bias``.
+
+    Where they start from a part of the base's weight, ``lora_A0`` and ``lora_B0`` are the start.
+    """
 
     name = "lora"
     peft_type = "LORA"
@@ -108,6 +169,7 @@ class Lora(Method[LoraConfig]):
         why = kind.check_rank(rank)
         if why:
             raise AdapterError(f"{site}: {why}; change r or rank_pattern, or leave the site out")
+        inits.check_site(config.init_lora_weights, site, kind, rank)
         if config.lora_bias and not kind.takes_bias:
             raise AdapterError(f"{site}: lora_bias=True is not supported on {kind.name}; leave the site out")
         return SitePlan(kind, rank, alpha / (math.sqrt(rank) if config.use_rslora else rank))
@@ -116,6 +178,8 @@ class Lora(Method[LoraConfig]):
         shapes = {"lora_A": plan.kind.a_shape(plan.rank), "lora_B": plan.kind.b_shape(plan.rank)}
         if config.lora_bias:
             shapes["lora_B_bias"] = (plan.kind.out_features,)
+        if self.frozen(config) and plan.kind.name == "linear":
+            shapes |= {"lora_A0": shapes["lora_A"], "lora_B0": shapes["lora_B"]}
         return shapes
 
     def keys(self, kind: Kind) -> dict[str, str]:
@@ -130,6 +194,21 @@ class Lora(Method[LoraConfig]):
             nn.init.normal_(a) if mode is False else nn.init.zeros_(a)
             nn.init.normal_(b)
             return
+        if inits.starts_from_base(mode):
+            values: Sequence[Tensor] = inits.first_factors(mode, _whole(base), plan.rank, plan.scaling)
+            for name, value in zip(("lora_A", "lora_B", "lora_A0", "lora_B0"), (*values, *values), strict=True):
+                parameters[name].copy_(value)
+            return
+        if mode == "loftq":
+            loftq = LoftQConfig(**config.loftq_config)
+            weight, *values = inits.loftq(_whole(base), plan.rank, loftq.loftq_bits, loftq.loftq_iter)
+            base.set_weight(weight)
+        elif mode == "orthogonal":
+            values = inits.orthogonal(plan.rank, plan.kind.in_features, plan.kind.out_features)
+        if mode in ("loftq", "orthogonal"):
+            a.copy_(values[0])
+            b.copy_(values[1])
+            return
         if mode == "gaussian":
             nn.init.normal_(a, std=1 / plan.rank)
         else:
@@ -142,11 +221,41 @@ class Lora(Method[LoraConfig]):
             bound = 1 / math.sqrt(plan.rank) if mode is False else 0.0
             nn.init.uniform_(parameters["lora_B_bias"], -bound, bound)
 
+    def frozen(self, config: LoraConfig) -> Collection[str]:
+        return ("lora_A0", "lora_B0") if inits.starts_from_base(config.init_lora_weights) else ()
+
+    def brings_weight(self, config: LoraConfig) -> bool:
+        return config.init_lora_weights == "loftq"
+
+    def restore(self, config: LoraConfig, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
+        """As PEFT when it loads: the base's weight is decomposed again.
+
+        The random start of ``pissa_niter_N`` is gone; the exact decomposition is the nearest to any.
+        """
+        if self.brings_weight(config) or "lora_A0" in parameters:
+            mode = config.init_lora_weights
+            if inits.iterations(mode):
+                warnings.warn(
+                    f"{mode} starts at random, and the file doesn't hold the start: what the adapter computes is near "
+                    "to what was trained, in PEFT too. Convert it where it was trained: save_adapter(..., plain=True)",
+                    stacklevel=2,
+                )
+                mode = "pissa"
+            fresh = {n: torch.empty_like(p, dtype=torch.float32) for n, p in parameters.items()}
+            Lora.initialise(self, replace(config, init_lora_weights=mode), plan, fresh, base)
+            for name in parameters.keys() & self.frozen(config):
+                parameters[name].copy_(fresh[name])
+
+    def stored(
+        self, config: LoraConfig, site: str, plan: SitePlan, parameters: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return {name: value for name, value in parameters.items() if name not in self.frozen(config)}
+
     def dropout(self, config: LoraConfig, kind: Kind) -> float:
         return 0.0 if kind.name == "embedding" else config.lora_dropout
 
     def rewrite(self, name: str, config: LoraConfig, site: SiteAdapter) -> Rewrite:
-        operands = ("lora_A", "lora_B", "scaling", "lora_B_bias", "dropout")
+        operands = ("lora_A", "lora_B", "scaling", "lora_B_bias", "lora_A0", "lora_B0", "dropout")
         held = {f"{name}.{o}": getattr(site, o) for o in operands if hasattr(site, o)}
         return Rewrite(f"lora:{name}", lora, held)
 
@@ -155,11 +264,24 @@ class Lora(Method[LoraConfig]):
         assert a is not None
         assert b is not None
         shift = None if bias is None else bias.float() * plan.scaling
-        return SlotValues(a, plan.kind.rows(b), _scales(plan.rank, plan.scaling), shift=shift)
+        a0, b0 = parameters.get("lora_A0"), parameters.get("lora_B0")
+        if a0 is not None and b0 is not None:
+            a, b = torch.cat((a, a0.to(a))), torch.cat((b, -b0.to(b)), 1)
+        return SlotValues(a, plan.kind.rows(b), _scales(len(a), plan.scaling), shift=shift)
 
     def keep(self, plan: SitePlan, parameters: Mapping[str, Tensor], lowered: SlotValues) -> dict[str, Tensor]:
-        kept = {"lora_A": lowered.a, "lora_B": plan.kind.unrows(lowered.b, plan.rank)}
+        r = plan.rank
+        kept = {"lora_A": lowered.a[:r], "lora_B": plan.kind.unrows(lowered.b[:r], r)}
         return kept | {name: value.detach().clone() for name, value in parameters.items() if name not in kept}
+
+
+def _whole(base: Base) -> Tensor:
+    weight = base.weight()
+    if weight.is_meta:
+        raise PassError("it is on the meta device or offloaded; load it onto a device first")
+    if not torch.isfinite(weight).all():
+        raise PassError("it holds NaN or infinity")
+    return weight
 
 
 @functools.lru_cache(maxsize=1024)
