@@ -12,7 +12,15 @@ import pytest
 import torch
 from tiny import randomise, tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor
-from transformers import LlamaModel, PreTrainedModel, Trainer
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    Trainer,
+)
 from transformers.integrations import PeftAdapterMixin
 from transformers.models.auto import auto_factory
 
@@ -192,6 +200,27 @@ def test_adapter_of_a_head_model_fits_its_body_and_the_reverse() -> None:
     back = tiny_llama()
     back.load_adapter(peft_config=lora(), adapter_state_dict=body.get_adapter_state_dict())
     assert torch.allclose(logits(back), logits(source), atol=1e-6)
+
+
+def test_adapter_of_an_older_transformers() -> None:
+    """LLaVA's language model was renamed in transformers 4.52; adapters from before have the old names."""
+    text = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=36, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=39))
+    model.add_adapter(fxpeft.LoraConfig(r=3, target_modules=["down_proj"]))
+    tensors = {key: torch.randn_like(value) for key, value in model.get_adapter_state_dict().items()}
+    assert all(key.startswith("model.language_model.layers.") for key in tensors)
+    model.delete_adapter("default")
+    old = {k.replace("model.language_model.", "base_model.model.language_model.model."): v for k, v in tensors.items()}
+    info = model.load_adapter(peft_config=fxpeft.LoraConfig(r=3, target_modules=["down_proj"]), adapter_state_dict=old)
+    assert info.missing_keys == info.unexpected_keys == set()
+    own = model.get_adapter_state_dict()
+    assert all(torch.equal(own[key], value) for key, value in tensors.items())
 
 
 def test_errors_are_transformers_own(saved: str) -> None:
