@@ -33,7 +33,7 @@ from fxpeft.integrations.model_state import (
     swap,
 )  # fmt: skip
 from fxpeft.plan import make_plan
-from fxpeft.state import Adapter, ModelState, Values, state_of
+from fxpeft.state import Adapter, ModelState, Values, set_trainable, state_of
 
 NO_ADAPTER = "No adapter loaded. Please load an adapter first."
 
@@ -154,15 +154,11 @@ def set_adapter(self: PreTrainedModel, adapter_name: list[str] | str) -> None:
             f"Following adapter(s) could not be found: {', '.join(missing)}. Make sure you are passing the correct "
             f"adapter name(s). current loaded adapters are: {list(state.adapters)}"
         )
-    before = {name: state.adapters[name].config.inference_mode for name in names}
-    for name in names:
-        state.adapters[name].config.inference_mode = False  # Transformers trains what was set, loaded or new
-    try:
-        adapters.set_adapter(self, names)
-    except BaseException:
-        for name, value in before.items():
-            state.adapters[name].config.inference_mode = value
-        raise
+    adapters.set_adapter(self, names)
+    if state.serving is None:
+        for name in names:
+            state.adapters[name].config.inference_mode = False  # Transformers trains what was set, loaded or new
+        set_trainable(state)
 
 
 def enable_adapters(self: PreTrainedModel) -> None:

@@ -97,12 +97,15 @@ def add(model: PreTrainedModel, new: Adapter) -> None:
     trains = not new.config.inference_mode
     if trains:
         leave_slots(model)
+    before = list(state.active) if (state := find_state(model)) is not None else []
     adapters.install_adapter(model, new)
     if getattr(model, "_hotswap_enabled", False) and not trains and not is_prepared(model):
         try:
             prepare(model)
         except BaseException:
             adapters.delete_adapter(model, new.name)
+            if before:
+                adapters.set_adapter(model, before)
             raise
 
 
@@ -111,6 +114,8 @@ def swap(model: PreTrainedModel, new: Adapter) -> None:
     state = state_of(model)
     old = state.get(new.name)
     new.strength = old.strength
+    if not new.config.inference_mode:
+        leave_slots(model)
     if getattr(model, "_hotswap_enabled", False) and new.config.inference_mode and not is_prepared(model):
         prepare(model)
     if is_prepared(model):
