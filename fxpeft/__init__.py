@@ -22,16 +22,30 @@ if _TYPE_CHECKING:
         set_scale,
         trainable_parameters,
     )
+    from fxpeft.allocator import AdaLoraCallback, RankAllocator
     from fxpeft.errors import AdapterError, CheckpointError
     from fxpeft.integrations.transformers import install, uninstall
+    from fxpeft.methods import register
+    from fxpeft.methods.adalora import AdaLoraConfig
+    from fxpeft.methods.ia3 import IA3Config
     from fxpeft.methods.lora import LoraConfig
+    from fxpeft.methods.p_tuning import PromptEncoderConfig
+    from fxpeft.methods.prefix_tuning import PrefixTuningConfig
+    from fxpeft.methods.prompt_tuning import PromptTuningConfig
     from fxpeft.serving import hold, hotswap, prepare_hotswap, release_hotswap
 
 __version__ = _version("fxpeft")
 __all__ = [
+    "AdaLoraCallback",
+    "AdaLoraConfig",
     "AdapterError",
     "CheckpointError",
+    "IA3Config",
     "LoraConfig",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptTuningConfig",
+    "RankAllocator",
     "active_adapters",
     "adapter_config",
     "adapter_state_dict",
@@ -45,6 +59,7 @@ __all__ = [
     "install",
     "load_adapter",
     "prepare_hotswap",
+    "register",
     "release_hotswap",
     "remove",
     "save_adapter",
@@ -57,7 +72,14 @@ _MODULES = {
     **dict.fromkeys(("AdapterError", "CheckpointError"), "fxpeft.errors"),
     **dict.fromkeys(("hold", "hotswap", "prepare_hotswap", "release_hotswap"), "fxpeft.serving"),
     **dict.fromkeys(("install", "uninstall"), "fxpeft.integrations.transformers"),
+    **dict.fromkeys(("AdaLoraCallback", "RankAllocator"), "fxpeft.allocator"),
+    "AdaLoraConfig": "fxpeft.methods.adalora",
+    "IA3Config": "fxpeft.methods.ia3",
     "LoraConfig": "fxpeft.methods.lora",
+    "PrefixTuningConfig": "fxpeft.methods.prefix_tuning",
+    "PromptEncoderConfig": "fxpeft.methods.p_tuning",
+    "PromptTuningConfig": "fxpeft.methods.prompt_tuning",
+    "register": "fxpeft.methods",
 }
 
 

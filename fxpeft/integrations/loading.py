@@ -24,7 +24,8 @@ from fxpeft.adapters import fresh_values, placed
 from fxpeft.checkpoint import Checkpoint
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, CheckpointError
-from fxpeft.methods import method_named
+from fxpeft.methods import config_class, method_of
+from fxpeft.methods.base import Method
 from fxpeft.plan import AdapterPlan, make_plan
 from fxpeft.serving import plan_for
 from fxpeft.state import Values, find_state, placement
@@ -57,7 +58,7 @@ def as_config(config: object) -> AdapterConfig:
     values = dict(config if isinstance(config, Mapping) else config.to_dict())
     values = json.loads(json.dumps(values, default=_plain))  # enums, sets and tuples as the file would have them
     source = type(config).__name__
-    found: AdapterConfig = method_named(values.get("peft_type"), source).config_class.from_dict(values, source=source)
+    found: AdapterConfig = config_class(values.get("peft_type"), source).from_dict(values, source=source)
     return found
 
 
@@ -153,6 +154,7 @@ def fit(model: PreTrainedModel, found: Checkpoint, *, trainable: bool) -> Fitted
     """
     config = copy.deepcopy(found.config)
     config.inference_mode = not trainable
+    check_injectable(config)
     check_experts(model, config)
     state = find_state(model)
     slots = None if state is None else state.serving
@@ -199,7 +201,7 @@ def _aligned(model: PreTrainedModel, plan: AdapterPlan, tensors: Mapping[str, Te
     An adapter of a head model fits its body too, and the reverse; one that was trained on an older
     Transformers is renamed as that version's weights are.
     """
-    short = {key.removeprefix(checkpoint.PREFIX): tensor for key, tensor in tensors.items()}
+    short = {key.removeprefix(Method.prefix): tensor for key, tensor in tensors.items()}
     prefix = f"{model.base_model_prefix}."
     sites = tuple(f"{site}." for site in plan.sites)
     for rename in (
@@ -219,6 +221,15 @@ def _renamed(model: PreTrainedModel, key: str) -> str:
         if isinstance(conversion, WeightRenaming):
             key = conversion.rename_source_key(key)[0]
     return key
+
+
+def check_injectable(config: AdapterConfig) -> None:
+    """Refuse prompt learning, as Transformers does: it is no adapter of a model's modules."""
+    if method_of(config).whole:
+        raise AdapterError(
+            f"{config.peft_type}: Transformers' adapter methods don't take prompt learning; use fxpeft.add_adapter and "
+            "fxpeft.load_adapter"
+        )
 
 
 def check_experts(model: PreTrainedModel, config: AdapterConfig) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fxpeft import adapters, serving
+from fxpeft.methods import method_of
 from fxpeft.methods.base import SiteAdapter
 from fxpeft.passes.slot import LEAST
 from fxpeft.state import Adapter, Values, find_state, set_trainable, state_of
@@ -77,8 +78,8 @@ def is_prepared(model: PreTrainedModel) -> bool:
 def prepare(model: PreTrainedModel) -> None:
     """Give the model its slots, for the adapters that it has and for any on its linear modules."""
     wanted = model._prepare_peft_hotswap_kwargs or {}
-    shifted = any(getattr(a.config, "lora_bias", False) for a in adapters_of(model).values())
-    methods = ("lora", "lora_bias") if shifted else ("lora",)
+    own = [method_of(adapter.config).declared(adapter.config) for adapter in adapters_of(model).values()]
+    methods = tuple(dict.fromkeys(["lora", *own]))
     serving.prepare_hotswap(model, max(wanted["target_rank"], LEAST), targets="all-linear", methods=methods)
 
 

@@ -223,6 +223,45 @@ def test_adapter_of_an_older_transformers() -> None:
     assert all(torch.equal(own[key], value) for key, value in tensors.items())
 
 
+METHODS: dict[str, Any] = {
+    "dora": lambda: lora(use_dora=True),
+    "lora_bias": lambda: lora(lora_bias=True),
+    "ia3": lambda: fxpeft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "adalora": lambda: fxpeft.AdaLoraConfig(init_r=4, total_step=10, target_modules=["q_proj", "v_proj"]),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods(method: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.add_adapter(METHODS[method]())
+    randomise(model.get_adapter_state_dict().values(), seed=2)
+    loss = model.train()(token_ids(), labels=token_ids()).loss
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    expected = logits(model.eval())
+    assert not torch.allclose(expected, logits(tiny_llama()), atol=1e-3)
+    model.save_pretrained(tmp_path)
+    loaded = tiny_llama()
+    loaded.load_adapter(str(tmp_path))
+    assert torch.allclose(logits(loaded), expected, atol=1e-5)
+    served = tiny_llama()
+    served.enable_peft_hotswap(target_rank=8)
+    served.load_adapter(str(tmp_path), "default")
+    assert torch.allclose(logits(served), expected, atol=1e-4)
+    if METHODS[method]().peft_type == "LORA":
+        served.load_adapter(str(tmp_path), "default", hotswap=True)
+        assert torch.allclose(logits(served), expected, atol=1e-4)
+    else:
+        with pytest.raises(ValueError, match="only supported for LoRA"):
+            served.load_adapter(str(tmp_path), "default", hotswap=True)
+
+
+def test_prompt_learning_is_out_of_scope_as_in_transformers() -> None:
+    with pytest.raises(ValueError, match="don't take prompt learning"):
+        tiny_llama().add_adapter(fxpeft.PromptTuningConfig(num_virtual_tokens=3))
+
+
 def test_errors_are_transformers_own(saved: str) -> None:
     model = tiny_llama()
     for call in (
@@ -286,12 +325,14 @@ def test_pickled_weights_are_read_without_running_them(saved: str) -> None:
         tiny_llama().load_adapter(saved)
 
 
-def test_second_adapter_needs_the_type_of_the_first(saved: str) -> None:
+def test_second_adapter_needs_the_type_of_the_first() -> None:
     model = adapted("a")
-    other = lora()
-    other.peft_type = "OTHER"
-    with pytest.raises(ValueError, match="a second adapter needs the type of the first: expected LORA, found OTHER"):
-        model.add_adapter(other, "b")
+    with pytest.raises(ValueError, match="a second adapter needs the type of the first: expected LORA, found IA3"):
+        model.add_adapter(METHODS["ia3"](), "b")
+    tensors = model.get_adapter_state_dict()
+    with pytest.raises(ValueError, match="a second adapter needs the type of the first"):
+        model.load_adapter(peft_config=METHODS["ia3"](), adapter_state_dict=tensors, adapter_name="b")
+    assert model.active_adapters() == ["a"]
 
 
 def test_delete_adapter() -> None:
