@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.utils.hub import cached_file, resolve_revision
 from transformers.utils.loading_report import LoadStateDictInfo
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -22,7 +24,8 @@ from fxpeft.adapters import fresh_values, placed
 from fxpeft.checkpoint import Checkpoint
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, CheckpointError
-from fxpeft.methods import config_class
+from fxpeft.methods import config_class, method_of
+from fxpeft.methods.base import Method
 from fxpeft.plan import AdapterPlan, make_plan
 from fxpeft.serving import plan_for
 from fxpeft.state import Values, find_state, placement
@@ -150,6 +153,7 @@ def fit(model: PreTrainedModel, found: Checkpoint, *, trainable: bool) -> Fitted
     """
     config = copy.deepcopy(found.config)
     config.inference_mode = not trainable
+    check_injectable(config)
     check_experts(model, config)
     state = find_state(model)
     slots = None if state is None else state.serving
@@ -191,16 +195,40 @@ def _complete(values: Values, fresh: Values) -> None:
 
 
 def _aligned(model: PreTrainedModel, plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under this model's names: an adapter of a head model fits its body too, and the reverse."""
-    short = {key.removeprefix(checkpoint.PREFIX): tensor for key, tensor in tensors.items()}
+    """The tensors under this model's names.
+
+    An adapter of a head model fits its body too, and the reverse; one that was trained on an older
+    Transformers is renamed as that version's weights are.
+    """
+    short = {key.removeprefix(Method.prefix): tensor for key, tensor in tensors.items()}
     prefix = f"{model.base_model_prefix}."
-    variants = (
-        short,
-        {key.removeprefix(prefix): tensor for key, tensor in short.items()},
-        {prefix + key: tensor for key, tensor in short.items()},
-    )
     sites = tuple(f"{site}." for site in plan.sites)
-    return next((v for v in variants if any(key.startswith(sites) for key in v)), short)
+    for rename in (
+        lambda key: key,
+        lambda key: key.removeprefix(prefix),
+        lambda key: prefix + key,
+        lambda key: _renamed(model, key),
+    ):
+        renamed = {rename(key): tensor for key, tensor in short.items()}
+        if any(key.startswith(sites) for key in renamed):
+            return renamed
+    return short
+
+
+def _renamed(model: PreTrainedModel, key: str) -> str:
+    for conversion in get_model_conversion_mapping(model):
+        if isinstance(conversion, WeightRenaming):
+            key = conversion.rename_source_key(key)[0]
+    return key
+
+
+def check_injectable(config: AdapterConfig) -> None:
+    """Refuse prompt learning, as Transformers does: it is no adapter of a model's modules."""
+    if method_of(config).whole:
+        raise AdapterError(
+            f"{config.peft_type}: Transformers' adapter methods don't take prompt learning; use fxpeft.add_adapter and "
+            "fxpeft.load_adapter"
+        )
 
 
 def check_experts(model: PreTrainedModel, config: AdapterConfig) -> None:

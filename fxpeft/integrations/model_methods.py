@@ -32,6 +32,7 @@ from fxpeft.integrations.model_state import (
     prepare,
     swap,
 )  # fmt: skip
+from fxpeft.methods.base import Method
 from fxpeft.plan import make_plan
 from fxpeft.state import Adapter, ModelState, Values, state_of
 
@@ -56,6 +57,7 @@ def add_adapter(self: PreTrainedModel, adapter_config: AdapterConfig, adapter_na
     _check_type(self, config)
     # Transformers notes the base in the caller's own object
     adapter_config.base_model_name_or_path = config.base_model_name_or_path = vars(self).get("name_or_path") or None
+    loading.check_injectable(config)
     loading.check_experts(self, config)
     plan = make_plan(self, config, heads=False)
     adapters.check_name(self, name)
@@ -155,8 +157,9 @@ def set_adapter(self: PreTrainedModel, adapter_name: list[str] | str) -> None:
             f"adapter name(s). current loaded adapters are: {list(state.adapters)}"
         )
     before = {name: state.adapters[name].config.inference_mode for name in names}
-    for name in names:
-        state.adapters[name].config.inference_mode = False  # Transformers trains what was set, loaded or new
+    if state.serving is None:  # slots are not trained, and there adapters may share a config
+        for name in names:
+            state.adapters[name].config.inference_mode = False  # Transformers trains what was set, loaded or new
     try:
         adapters.set_adapter(self, names)
     except BaseException:
@@ -204,7 +207,7 @@ def get_adapter_state_dict(
     adapter = state.get(adapter_name if adapter_name is not None else only_active(self))
     if state_dict is not None and adapter.parts:  # served from slots, an adapter is in no state_dict
         adapter = replace(adapter, values=_values_in(adapter, state_dict), parts={})
-    return {key.removeprefix(checkpoint.PREFIX): value for key, value in checkpoint.to_tensors(adapter).items()}
+    return {key.removeprefix(Method.prefix): value for key, value in checkpoint.to_tensors(adapter).items()}
 
 
 def delete_adapter(self: PreTrainedModel, adapter_names: list[str] | str) -> None:

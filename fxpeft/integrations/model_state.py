@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fxpeft import adapters, serving
+from fxpeft.methods import method_of
 from fxpeft.methods.base import SiteAdapter
 from fxpeft.passes.slot import LEAST
 from fxpeft.state import Adapter, Values, find_state, set_trainable, state_of
@@ -77,8 +78,8 @@ def is_prepared(model: PreTrainedModel) -> bool:
 def prepare(model: PreTrainedModel) -> None:
     """Give the model its slots, for the adapters that it has and for any on its linear modules."""
     wanted = model._prepare_peft_hotswap_kwargs or {}
-    shifted = any(getattr(a.config, "lora_bias", False) for a in adapters_of(model).values())
-    methods = ("lora", "lora_bias") if shifted else ("lora",)
+    own = [method_of(adapter.config).declared(adapter.config) for adapter in adapters_of(model).values()]
+    methods = tuple(dict.fromkeys(["lora", *own]))
     serving.prepare_hotswap(model, max(wanted["target_rank"], LEAST), targets="all-linear", methods=methods)
 
 
@@ -97,12 +98,15 @@ def add(model: PreTrainedModel, new: Adapter) -> None:
     trains = not new.config.inference_mode
     if trains:
         leave_slots(model)
+    before = list(state.active) if (state := find_state(model)) is not None else []
     adapters.install_adapter(model, new)
     if getattr(model, "_hotswap_enabled", False) and not trains and not is_prepared(model):
         try:
             prepare(model)
         except BaseException:
             adapters.delete_adapter(model, new.name)
+            if before:
+                adapters.set_adapter(model, before)
             raise
 
 
@@ -111,6 +115,8 @@ def swap(model: PreTrainedModel, new: Adapter) -> None:
     state = state_of(model)
     old = state.get(new.name)
     new.strength = old.strength
+    if not new.config.inference_mode:
+        leave_slots(model)
     if getattr(model, "_hotswap_enabled", False) and new.config.inference_mode and not is_prepared(model):
         prepare(model)
     if is_prepared(model):

@@ -16,6 +16,7 @@ from transformers.utils.hub import create_and_tag_model_card, hf_api
 from fxpeft import checkpoint
 from fxpeft.integrations.model_methods import get_adapter_state_dict, only_active
 from fxpeft.integrations.model_state import LOADED, adapters_of, logger
+from fxpeft.methods.base import Method
 from fxpeft.passes.live import Container
 from fxpeft.state import state_of
 
@@ -83,7 +84,7 @@ def _save(
     if push_to_hub:
         target = hf_api().create_repo(repo_id or folder.name, exist_ok=True, token=token, **create).repo_id
         timestamps = model._get_files_timestamps(folder)
-    prefix = checkpoint.PREFIX if save_peft_format else ""
+    prefix = Method.prefix if save_peft_format else ""
     checkpoint.write(folder, model, adapter, {prefix + key: value for key, value in tensors.items()})
     if push_to_hub:
         create_and_tag_model_card(target, model.model_tags, token=token).save(folder / "README.md")

@@ -254,6 +254,40 @@ def test_training_takes_the_slots_out(folders: dict[str, str]) -> None:
     assert torch.allclose(logits(model), fresh(folders["one"]), atol=1e-5)
 
 
+def test_swapping_in_an_adapter_to_train(folders: dict[str, str]) -> None:
+    model = tiny_llama()
+    model.enable_peft_hotswap(target_rank=8)
+    model.load_adapter(folders["first"], "default")
+    model.load_adapter(folders["patterns"], "default", is_trainable=True)
+    assert not is_prepared(model)
+    assert sum(p.requires_grad for p in model.parameters()) == 28
+    assert torch.allclose(logits(model.eval()), fresh(folders["patterns"]), atol=1e-5)
+
+
+def test_setting_an_adapter_keeps_the_slots(folders: dict[str, str]) -> None:
+    # adapters of one config share a plan, so what set_adapter does to one must not reach the next that is loaded
+    model = tiny_llama()
+    model.enable_peft_hotswap(target_rank=8)
+    model.load_adapter(folders["first"], "a")
+    model.load_adapter(folders["first"], "b")
+    model.set_adapter("a")
+    model.load_adapter(folders["first"], "b")
+    model.load_adapter(folders["first"], "c")
+    assert is_prepared(model)
+    assert model.active_adapters() == ["c"]
+
+
+def test_a_first_frozen_adapter_that_does_not_fit_keeps_the_trained_one(folders: dict[str, str]) -> None:
+    model = tiny_llama()
+    model.enable_peft_hotswap(target_rank=4)
+    model.add_adapter(fxpeft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "trained")
+    before = logits(model.eval())
+    with pytest.raises(fxpeft.AdapterError, match="is above max_rank 4"):
+        model.load_adapter(folders["rank"], "loaded")
+    assert model.active_adapters() == ["trained"]
+    assert torch.equal(logits(model), before)
+
+
 def test_slots_are_saved_as_the_adapter(folders: dict[str, str], tmp_path: Path) -> None:
     model = tiny_llama()
     model.enable_peft_hotswap(target_rank=8)

@@ -12,7 +12,15 @@ import pytest
 import torch
 from tiny import randomise, tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor
-from transformers import LlamaModel, PreTrainedModel, Trainer
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    Trainer,
+)
 from transformers.integrations import PeftAdapterMixin
 from transformers.models.auto import auto_factory
 
@@ -194,6 +202,66 @@ def test_adapter_of_a_head_model_fits_its_body_and_the_reverse() -> None:
     assert torch.allclose(logits(back), logits(source), atol=1e-6)
 
 
+def test_adapter_of_an_older_transformers() -> None:
+    """LLaVA's language model was renamed in transformers 4.52; adapters from before have the old names."""
+    text = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=36, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=39))
+    model.add_adapter(fxpeft.LoraConfig(r=3, target_modules=["down_proj"]))
+    tensors = {key: torch.randn_like(value) for key, value in model.get_adapter_state_dict().items()}
+    assert all(key.startswith("model.language_model.layers.") for key in tensors)
+    model.delete_adapter("default")
+    old = {k.replace("model.language_model.", "base_model.model.language_model.model."): v for k, v in tensors.items()}
+    info = model.load_adapter(peft_config=fxpeft.LoraConfig(r=3, target_modules=["down_proj"]), adapter_state_dict=old)
+    assert info.missing_keys == info.unexpected_keys == set()
+    own = model.get_adapter_state_dict()
+    assert all(torch.equal(own[key], value) for key, value in tensors.items())
+
+
+METHODS: dict[str, Any] = {
+    "dora": lambda: lora(use_dora=True),
+    "lora_bias": lambda: lora(lora_bias=True),
+    "ia3": lambda: fxpeft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "adalora": lambda: fxpeft.AdaLoraConfig(init_r=4, total_step=10, target_modules=["q_proj", "v_proj"]),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods(method: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.add_adapter(METHODS[method]())
+    randomise(model.get_adapter_state_dict().values(), seed=2)
+    loss = model.train()(token_ids(), labels=token_ids()).loss
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    expected = logits(model.eval())
+    assert not torch.allclose(expected, logits(tiny_llama()), atol=1e-3)
+    model.save_pretrained(tmp_path)
+    loaded = tiny_llama()
+    loaded.load_adapter(str(tmp_path))
+    assert torch.allclose(logits(loaded), expected, atol=1e-5)
+    served = tiny_llama()
+    served.enable_peft_hotswap(target_rank=8)
+    served.load_adapter(str(tmp_path), "default")
+    assert torch.allclose(logits(served), expected, atol=1e-4)
+    if METHODS[method]().peft_type == "LORA":
+        served.load_adapter(str(tmp_path), "default", hotswap=True)
+        assert torch.allclose(logits(served), expected, atol=1e-4)
+    else:
+        with pytest.raises(ValueError, match="only supported for LoRA"):
+            served.load_adapter(str(tmp_path), "default", hotswap=True)
+
+
+def test_prompt_learning_is_out_of_scope_as_in_transformers() -> None:
+    with pytest.raises(ValueError, match="don't take prompt learning"):
+        tiny_llama().add_adapter(fxpeft.PromptTuningConfig(num_virtual_tokens=3))
+
+
 def test_errors_are_transformers_own(saved: str) -> None:
     model = tiny_llama()
     for call in (
@@ -257,12 +325,14 @@ def test_pickled_weights_are_read_without_running_them(saved: str) -> None:
         tiny_llama().load_adapter(saved)
 
 
-def test_second_adapter_needs_the_type_of_the_first(saved: str) -> None:
+def test_second_adapter_needs_the_type_of_the_first() -> None:
     model = adapted("a")
-    other = lora()
-    other.peft_type = "OTHER"
-    with pytest.raises(ValueError, match="a second adapter needs the type of the first: expected LORA, found OTHER"):
-        model.add_adapter(other, "b")
+    with pytest.raises(ValueError, match="a second adapter needs the type of the first: expected LORA, found IA3"):
+        model.add_adapter(METHODS["ia3"](), "b")
+    tensors = model.get_adapter_state_dict()
+    with pytest.raises(ValueError, match="a second adapter needs the type of the first"):
+        model.load_adapter(peft_config=METHODS["ia3"](), adapter_state_dict=tensors, adapter_name="b")
+    assert model.active_adapters() == ["a"]
 
 
 def test_delete_adapter() -> None:

@@ -139,6 +139,10 @@ def test_a_model_that_peft_has_adapted_stays_peft_s(tmp_path: Path) -> None:
     assert not hasattr(before, "peft_config")
     assert wrapped.active_adapters == ["default"]
     wrapped.save_pretrained(tmp_path / "wrapped")
+    late = tiny_llama()
+    late_wrapped = peft.get_peft_model(late, peft.LoraConfig(**CONFIG))
+    assert list(late_wrapped.base_model.model.peft_config) == ["default"]
+    assert torch.equal(late_wrapped.unload()(token_ids()).logits, tiny_llama()(token_ids()).logits)
     model = tiny_llama()
     model.load_adapter(str(tmp_path / "theirs"))
     assert torch.allclose(model(token_ids()).logits, expected, atol=1e-6)
