@@ -31,6 +31,9 @@ if _TYPE_CHECKING:
     from fxpeft.methods.adalora import AdaLoraConfig
     from fxpeft.methods.ia3 import IA3Config
     from fxpeft.methods.lora import LoraConfig
+    from fxpeft.methods.p_tuning import PromptEncoderConfig
+    from fxpeft.methods.prefix_tuning import PrefixTuningConfig
+    from fxpeft.methods.prompt_tuning import PromptTuningConfig
     from fxpeft.serving import hold, hotswap, prepare_hotswap, release_hotswap
 
 __version__ = _version("fxpeft")
@@ -41,6 +44,9 @@ __all__ = [
     "CheckpointError",
     "IA3Config",
     "LoraConfig",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptTuningConfig",
     "RankAllocator",
     "active_adapters",
     "adapter_config",
@@ -79,6 +85,9 @@ _MODULES = {
     "convert": "fxpeft.conversion",
     "IA3Config": "fxpeft.methods.ia3",
     "LoraConfig": "fxpeft.methods.lora",
+    "PrefixTuningConfig": "fxpeft.methods.prefix_tuning",
+    "PromptEncoderConfig": "fxpeft.methods.p_tuning",
+    "PromptTuningConfig": "fxpeft.methods.prompt_tuning",
     "register": "fxpeft.methods",
 }
 

@@ -19,6 +19,7 @@ from fxpeft.errors import AdapterError
 from fxpeft.inplace import exchange
 from fxpeft.methods import method_of
 from fxpeft.methods.base import Base, SiteAdapter
+from fxpeft.methods.prompts import PromptMethod
 from fxpeft.passes.base import PassError, attribute
 from fxpeft.passes.live import unbind
 from fxpeft.penalty import unwatch_loss, watch_loss
@@ -281,6 +282,9 @@ def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Valu
     values = Values()
     for site, site_plan in plan.sites.items():
         device, dtype = placement(model.get_submodule(site), model, autocast)
+        if isinstance(method, PromptMethod):
+            values.sites[site] = method.fresh(model, config, site_plan, device)
+            continue
         shapes = method.shapes(config, site_plan)
         parameters = {key: torch.empty(shape, device=device, dtype=dtype) for key, shape in shapes.items()}
         method.initialise(config, site_plan, parameters, Base(model.get_submodule(site)))

@@ -12,17 +12,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fxpeft import checkpoint
+from fxpeft import checkpoint, prompts_serving
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
 from fxpeft.lock import guard_forwards, unguard_forwards
-from fxpeft.methods import slot_needs
+from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.base import PassError, attribute
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
 from fxpeft.passes.slot import LEAST, ActiveRank, Slot
 from fxpeft.penalty import unwatch_loss, watch_loss
-from fxpeft.plan import AdapterPlan, make_plan
+from fxpeft.plan import AdapterPlan, make_plan, saved_modules
 from fxpeft.state import (
     Adapter,
     ModelState,
@@ -52,6 +52,7 @@ def prepare_hotswap(
     modules_to_save: Sequence[str] = (),
     bias: Literal["none", "all", "lora_only"] = "none",
     rank: Literal["dynamic", "static"] = "dynamic",
+    num_virtual_tokens: int | None = None,
 ) -> None:
     """Give every target a slot. From then on loading, swapping, mixing and switching off are copies.
 
@@ -64,7 +65,9 @@ def prepare_hotswap(
             the model's adapters, or ``"all-linear"`` where it has none.
         exclude: as ``exclude_modules``.
         methods: what the slots have to serve: ``"lora"``, ``"lora_bias"`` (a bias of B), ``"dora"``,
-            ``"ia3"``, ``"adalora"``. Where only LoRA is declared, the graph holds no gain and no shift.
+            ``"ia3"``, ``"adalora"``, ``"prompt_tuning"`` and ``"p_tuning"`` or ``"prefix_tuning"``. Where
+            only LoRA is declared, the graph holds no gain and no shift.
+        num_virtual_tokens: length of every prompt to come, for the prompt methods.
         modules_to_save, bias: as in :class:`~fxpeft.LoraConfig`, for adapters that bring them.
         rank: ``"dynamic"``: pay for the rank in use; ``"static"``: pay for ``max_rank``, in a
             graph without symbolic sizes.
@@ -90,8 +93,11 @@ def prepare_hotswap(
     adapters = list(existing.adapters.values()) if existing is not None else []
     serving = Serving(
         max_rank, ActiveRank(max_rank) if rank == "dynamic" else None, tuple(methods),
-        *_declare(model, adapters, targets, exclude, modules_to_save, bias),
+        *_declare(model, adapters, targets, exclude, modules_to_save, bias, methods),
     )  # fmt: skip
+    prompts = prompts_serving.declare(model, methods, num_virtual_tokens, adapters)
+    if prompts is not None:
+        serving.prompts = prompts_serving.PromptSlot.of(model, *prompts)
     # everything that can be refused is refused on copies, before the model is touched
     trial = [lower(model, serving, Adapter(a.name, a.plan, a.current(), a.strength)) for a in adapters]
     active = existing.active if existing is not None else []
@@ -127,12 +133,18 @@ def _declare(
     exclude: str | Collection[str] | None,
     modules_to_save: Sequence[str],
     bias: Literal["none", "all", "lora_only"],
+    methods: Sequence[str],
 ) -> tuple[dict[str, Any], frozenset[str], frozenset[str]]:
     """Sites, modules and parameters of the adapters that are there and of those that were declared."""
-    kinds = {site: plan.kind for a in adapters for site, plan in a.plan.sites.items()}
+    kinds = {s: p.kind for a in adapters if not method_of(a.config).whole for s, p in a.plan.sites.items()}
     saved = {path for a in adapters for path in a.values.saved}
     tensors = {path for a in adapters for path in a.values.tensors}
-    if targets is None and not adapters:
+    if targets is None and set(methods) <= set(prompts_serving.PROMPT_METHODS):
+        if bias != "none":
+            raise AdapterError(f"bias: expected 'none' with {', '.join(methods)}: prompts bring none; found {bias!r}")
+        saved.update(saved_modules(model, modules_to_save))
+        return kinds, frozenset(saved), frozenset(tensors)
+    if targets is None and not kinds:
         targets = "all-linear"
     if targets is not None or modules_to_save or bias != "none":
         groups = [g for m in model.modules() if isinstance(g := getattr(m, "groups", None), int)]
@@ -168,7 +180,7 @@ def release_slots(model: nn.Module, state: ModelState) -> None:
         unguard_forwards(model)
         state.serving = None
     for adapter in state.adapters.values():
-        adapter.lowered, adapter.copies = {}, None
+        adapter.lowered, adapter.copies, adapter.prompt = {}, None, None
 
 
 def hotswap(
@@ -258,6 +270,10 @@ def plan_for(model: nn.Module, serving: Serving, config: AdapterConfig) -> Adapt
 
 
 def _bind_slots(model: nn.Module, serving: Serving) -> None:
+    if serving.prompts is not None:
+        host = model.get_submodule(serving.prompts.site)
+        unbind(host)
+        host.add_module("slot", serving.prompts)
     redirects: dict[str, dict[str, tuple[str, Tensor]]] = {}
     for path in serving.tensors:
         site, _, leaf = path.rpartition(".")
@@ -303,3 +319,5 @@ def _unbind_slots(model: nn.Module, serving: Serving) -> None:
         module = model.get_submodule(name)
         unbind(module)
         module._modules.pop("slot", None)
+    if serving.prompts is not None:
+        prompts_serving.release(model, serving.prompts)

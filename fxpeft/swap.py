@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from fxpeft import prompts_serving
 from fxpeft.errors import AdapterError, listing
 from fxpeft.lock import SwapLock
 from fxpeft.methods import method_of, slot_needs
@@ -27,6 +28,7 @@ class Serving:
     Args:
         rank: the active rank; ``None`` in static mode.
         kinds: site -> kind. saved: modules, and tensors: dotted parameter names, that an adapter may bring.
+        prompts: the placeholder of a prompt, where prompts were declared.
         slots: site -> its placeholders. copies: module -> its replaceable copy.
         shown: the adapters that are in the slots now.
         dirty: site -> number of leading ranks that may hold something other than zero.
@@ -41,6 +43,7 @@ class Serving:
     kinds: Mapping[str, Kind]
     saved: frozenset[str]
     tensors: frozenset[str]
+    prompts: prompts_serving.PromptSlot | None = None
     slots: dict[str, Slot] = field(default_factory=dict)
     copies: dict[str, nn.Module] = field(default_factory=dict)
     shown: list[Adapter] = field(default_factory=list)
@@ -77,16 +80,17 @@ def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
     """
     method, values = method_of(adapter.config), adapter.values
     places: list[tuple[str, Iterable[str], Collection[str]]] = [
-        ("targets", values.sites, serving.kinds),
+        ("targets", () if method.whole else values.sites, serving.kinds),
         ("modules_to_save", values.saved, serving.saved),
         ("bias", values.tensors, serving.tensors),
     ]
     problems = [f"{n}: has no slot; declare it in {what}" for what, own, slots in places for n in own if n not in slots]
     needed = method.declared(adapter.config)
-    if needed not in serving.methods:
+    if needed not in serving.methods and not method.whole:
         problems.append(f"its method, {needed}: declare methods={(*serving.methods, needed)}")
     lowered: dict[str, SlotValues] = {}
-    for site, parameters in values.sites.items():
+    problems += prompts_serving.lower(serving.prompts, adapter)
+    for site, parameters in values.sites.items() if not method.whole else ():
         plan = adapter.plan.sites[site]
         if plan.rank > serving.max_rank:
             problems.append(f"{site}: rank {plan.rank} is above max_rank {serving.max_rank}")
@@ -119,7 +123,7 @@ def settle(adapter: Adapter) -> Adapter:
         own[site] = v._replace(a=a, b=b)
     Copies(pair for site, v in adapter.lowered.items() for pair in zip(own[site][:2], v[:2], strict=True)).run()
     sites = {site: method.keep(adapter.plan.sites[site], values.sites[site], own[site]) for site in own}
-    adapter.values = replace(values.clone(sites=False), sites=sites)
+    adapter.values = values.clone() if method.whole else replace(values.clone(sites=False), sites=sites)
     adapter.lowered, adapter.copies = own, None
     return adapter
 
@@ -195,6 +199,7 @@ def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
     if serving.features:
         _show_features(serving, adapters)
     _show_copies(model, serving, adapters)
+    prompts_serving.show(model, serving.prompts, adapters)
     if serving.rank is not None and serving.rank.rank != active:
         serving.rank.set(active)
 

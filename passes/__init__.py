@@ -2,6 +2,7 @@
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, Skip
 from fxpeft.passes.eject import EjectPass
+from fxpeft.passes.feed import Feed, FeedPass
 from fxpeft.passes.inject import InjectPass, Rewrite
 from fxpeft.passes.kinds import Conv, Embedding, Kind, Linear
 from fxpeft.passes.match import MatchPass, Target
@@ -10,6 +11,7 @@ from fxpeft.passes.pipeline import Pipeline, graph_text
 from fxpeft.passes.redirect import RedirectPass
 
 __all__ = [
-    "Conv", "EjectPass", "Embedding", "GraphPass", "InjectPass", "Kind", "Linear", "MatchPass", "NameSelector",
-    "PassError", "Pipeline", "RedirectPass", "Report", "Rewrite", "RewriteResult", "Skip", "Target", "graph_text",
+    "Conv", "EjectPass", "Embedding", "Feed", "FeedPass", "GraphPass", "InjectPass", "Kind", "Linear", "MatchPass",
+    "NameSelector", "PassError", "Pipeline", "RedirectPass", "Report", "Rewrite", "RewriteResult", "Skip", "Target",
+    "graph_text",
 ]  # fmt: skip

@@ -662,3 +662,22 @@ def test_forwards_of_other_threads_see_one_adapter_whole() -> None:
     assert not failed
     assert len(seen) > 3
     assert all(any(torch.allclose(s, e, atol=1e-4) for e in expected) for s in seen)
+
+
+def test_a_prompt_is_no_weight() -> None:
+    model = tiny_llama()
+    fxpeft.add_adapter(model, fxpeft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "prompt")
+    running = logits(model)
+    with pytest.raises(AdapterError, match="prompt: a prompt adds tokens and changes no weight"):
+        fxpeft.fold(model)
+    with pytest.raises(AdapterError, match="a prompt adds tokens, which no LoRA does"):
+        fxpeft.convert(model, "prompt")
+    add(model, "a", 1)
+    with pytest.raises(AdapterError, match="only LoRAs can be blended, found\n  prompt: prompt_tuning"):
+        fxpeft.add_weighted_adapter(model, ["a", "prompt"], [1.0, 1.0], "c")
+    fxpeft.fold(model)
+    fxpeft.set_adapter(model, "prompt")
+    assert float((logits(model) - running).abs().max()) > 0.01  # it runs on the folded base
+    fxpeft.unfold(model)
+    fxpeft.set_adapter(model, "prompt")
+    assert torch.equal(logits(model), running)

@@ -11,8 +11,11 @@ from fxpeft.methods.base import Method
 from fxpeft.methods.dora import Dora
 from fxpeft.methods.ia3 import Ia3
 from fxpeft.methods.lora import Lora
+from fxpeft.methods.p_tuning import PTuning
+from fxpeft.methods.prefix_tuning import PrefixTuning
+from fxpeft.methods.prompt_tuning import PromptTuning
 
-METHODS: list[Method[Any]] = [Dora(), AdaLora(), Lora(), Ia3()]
+METHODS: list[Method[Any]] = [Dora(), AdaLora(), Lora(), Ia3(), PromptTuning(), PTuning(), PrefixTuning()]
 
 
 def register(method: Method[Any]) -> None:

@@ -144,7 +144,9 @@ class AdaLora(Method[AdaLoraConfig]):
             "lora_A": lowered.a.flatten(1), "lora_B": lowered.b.t(), "lora_E": parameters["lora_E"].detach().clone(),
         }  # fmt: skip
 
-    def stored(self, config: AdaLoraConfig, site: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def stored(
+        self, config: AdaLoraConfig, site: str, plan: SitePlan, parameters: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         mask = (config.rank_pattern or {}).get(f"{site}.lora_E")
         if mask is None or len(mask) != len(parameters["lora_E"]) or all(mask):
             return dict(parameters)
@@ -155,7 +157,7 @@ class AdaLora(Method[AdaLoraConfig]):
         """How far A and B are from orthogonal, PEFT's ``AdaLoraModel.forward``."""
         terms = []
         for site in sites:
-            for p in (site.lora_A, site.lora_B.t()):
+            for p in (site.get_parameter("lora_A"), site.get_parameter("lora_B").t()):
                 covariance = p @ p.t()
                 identity = torch.eye(len(covariance), device=p.device, dtype=p.dtype)
                 terms.append(torch.linalg.matrix_norm(covariance - identity))

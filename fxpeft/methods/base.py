@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft.config import AdapterConfig
+from fxpeft.passes.feed import Feed
 from fxpeft.passes.inject import Rewrite
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.live import base_weight
@@ -133,6 +134,9 @@ class Method(abc.ABC, Generic[C]):
     peft_type: ClassVar[str]
     needs: ClassVar[Mapping[str, Collection[str]]] = {}
     config_class: type[C]
+    #: the site is the whole model's forward, found by :meth:`PromptMethod.find`; one at a time, without a scale
+    whole: ClassVar[bool] = False
+    prefix: ClassVar[str] = "base_model.model."  # what PEFT puts before a module's name in a checkpoint
 
     def takes(self, config: AdapterConfig) -> bool:
         """Whether a config is this method's: methods may share a ``peft_type``, the first one that takes it has it."""
@@ -163,8 +167,8 @@ class Method(abc.ABC, Generic[C]):
         """Fill fresh parameters in place."""
 
     @abc.abstractmethod
-    def rewrite(self, name: str, config: C, site: SiteAdapter) -> Rewrite:
-        """The training subgraph of adapter ``name``."""
+    def rewrite(self, name: str, config: C, site: SiteAdapter) -> Rewrite | Feed:
+        """The training subgraph of adapter ``name``; of a whole model, what prepares its inputs."""
 
     @abc.abstractmethod
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
@@ -173,11 +177,21 @@ class Method(abc.ABC, Generic[C]):
         Views of ``parameters`` wherever that is possible.
         """
 
+    def part(
+        self, config: C, plan: SitePlan, parameters: Mapping[str, Tensor], *, strength: float = 1.0
+    ) -> SiteAdapter:
+        """The module that holds the parameters at one site while the adapter is attached."""
+        return SiteAdapter(plan, parameters, dropout=self.dropout(config, plan.kind), strength=strength)
+
+    def key(self, site: str, plan: SitePlan, name: str) -> str:
+        """A parameter's whole checkpoint key."""
+        return f"{self.prefix}{site}.{self.keys(plan.kind)[name]}"
+
     def keep(self, plan: SitePlan, parameters: Mapping[str, Tensor], lowered: SlotValues) -> dict[str, Tensor]:
         """The parameters in memory that belongs to the adapter: views of ``lowered`` where that is exact."""
         return {name: value.detach().clone() for name, value in parameters.items()}
 
-    def stored(self, config: C, site: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def stored(self, config: C, site: str, plan: SitePlan, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters as a checkpoint holds them."""
         return dict(parameters)
 

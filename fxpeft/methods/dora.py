@@ -25,7 +25,9 @@ MAGNITUDE = "lora_magnitude_vector"
 
 def norms(kind: Kind, weight: Tensor, a: Tensor, b: Tensor, scaling: Tensor | float) -> Tensor:
     """The norm of every row of the adapted weight, ``[out]``."""
-    return torch.linalg.vector_norm((weight + kind.delta(a, kind.rows(b)) * scaling).flatten(1), dim=1)
+    adapted = weight + kind.delta(a, kind.rows(b)) * scaling
+    found: Tensor = torch.linalg.vector_norm(adapted.flatten(1), dim=1)
+    return found
 
 
 def dora(
