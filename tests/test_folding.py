@@ -17,8 +17,6 @@ from torch.nn.utils import parametrize
 
 import fxpeft
 from fxpeft import AdaLoraConfig, AdapterError, IA3Config, LoraConfig
-from fxpeft.passes.base import PassError
-from fxpeft.passes.product import product_of
 
 IDS = token_ids()
 EVERYTHING = ("lora", "lora_bias", "dora", "ia3", "adalora")
@@ -497,14 +495,6 @@ def test_gains_of_grouped_and_padded_convolutions_fold(feedforward: list[str], p
     fxpeft.fold(net)
     close(net(x), running, 1e-6)
     assert float((running - bare(x)).abs().max()) > 0.1
-
-
-def test_product_of_names_what_it_found() -> None:
-    assert product_of(nn.Embedding(4, 3))[1:] == ("weight", True, None)
-    assert product_of(nn.Linear(4, 3, bias=False))[1:] == ("weight", False, None)
-    assert product_of(tiny_gpt2().transformer.h[0].attn.c_attn)[1:] == ("weight", True, "bias")
-    with pytest.raises(PassError, match="no kind of target"):
-        product_of(nn.LayerNorm(3))
 
 
 # --- a folded model ---
