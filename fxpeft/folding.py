@@ -38,7 +38,7 @@ def fold(
 
     The outputs stay what they were, up to rounding: sums are made in float32 (float64 for a float64
     base) and rounded once to the base's dtype. Everything is computed and checked before the first
-    weight is written, which takes the touched weights' memory once more.
+    weight is written; while it runs, that takes the touched weights' memory twice more.
 
     On a model that was prepared for hot swapping the fold is one swap under its lock. On any other
     model no forward may run in another thread meanwhile.

@@ -37,6 +37,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
+    found, wanted = found.detach(), wanted.detach()
     torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * max(1.0, float(wanted.abs().max())))
 
 
