@@ -65,7 +65,7 @@ def add_weighted_adapter(
         svd_clamp: a quantile at which the factors' entries are cut.
         svd_full_matrices, svd_driver: as in ``torch.linalg.svd``; they change no result.
         density: share of the entries to keep, above 0 and at most 1.
-        generator: for dare; the global random numbers by default.
+        generator: for dare; the global random numbers by default. Layers stored ``[out, in]`` draw as in PEFT.
 
     Raises:
         AdapterError: unknown or unfit adapters or arguments; nothing was changed.

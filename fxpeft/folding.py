@@ -38,7 +38,7 @@ def fold(
 
     The outputs stay what they were, up to rounding: sums are made in float32 (float64 for a float64
     base) and rounded once to the base's dtype. Everything is computed and checked before the first
-    weight is written, which takes the touched weights' memory once more.
+    weight is written; while it runs, that takes the touched weights' memory twice more.
 
     On a model that was prepared for hot swapping the fold is one swap under its lock. On any other
     model no forward may run in another thread meanwhile.
@@ -239,6 +239,9 @@ def _check_enabled(state: ModelState) -> None:
 def _compute(model: nn.Module, adapters: list[Adapter], bare: Mapping[str, Tensor], keep: str | None) -> _Work:
     """Everything that a fold writes. ``bare`` has the values of the bare model where others are there now."""
     check_together(adapters)
+    prompts = [a.name for a in adapters if method_of(a.config).whole]
+    if prompts:
+        raise AdapterError(f"{', '.join(prompts)}: a prompt adds tokens and changes no weight, so it can't be folded")
     name_of = first_name(model)
 
     def base(path: str) -> Tensor:

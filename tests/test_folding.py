@@ -17,8 +17,6 @@ from torch.nn.utils import parametrize
 
 import fxpeft
 from fxpeft import AdaLoraConfig, AdapterError, IA3Config, LoraConfig
-from fxpeft.passes.base import PassError
-from fxpeft.passes.product import product_of
 
 IDS = token_ids()
 EVERYTHING = ("lora", "lora_bias", "dora", "ia3", "adalora")
@@ -39,6 +37,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
+    found, wanted = found.detach(), wanted.detach()
     torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * max(1.0, float(wanted.abs().max())))
 
 
@@ -499,14 +498,6 @@ def test_gains_of_grouped_and_padded_convolutions_fold(feedforward: list[str], p
     assert float((running - bare(x)).abs().max()) > 0.1
 
 
-def test_product_of_names_what_it_found() -> None:
-    assert product_of(nn.Embedding(4, 3))[1:] == ("weight", True, None)
-    assert product_of(nn.Linear(4, 3, bias=False))[1:] == ("weight", False, None)
-    assert product_of(tiny_gpt2().transformer.h[0].attn.c_attn)[1:] == ("weight", True, "bias")
-    with pytest.raises(PassError, match="no kind of target"):
-        product_of(nn.LayerNorm(3))
-
-
 # --- a folded model ---
 
 
@@ -662,3 +653,22 @@ def test_forwards_of_other_threads_see_one_adapter_whole() -> None:
     assert not failed
     assert len(seen) > 3
     assert all(any(torch.allclose(s, e, atol=1e-4) for e in expected) for s in seen)
+
+
+def test_a_prompt_is_no_weight() -> None:
+    model = tiny_llama()
+    fxpeft.add_adapter(model, fxpeft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "prompt")
+    running = logits(model)
+    with pytest.raises(AdapterError, match="prompt: a prompt adds tokens and changes no weight"):
+        fxpeft.fold(model)
+    with pytest.raises(AdapterError, match="a prompt adds tokens, which no LoRA does"):
+        fxpeft.convert(model, "prompt")
+    add(model, "a", 1)
+    with pytest.raises(AdapterError, match="only LoRAs can be blended, found\n  prompt: prompt_tuning"):
+        fxpeft.add_weighted_adapter(model, ["a", "prompt"], [1.0, 1.0], "c")
+    fxpeft.fold(model)
+    fxpeft.set_adapter(model, "prompt")
+    assert float((logits(model) - running).abs().max()) > 0.01  # it runs on the folded base
+    fxpeft.unfold(model)
+    fxpeft.set_adapter(model, "prompt")
+    assert torch.equal(logits(model), running)
