@@ -20,7 +20,7 @@ from fxpeft.methods import method_of
 from fxpeft.methods.base import SiteAdapter
 from fxpeft.passes.base import PassError, attribute
 from fxpeft.passes.live import unbind
-from fxpeft.plan import AdapterPlan, base_state, make_plan
+from fxpeft.sites import AdapterPlan, base_state, make_plan
 from fxpeft.state import (
     Adapter,
     ModelState,

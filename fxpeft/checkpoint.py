@@ -19,7 +19,7 @@ from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, CheckpointError, listing
 from fxpeft.methods import method_named, method_of
 from fxpeft.passes.base import attribute
-from fxpeft.plan import AdapterPlan, base_state
+from fxpeft.sites import AdapterPlan, base_state
 from fxpeft.state import Adapter, Values
 
 PREFIX = "base_model.model."

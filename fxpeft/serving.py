@@ -20,7 +20,7 @@ from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.base import PassError, attribute
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
 from fxpeft.passes.slot import LEAST, ActiveRank, Slot
-from fxpeft.plan import AdapterPlan, make_plan
+from fxpeft.sites import AdapterPlan, make_plan
 from fxpeft.state import (
     Adapter,
     ModelState,

@@ -17,7 +17,7 @@ from fxpeft.passes.base import attribute, join
 from fxpeft.passes.copies import Copies
 from fxpeft.passes.inject import Rewrite
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
-from fxpeft.plan import AdapterPlan, base_modules, base_state
+from fxpeft.sites import AdapterPlan, base_modules, base_state
 
 if TYPE_CHECKING:
     from fxpeft.swap import Serving

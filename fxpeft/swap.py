@@ -16,7 +16,7 @@ from fxpeft.passes.base import attribute, join
 from fxpeft.passes.copies import Copies
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.slot import LEAST, ActiveRank, Slot
-from fxpeft.plan import AdapterPlan, base_state
+from fxpeft.sites import AdapterPlan, base_state
 from fxpeft.state import Adapter, ModelState, Values, check_together
 
 METHODS = {"lora": frozenset[str](), "lora_bias": frozenset({"shift"})}  # what a slot needs for each
