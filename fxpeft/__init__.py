@@ -24,7 +24,9 @@ if _TYPE_CHECKING:
     )
     from fxpeft.errors import AdapterError, CheckpointError
     from fxpeft.methods.lora import LoraConfig
+    from fxpeft.passes.patterns import pattern
     from fxpeft.serving import hold, hotswap, prepare_hotswap, release_hotswap
+    from fxpeft.trace import roles
 
 __version__ = _version("fxpeft")
 __all__ = [
@@ -42,9 +44,11 @@ __all__ = [
     "hold",
     "hotswap",
     "load_adapter",
+    "pattern",
     "prepare_hotswap",
     "release_hotswap",
     "remove",
+    "roles",
     "save_adapter",
     "set_adapter",
     "set_scale",
@@ -54,6 +58,8 @@ _MODULES = {
     **dict.fromkeys(("AdapterError", "CheckpointError"), "fxpeft.errors"),
     **dict.fromkeys(("hold", "hotswap", "prepare_hotswap", "release_hotswap"), "fxpeft.serving"),
     "LoraConfig": "fxpeft.methods.lora",
+    "pattern": "fxpeft.passes.patterns",
+    "roles": "fxpeft.trace",
 }
 
 

@@ -20,6 +20,7 @@ from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.base import PassError, attribute
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
 from fxpeft.passes.slot import LEAST, ActiveRank, Slot
+from fxpeft.passes.terms import Pattern
 from fxpeft.sites import AdapterPlan, make_plan
 from fxpeft.state import (
     Adapter,
@@ -44,8 +45,8 @@ def prepare_hotswap(
     model: nn.Module,
     max_rank: int = 128,
     *,
-    targets: str | Collection[str] | None = None,
-    exclude: str | Collection[str] | None = None,
+    targets: str | Pattern | Collection[str] | None = None,
+    exclude: str | Pattern | Collection[str] | None = None,
     methods: Sequence[str] = ("lora",),
     modules_to_save: Sequence[str] = (),
     bias: Literal["none", "all", "lora_only"] = "none",
@@ -58,7 +59,7 @@ def prepare_hotswap(
 
     Args:
         max_rank: the most ranks a site can hold; those of all active adapters together count.
-        targets: as ``target_modules``; the union over all adapters to come. Default: the sites of
+        targets: as ``target_modules``, patterns too; the union over all adapters to come. Default: the sites of
             the model's adapters, or ``"all-linear"`` where it has none.
         exclude: as ``exclude_modules``.
         methods: what the slots have to serve: ``"lora"``; ``"lora_bias"`` for LoRA with a bias of B.
@@ -116,8 +117,8 @@ def prepare_hotswap(
 def _declare(
     model: nn.Module,
     adapters: list[Adapter],
-    targets: str | Collection[str] | None,
-    exclude: str | Collection[str] | None,
+    targets: str | Pattern | Collection[str] | None,
+    exclude: str | Pattern | Collection[str] | None,
     modules_to_save: Sequence[str],
     bias: Literal["none", "all", "lora_only"],
 ) -> tuple[dict[str, Any], frozenset[str], frozenset[str]]:

@@ -20,6 +20,8 @@ from fxpeft.methods import method_of
 from fxpeft.methods.base import SitePlan
 from fxpeft.passes.base import PassError, join
 from fxpeft.passes.live import Container, kind_of
+from fxpeft.passes.terms import Pattern
+from fxpeft.targets import Roles, resolve_patterns
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
@@ -65,18 +67,21 @@ def base_state(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def make_plan(model: nn.Module, config: AdapterConfig, *, heads: bool = True) -> AdapterPlan:
+def make_plan(
+    model: nn.Module, config: AdapterConfig, *, heads: bool = True, roles: Roles | None = None
+) -> AdapterPlan:
     """Find an adapter's sites in a model; the plan's config has its defaults filled in as PEFT does.
 
     Args:
         heads: let ``task_type`` add the model's head to ``modules_to_save``. A checkpoint's config
             has it there already.
+        roles: what the modules do, where that is known; else the model is traced if a pattern asks.
 
     Raises:
         AdapterError: no site was found, a pattern matches nothing, or a target can't be rewritten.
     """
     modules = dict(base_modules(model))
-    config = _resolve(model, modules, config, heads)
+    config = _resolve(model, modules, config, heads, roles)
     method, selector = method_of(config), config.selector()
     sites: dict[str, SitePlan] = {}
     for name in selector.select(modules):
@@ -88,7 +93,9 @@ def make_plan(model: nn.Module, config: AdapterConfig, *, heads: bool = True) ->
     return AdapterPlan(config, sites, saved, _bias_names(modules, method.bias(config), sites, saved))
 
 
-def _resolve(model: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig, heads: bool) -> AdapterConfig:
+def _resolve(
+    model: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig, heads: bool, roles: Roles | None
+) -> AdapterConfig:
     config = copy.deepcopy(config)
     own = HEADS.get(config.task_type or "", ()) if heads else ()
     if own:
@@ -98,7 +105,7 @@ def _resolve(model: nn.Module, modules: dict[str, nn.Module], config: AdapterCon
         config.target_modules = default_targets(model)
     elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config.target_modules = all_linear(model, modules, config.task_type)
-    return config
+    return resolve_patterns(model, modules, config, roles)
 
 
 def all_linear(model: nn.Module, modules: dict[str, nn.Module], task_type: str | None) -> list[str]:
@@ -159,6 +166,7 @@ def _check_patterns(config: AdapterConfig, sites: dict[str, SitePlan]) -> None:
 def _nothing_found(config: AdapterConfig, modules: dict[str, nn.Module]) -> str:
     targets = config.target_modules
     suffixes = sorted({n.rpartition(".")[2] for n in modules if n})
+    assert not isinstance(targets, Pattern)  # a pattern that selects nothing was refused before
     wanted = [targets] if isinstance(targets, str) else list(targets or ())
     near = [n for w in wanted for n in difflib.get_close_matches(w.rpartition(".")[2], suffixes, n=5)]
     reasons = ((n, config.selector().why_not(n)) for n in modules if n)
