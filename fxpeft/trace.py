@@ -8,6 +8,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,12 @@ from transformers import PreTrainedModel
 
 from fxpeft.errors import AdapterError
 from fxpeft.passes.flow import Flow, flow_of
-from fxpeft.passes.live import Container, unbind
+from fxpeft.passes.live import Container, base_class, unbind
 from fxpeft.passes.match import module_kind
 from fxpeft.passes.roles import roles_of_sites
 
 BATCH, LENGTH = 2, 6
+_flows: WeakKeyDictionary[nn.Module, tuple[list[Any], Flow]] = WeakKeyDictionary()
 
 
 def skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -152,7 +154,20 @@ def _choose_traceable(bare: PreTrainedModel) -> None:
 
 
 def model_flow(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Flow:
-    """The data flow of a whole model, its sites named as ``named_modules`` names them first."""
+    """The data flow of a whole model, its sites named as ``named_modules`` names them first.
+
+    Kept for as long as the model lives and its modules stay the same: tracing takes seconds. To be read only.
+    """
+    if inputs is not None:
+        return _flow(model, inputs)
+    own = [(name, base_class(m), *(t.shape for t in m._parameters.values() if t is not None))
+           for name, m in model.named_modules()]  # fmt: skip
+    if model not in _flows or _flows[model][0] != own:
+        _flows[model] = (own, _flow(model, None))
+    return _flows[model][1]
+
+
+def _flow(model: nn.Module, inputs: Mapping[str, Any] | None) -> Flow:
     flow = flow_of(trace_model(model, inputs))
     first = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     names = {name: first[module] for name, module in model.named_modules(remove_duplicate=False)}
