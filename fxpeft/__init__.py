@@ -25,6 +25,7 @@ if _TYPE_CHECKING:
     from fxpeft.errors import AdapterError, CheckpointError
     from fxpeft.methods.lora import LoraConfig
     from fxpeft.passes.patterns import pattern
+    from fxpeft.planner import Plan, apply, plan
     from fxpeft.serving import hold, hotswap, prepare_hotswap, release_hotswap
     from fxpeft.trace import roles
 
@@ -33,10 +34,12 @@ __all__ = [
     "AdapterError",
     "CheckpointError",
     "LoraConfig",
+    "Plan",
     "active_adapters",
     "adapter_config",
     "adapter_state_dict",
     "add_adapter",
+    "apply",
     "delete_adapter",
     "disable_adapters",
     "disabled",
@@ -45,6 +48,7 @@ __all__ = [
     "hotswap",
     "load_adapter",
     "pattern",
+    "plan",
     "prepare_hotswap",
     "release_hotswap",
     "remove",
@@ -60,6 +64,7 @@ _MODULES = {
     "LoraConfig": "fxpeft.methods.lora",
     "pattern": "fxpeft.passes.patterns",
     "roles": "fxpeft.trace",
+    **dict.fromkeys(("Plan", "apply", "plan"), "fxpeft.planner"),
 }
 
 
