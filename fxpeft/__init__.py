@@ -22,8 +22,15 @@ if _TYPE_CHECKING:
         set_scale,
         trainable_parameters,
     )
+    from fxpeft.allocator import AdaLoraCallback, RankAllocator
     from fxpeft.errors import AdapterError, CheckpointError
+    from fxpeft.methods import register
+    from fxpeft.methods.adalora import AdaLoraConfig
+    from fxpeft.methods.ia3 import IA3Config
     from fxpeft.methods.lora import LoraConfig
+    from fxpeft.methods.p_tuning import PromptEncoderConfig
+    from fxpeft.methods.prefix_tuning import PrefixTuningConfig
+    from fxpeft.methods.prompt_tuning import PromptTuningConfig
     from fxpeft.passes.patterns import pattern
     from fxpeft.planner import Plan, apply, plan
     from fxpeft.serving import hold, hotswap, prepare_hotswap, release_hotswap
@@ -31,10 +38,17 @@ if _TYPE_CHECKING:
 
 __version__ = _version("fxpeft")
 __all__ = [
+    "AdaLoraCallback",
+    "AdaLoraConfig",
     "AdapterError",
     "CheckpointError",
+    "IA3Config",
     "LoraConfig",
     "Plan",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptTuningConfig",
+    "RankAllocator",
     "active_adapters",
     "adapter_config",
     "adapter_state_dict",
@@ -50,6 +64,7 @@ __all__ = [
     "pattern",
     "plan",
     "prepare_hotswap",
+    "register",
     "release_hotswap",
     "remove",
     "roles",
@@ -61,10 +76,17 @@ __all__ = [
 _MODULES = {
     **dict.fromkeys(("AdapterError", "CheckpointError"), "fxpeft.errors"),
     **dict.fromkeys(("hold", "hotswap", "prepare_hotswap", "release_hotswap"), "fxpeft.serving"),
+    **dict.fromkeys(("AdaLoraCallback", "RankAllocator"), "fxpeft.allocator"),
+    "AdaLoraConfig": "fxpeft.methods.adalora",
+    "IA3Config": "fxpeft.methods.ia3",
     "LoraConfig": "fxpeft.methods.lora",
     "pattern": "fxpeft.passes.patterns",
     "roles": "fxpeft.trace",
     **dict.fromkeys(("Plan", "apply", "plan"), "fxpeft.planner"),
+    "PrefixTuningConfig": "fxpeft.methods.prefix_tuning",
+    "PromptEncoderConfig": "fxpeft.methods.p_tuning",
+    "PromptTuningConfig": "fxpeft.methods.prompt_tuning",
+    "register": "fxpeft.methods",
 }
 
 

@@ -17,9 +17,11 @@ from fxpeft import checkpoint, serving
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
 from fxpeft.methods import method_of
-from fxpeft.methods.base import SiteAdapter
+from fxpeft.methods.base import Base, SiteAdapter
+from fxpeft.methods.prompts import PromptMethod
 from fxpeft.passes.base import PassError, attribute
 from fxpeft.passes.live import unbind
+from fxpeft.penalty import unwatch_loss, watch_loss
 from fxpeft.sites import AdapterPlan, base_state, make_plan
 from fxpeft.state import (
     Adapter,
@@ -175,10 +177,12 @@ def set_scale(model: nn.Module, name: str, scale: float) -> None:
     Recompiles nothing: scales are tensors.
     """
     model, state = unwrap(model), state_of(model)
+    adapter = state.get(name)
+    if not method_of(adapter.config).scales(adapter.config):
+        raise AdapterError(f"adapter {name!r}: {method_of(adapter.config).name} has no scale to change")
     if state.serving is not None:
         serving.rescale(model, state, name, scale)
         return
-    adapter = state.get(name)
     adapter.strength = scale
     for part in adapter.parts.values():
         if isinstance(part, SiteAdapter):
@@ -194,6 +198,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     del state.adapters[name]
     if state.serving is None:
         detach(model, adapter)
+        watch_loss(model, state)
     if not state.adapters and state.serving is None:
         drop_state(model)
 
@@ -211,6 +216,7 @@ def remove(model: nn.Module) -> None:
             for module in hosts(model, [adapter]).values():
                 unbind(module)
             detach(model, adapter)
+    unwatch_loss(model)
     drop_state(model)
 
 
@@ -267,9 +273,12 @@ def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Valu
     values = Values()
     for site, site_plan in plan.sites.items():
         device, dtype = placement(model.get_submodule(site), model, autocast)
+        if isinstance(method, PromptMethod):
+            values.sites[site] = method.fresh(model, config, site_plan, device)
+            continue
         shapes = method.shapes(config, site_plan)
         parameters = {key: torch.empty(shape, device=device, dtype=dtype) for key, shape in shapes.items()}
-        method.initialise(config, site_plan, parameters)
+        method.initialise(config, site_plan, parameters, Base(model.get_submodule(site)))
         values.sites[site] = parameters
     for path in plan.saved:
         state = base_state(model.get_submodule(path))
@@ -326,6 +335,7 @@ def _switch(model: nn.Module, state: ModelState, names: list[str], enabled: bool
         rebind(touched, state.running())
         raise
     set_trainable(state)
+    watch_loss(model, state)
 
 
 def _set_enabled(model: nn.Module, enabled: bool) -> None:

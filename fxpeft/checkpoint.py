@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, CheckpointError, listing
-from fxpeft.methods import method_named, method_of
+from fxpeft.methods import config_class, method_of
 from fxpeft.passes.base import attribute
 from fxpeft.sites import AdapterPlan, base_state
 from fxpeft.state import Adapter, Values
 
-PREFIX = "base_model.model."
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
@@ -93,8 +92,7 @@ def read_config(find: Callable[[str], Path | None], source: str) -> AdapterConfi
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected an object, found {type(values).__name__}")
     try:
-        method = method_named(values.get("peft_type"), str(path))
-        config: AdapterConfig = method.config_class.from_dict(values, source=str(path))
+        config = config_class(values.get("peft_type"), str(path)).from_dict(values, source=str(path))
     except AdapterError as error:
         raise CheckpointError(str(error)) from error
     return config
@@ -125,14 +123,15 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
     method, values = method_of(adapter.config), adapter.current()
     tensors: dict[str, Tensor] = {}
     for site, parameters in values.sites.items():
-        keys = method.keys(adapter.plan.sites[site].kind)
-        tensors.update({f"{PREFIX}{site}.{keys[name]}": value for name, value in parameters.items()})
+        plan = adapter.plan.sites[site]
+        stored = method.stored(adapter.config, site, plan, parameters)
+        tensors.update({method.key(site, plan, name): value for name, value in stored.items()})
     for path, parts in values.saved.items():
-        tensors.update({f"{PREFIX}{path}.{k}": v for k, v in parts.items()})
+        tensors.update({f"{method.prefix}{path}.{k}": v for k, v in parts.items()})
     for path, tensor in values.tensors.items():
         owner, _, leaf = path.rpartition(".")
         # PEFT wraps a site's module, which moves the base's own parameters one level down
-        tensors[f"{PREFIX}{owner}.base_layer.{leaf}" if owner in values.sites else PREFIX + path] = tensor
+        tensors[method.prefix + (f"{owner}.base_layer.{leaf}" if owner in values.sites else path)] = tensor
     return tensors
 
 
@@ -186,7 +185,8 @@ def assign(model: nn.Module, plan: AdapterPlan, found: Checkpoint, *, check_fini
             infinity with ``check_finite``; all of them are named.
     """
     method, config = method_of(plan.config), plan.config
-    left = {_short(key): tensor for key, tensor in found.tensors.items() if ".original_module." not in key}
+    kept = {key: tensor for key, tensor in found.tensors.items() if ".original_module." not in key}
+    left = {_short(key, method.prefix): tensor for key, tensor in kept.items()}
     values = Values()
     missing: list[str] = []
     wrong: list[str] = []
@@ -202,8 +202,8 @@ def assign(model: nn.Module, plan: AdapterPlan, found: Checkpoint, *, check_fini
         return tensor
 
     for site, site_plan in plan.sites.items():
-        keys = method.keys(site_plan.kind)
-        taken = {n: take(f"{site}.{keys[n]}", s) for n, s in method.shapes(config, site_plan).items()}
+        keys = {n: _short(method.key(site, site_plan, n), method.prefix) for n in method.shapes(config, site_plan)}
+        taken = {n: take(keys[n], s) for n, s in method.shapes(config, site_plan).items()}
         values.sites[site] = {n: t for n, t in taken.items() if t is not None}
     for path in plan.saved:
         own = base_state(model.get_submodule(path))
@@ -259,5 +259,5 @@ def _base_weights(
             values.tensors[path] = tensor
 
 
-def _short(key: str) -> str:
-    return key.removeprefix(PREFIX).replace(".modules_to_save.", ".")
+def _short(key: str, prefix: str) -> str:
+    return key.removeprefix(prefix).replace(".modules_to_save.", ".")

@@ -53,6 +53,8 @@ class AdapterConfig:
     layers_pattern: str | list[str] | None = None
 
     peft_type: ClassVar[str]
+    #: fields whose keys are patterns of site names
+    patterns: ClassVar[tuple[str, ...]] = ()
     #: fields of PEFT's config that fxpeft knows but doesn't offer yet, with PEFT's default
     unsupported: ClassVar[Mapping[str, Any]] = {}
 
@@ -154,6 +156,8 @@ class RankConfig(AdapterConfig):
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, int | float] = field(default_factory=dict)
+
+    patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
 
     def __post_init__(self) -> None:
         self.rank_pattern = self.rank_pattern or {}

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 import networkx as nx
 import torch
 from torch import nn
-from torch.fx import Graph, GraphModule
 
 from fxpeft.errors import AdapterError
 from fxpeft.methods import method_of
-from fxpeft.methods.base import SiteAdapter, SitePlan
+from fxpeft.methods.base import SiteAdapter
 from fxpeft.passes.draw import Drawing, Picture, colour, drawing_of
 from fxpeft.passes.flow import Flow
-from fxpeft.passes.inject import InjectPass
-from fxpeft.passes.match import TARGET, Target
+from fxpeft.passes.inject import InjectPass, Rewrite
+from fxpeft.passes.kinds import Conv, Embedding, Kind
+from fxpeft.passes.live import trace_module
+from fxpeft.passes.match import TARGET
 from fxpeft.passes.patterns import layers_of
 from fxpeft.passes.roles import find_roles
 
@@ -27,6 +28,8 @@ def draw_plan(plan: Plan, layer: int) -> Picture:
     """See :meth:`fxpeft.Plan.draw`."""
     if plan.flow is None:
         raise AdapterError("this plan has no data flow to draw: make it with fxpeft.plan(model, config)")
+    if method_of(plan.config).whole:
+        raise AdapterError(f"{type(plan.config).__name__} rewrites no site, so that there is none to draw")
     prefix, vertices = _layer(plan, plan.flow, layer)
     before = _drawing(plan.flow, vertices, prefix)
     after = before.copy()
@@ -34,7 +37,7 @@ def draw_plan(plan: Plan, layer: int) -> Picture:
     for vertex in vertices:
         data = plan.flow.nodes[vertex]
         if data["site"] in planned and data["kind"] is not None:
-            _rewrite(after, vertex, _rewritten(plan, data["site"], data["kind"]))
+            _rewrite(after, vertex, *_rewritten(plan, data["site"], data["kind"]))
     return Picture(f"{plan.model} {prefix}: {type(plan.config).__name__}", before, after)
 
 
@@ -84,41 +87,39 @@ def _drawing(flow: Flow, vertices: list[str], prefix: str) -> Drawing:
     return drawing
 
 
-def _rewritten(plan: Plan, name: str, kind: object) -> Drawing:
-    """The site's rewrite, from the pass that makes it, on tensors that hold nothing."""
-    site = next(s for s in plan.sites if s.name == name)
+def _rewritten(plan: Plan, name: str, kind: Kind) -> tuple[Drawing, dict[str, str]]:
+    """The site's rewrite, from the pass that makes it, on tensors that hold nothing; and what its ends stand for."""
     method = method_of(plan.config)
-    site_plan: SitePlan = method.plan(plan.config, name, kind)  # type: ignore[arg-type]
-    assert site_plan.rank == site.rank
-    shapes = method.shapes(plan.config, site_plan)
-    adapter = SiteAdapter(site_plan, {key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
-    graph = Graph()
-    base = graph.call_function(_base, (graph.placeholder("x"),))
-    graph.output(base)
-    base.meta[TARGET] = Target("", site_plan.kind)
-    root = GraphModule(nn.Module(), graph)
+    site = method.plan(plan.config, name, kind)
+    shapes = method.shapes(plan.config, site)
+    adapter = SiteAdapter(site, {key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
     rewrite = method.rewrite("default", plan.config, adapter)
-    return drawing_of(InjectPass({"": [rewrite]})(root).graph_module, new=True)
+    assert isinstance(rewrite, Rewrite)
+    graph = InjectPass({"": [rewrite]})(trace_module(_stand_in(kind))).graph_module
+    stands_for = {n.name: {"placeholder": "x", "output": "output"}.get(n.op, "base") for n in graph.graph.nodes
+                  if n.op in ("placeholder", "output") or TARGET in n.meta}  # fmt: skip
+    return drawing_of(graph, new=True), stands_for
 
 
-def _base(x: torch.Tensor) -> torch.Tensor:
-    """Stands for the site."""
-    return x
+def _stand_in(kind: Kind) -> nn.Module:
+    if isinstance(kind, Embedding):
+        return nn.Embedding(kind.in_features, kind.out_features, device="meta")
+    if isinstance(kind, Conv):
+        made = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(kind.kernel)]
+        return made(kind.in_features, kind.out_features, kind.kernel, groups=kind.groups, device="meta")  # type: ignore[arg-type]
+    return nn.Linear(kind.in_features, kind.out_features, device="meta")
 
 
-def _rewrite(drawing: Drawing, vertex: str, rewritten: Drawing) -> None:
+def _rewrite(drawing: Drawing, vertex: str, rewritten: Drawing, stands_for: dict[str, str]) -> None:
     """Put a site's rewrite in the place of its vertex; the vertex itself stays as its base."""
     site = drawing.nodes[vertex]["site"]
-    names = {}
     for node, data in rewritten.nodes(data=True):
-        op = data["label"].partition("\n")[0]
-        names[node] = {"x": "x", "output": "output", "_base": vertex}.get(op) or f"{vertex}:{node}"
-        if names[node] == f"{vertex}:{node}":
-            drawing.add_node(names[node], **{**data, "site": site, "new": True, "fill": "#ffffff"})
+        if node not in stands_for:
+            drawing.add_node(f"{vertex}:{node}", **{**data, "site": site, "new": True, "fill": "#ffffff"})
     sources, readers = list(drawing.predecessors(vertex)), list(drawing.successors(vertex))
+    drawing.remove_edges_from([(source, vertex) for source in sources])
     drawing.remove_edges_from([(vertex, reader) for reader in readers])
+    ends = {"x": sources, "output": readers, "base": [vertex]}
     for before, after in rewritten.edges:
-        start, end = names[before], names[after]
-        starts = sources if start == "x" else [start]
-        ends = readers if end == "output" else [end]
-        drawing.add_edges_from((u, v) for u in starts for v in ends)
+        starts, stops = (ends[stands_for[n]] if n in stands_for else [f"{vertex}:{n}"] for n in (before, after))
+        drawing.add_edges_from((u, v) for u in starts for v in stops)

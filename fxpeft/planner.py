@@ -15,7 +15,7 @@ from torch import nn
 from fxpeft.adapters import add_adapter
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, listing
-from fxpeft.methods import method_named, method_of
+from fxpeft.methods import config_class, method_of
 from fxpeft.methods.base import SitePlan
 from fxpeft.passes.base import Skip
 from fxpeft.passes.flow import Flow
@@ -123,7 +123,7 @@ class Plan:
         values = content.get("config")
         if not isinstance(values, dict):
             raise AdapterError(f"plan: expected a config, found {values!r}")
-        config = method_named(values.get("peft_type"), "plan").config_class.from_dict(values, source="plan")
+        config = config_class(values.get("peft_type"), "plan").from_dict(values, source="plan")
         try:
             return cls(
                 _of_type(content["model"], str), config,
@@ -181,28 +181,29 @@ def plan(
             notes.append(f"no roles: {str(error).splitlines()[0]}")
     known = None if flow is None else roles_of_sites(flow)
     found = make_plan(model, config, roles=known)
-    known = known or {}
+    known, method = known or {}, method_of(found.config)
     sites = []
     for name, site in found.sites.items():
         _, dtype = placement(modules[name], model, autocast=True)
-        shapes = method_of(found.config).shapes(found.config, site)
+        shapes = method.shapes(found.config, site)
         count = sum(map(math.prod, shapes.values()))
+        flops = 0 if method.whole else _flops(site, shapes.values())  # a prompt adds tokens, not work per token
         alpha = None
         if hasattr(found.config, "lora_alpha"):
             alpha = pattern_value(getattr(found.config, "alpha_pattern", {}), name, found.config.lora_alpha)
         sites.append(
             PlanSite(
                 name, ", ".join(known.get(name, ())), site.kind.name, site.kind.in_features, site.kind.out_features,
-                site.rank, alpha, site.scaling, count, count * dtype.itemsize, _flops(site, shapes.values()),
+                site.rank, alpha, site.scaling, count, count * dtype.itemsize, flops,
             )
         )  # fmt: skip
-    subjects = subjects_of(modules, known)
+    subjects = [] if method.whole else subjects_of(modules, known)
     skipped = [
         Skip(subject.name, _why_not(config, found.config, subject, modules[subject.name]))
         for subject in subjects
         if subject.name not in found.sites
     ]
-    notes += _unused(config, subjects)
+    notes += _unused(config, subjects) if subjects else []
     return Plan(
         base_class(model).__name__, dataclasses.replace(found.config), tuple(sites), tuple(skipped), tuple(found.saved),
         tuple(found.tensors), tuple(notes), flow,

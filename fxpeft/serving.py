@@ -12,16 +12,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fxpeft import checkpoint
+from fxpeft import checkpoint, prompts_serving
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
 from fxpeft.lock import guard_forwards, unguard_forwards
+from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.base import PassError, attribute
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
 from fxpeft.passes.slot import LEAST, ActiveRank, Slot
 from fxpeft.passes.terms import Pattern
-from fxpeft.sites import AdapterPlan, make_plan
+from fxpeft.penalty import unwatch_loss, watch_loss
+from fxpeft.sites import AdapterPlan, make_plan, saved_modules
 from fxpeft.state import (
     Adapter,
     ModelState,
@@ -38,7 +40,7 @@ from fxpeft.state import (
     state_of,
     unwrap,
 )  # fmt: skip
-from fxpeft.swap import METHODS, Serving, activate, check_ranks, lower, serving_of, settle
+from fxpeft.swap import Serving, activate, check_gains, check_ranks, lower, serving_of, settle
 
 
 def prepare_hotswap(
@@ -51,6 +53,7 @@ def prepare_hotswap(
     modules_to_save: Sequence[str] = (),
     bias: Literal["none", "all", "lora_only"] = "none",
     rank: Literal["dynamic", "static"] = "dynamic",
+    num_virtual_tokens: int | None = None,
 ) -> None:
     """Give every target a slot. From then on loading, swapping, mixing and switching off are copies.
 
@@ -62,7 +65,10 @@ def prepare_hotswap(
         targets: as ``target_modules``, patterns too; the union over all adapters to come. Default: the sites of
             the model's adapters, or ``"all-linear"`` where it has none.
         exclude: as ``exclude_modules``.
-        methods: what the slots have to serve: ``"lora"``; ``"lora_bias"`` for LoRA with a bias of B.
+        methods: what the slots have to serve: ``"lora"``, ``"lora_bias"`` (a bias of B), ``"dora"``,
+            ``"ia3"``, ``"adalora"``, ``"prompt_tuning"`` and ``"p_tuning"`` or ``"prefix_tuning"``. Where
+            only LoRA is declared, the graph holds no gain and no shift.
+        num_virtual_tokens: length of every prompt to come, for the prompt methods.
         modules_to_save, bias: as in :class:`~fxpeft.LoraConfig`, for adapters that bring them.
         rank: ``"dynamic"``: pay for the rank in use; ``"static"``: pay for ``max_rank``, in a
             graph without symbolic sizes.
@@ -71,9 +77,11 @@ def prepare_hotswap(
         AdapterError: unknown targets or methods, or an adapter that doesn't fit; nothing was changed.
     """
     model = unwrap(model)
-    unknown = [m for m in methods if m not in METHODS]
-    if unknown:
-        raise AdapterError(f"methods: expected some of {', '.join(METHODS)}, found {', '.join(unknown)}")
+    known = slot_needs()
+    unknown = [m for m in methods if m not in known]
+    if isinstance(methods, str) or unknown:
+        found = repr(methods) if isinstance(methods, str) else ", ".join(unknown)
+        raise AdapterError(f"methods: expected a sequence of some of {', '.join(known)}, found {found}")
     if max_rank < LEAST:
         raise AdapterError(f"max_rank: expected at least {LEAST}, found {max_rank}")
     if rank not in ("dynamic", "static"):
@@ -86,12 +94,16 @@ def prepare_hotswap(
     adapters = list(existing.adapters.values()) if existing is not None else []
     serving = Serving(
         max_rank, ActiveRank(max_rank) if rank == "dynamic" else None, tuple(methods),
-        *_declare(model, adapters, targets, exclude, modules_to_save, bias),
+        *_declare(model, adapters, targets, exclude, modules_to_save, bias, methods),
     )  # fmt: skip
+    prompts = prompts_serving.declare(model, methods, num_virtual_tokens, adapters)
+    if prompts is not None:
+        serving.prompts = prompts_serving.PromptSlot.of(model, *prompts)
     # everything that can be refused is refused on copies, before the model is touched
-    trial = [lower(serving, Adapter(a.name, a.plan, a.current(), a.strength)) for a in adapters]
+    trial = [lower(model, serving, Adapter(a.name, a.plan, a.current(), a.strength)) for a in adapters]
     active = existing.active if existing is not None else []
     check_ranks(serving, [a for a in trial if a.name in active])
+    check_gains([a for a in trial if a.name in active])
 
     state = ensure_state(model)
     for adapter in adapters:
@@ -108,9 +120,10 @@ def prepare_hotswap(
             drop_state(model)
         raise AdapterError(str(error)) from None
     state.serving = serving
+    unwatch_loss(model)
     guard_forwards(model)
     for adapter in adapters:
-        settle(lower(serving, adapter))
+        settle(lower(model, serving, adapter))
     activate(model, state, state.running())
 
 
@@ -121,12 +134,18 @@ def _declare(
     exclude: str | Pattern | Collection[str] | None,
     modules_to_save: Sequence[str],
     bias: Literal["none", "all", "lora_only"],
+    methods: Sequence[str],
 ) -> tuple[dict[str, Any], frozenset[str], frozenset[str]]:
     """Sites, modules and parameters of the adapters that are there and of those that were declared."""
-    kinds = {site: plan.kind for a in adapters for site, plan in a.plan.sites.items()}
+    kinds = {s: p.kind for a in adapters if not method_of(a.config).whole for s, p in a.plan.sites.items()}
     saved = {path for a in adapters for path in a.values.saved}
     tensors = {path for a in adapters for path in a.values.tensors}
-    if targets is None and not adapters:
+    if targets is None and set(methods) <= set(prompts_serving.PROMPT_METHODS):
+        if bias != "none":
+            raise AdapterError(f"bias: expected 'none' with {', '.join(methods)}: prompts bring none; found {bias!r}")
+        saved.update(saved_modules(model, modules_to_save))
+        return kinds, frozenset(saved), frozenset(tensors)
+    if targets is None and not kinds:
         targets = "all-linear"
     if targets is not None or modules_to_save or bias != "none":
         groups = [g for m in model.modules() if isinstance(g := getattr(m, "groups", None), int)]
@@ -149,6 +168,7 @@ def release_hotswap(model: nn.Module) -> None:
         attach(model, adapter)
     rebind(hosts(model, state.adapters.values()), state.running())
     set_trainable(state)
+    watch_loss(model, state)
     if not state.adapters:
         drop_state(model)
 
@@ -161,7 +181,7 @@ def release_slots(model: nn.Module, state: ModelState) -> None:
         unguard_forwards(model)
         state.serving = None
     for adapter in state.adapters.values():
-        adapter.lowered, adapter.copies = {}, None
+        adapter.lowered, adapter.copies, adapter.prompt = {}, None, None
 
 
 def hotswap(
@@ -207,7 +227,7 @@ def hotswap(
         )  # fmt: skip
     plan = plan_for(model, serving, found.config)
     values = checkpoint.assign(model, plan, found, check_finite=check_finite)
-    new = settle(lower(serving, Adapter(name, plan, values, old.strength)))
+    new = settle(lower(model, serving, Adapter(name, plan, values, old.strength)))
     active = [new if n == name else state.adapters[n] for n in state.active]
     check_together(active)
     if state.enabled and name in state.active:
@@ -227,7 +247,7 @@ def hold(model: nn.Module) -> AbstractContextManager[None]:
 
 def install(model: nn.Module, state: ModelState, adapter: Adapter) -> None:
     """Add an adapter to the store of a prepared model and make it the active one."""
-    settle(lower(serving_of(state), adapter))
+    settle(lower(model, serving_of(state), adapter))
     activate(model, state, [adapter] if state.enabled else [])
     state.adapters[adapter.name] = adapter
     state.active = [adapter.name]
@@ -235,7 +255,7 @@ def install(model: nn.Module, state: ModelState, adapter: Adapter) -> None:
 
 def rescale(model: nn.Module, state: ModelState, name: str, strength: float) -> None:
     """Change an adapter's strength in the slots."""
-    changed = replace(state.get(name), strength=strength)
+    changed = lower(model, serving_of(state), replace(state.get(name), strength=strength))
     if state.enabled and name in state.active:
         activate(model, state, [changed if n == name else state.adapters[n] for n in state.active])
     state.adapters[name] = changed
@@ -250,6 +270,10 @@ def plan_for(model: nn.Module, serving: Serving, config: AdapterConfig) -> Adapt
 
 
 def _bind_slots(model: nn.Module, serving: Serving) -> None:
+    if serving.prompts is not None:
+        host = model.get_submodule(serving.prompts.site)
+        unbind(host)
+        host.add_module("slot", serving.prompts)
     redirects: dict[str, dict[str, tuple[str, Tensor]]] = {}
     for path in serving.tensors:
         site, _, leaf = path.rpartition(".")
@@ -269,7 +293,7 @@ def _bind_slots(model: nn.Module, serving: Serving) -> None:
         if site in serving.kinds:
             device, dtype = placement(module, model, autocast=False)
             place = serving.slots[site] = Slot(
-                serving.kinds[site], serving.max_rank, serving.rank, shift="shift" in serving.parts, device=device,
+                serving.kinds[site], serving.max_rank, serving.rank, features=serving.features, device=device,
                 dtype=dtype,
             )  # fmt: skip
             rewrites.append(place.rewrite())
@@ -295,3 +319,5 @@ def _unbind_slots(model: nn.Module, serving: Serving) -> None:
         module = model.get_submodule(name)
         unbind(module)
         module._modules.pop("slot", None)
+    if serving.prompts is not None:
+        prompts_serving.release(model, serving.prompts)

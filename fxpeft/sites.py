@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from fxpeft.defaults import default_targets
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SitePlan
+from fxpeft.methods.prompts import PromptMethod
 from fxpeft.passes.base import PassError, join
 from fxpeft.passes.live import Container, kind_of
 from fxpeft.passes.terms import Pattern
@@ -80,9 +81,13 @@ def make_plan(
     Raises:
         AdapterError: no site was found, a pattern matches nothing, or a target can't be rewritten.
     """
-    modules = dict(base_modules(model))
+    modules, method = dict(base_modules(model)), method_of(config)
+    if isinstance(method, PromptMethod):
+        config, whole = method.find(model, config)
+        config = _with_heads(config, heads)
+        return AdapterPlan(config, whole, _saved(modules, config))
     config = _resolve(model, modules, config, heads, roles)
-    method, selector = method_of(config), config.selector()
+    selector = config.selector()
     sites: dict[str, SitePlan] = {}
     for name in selector.select(modules):
         sites[name] = method.plan(config, name, _site_kind(name, modules))
@@ -96,16 +101,23 @@ def make_plan(
 def _resolve(
     model: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig, heads: bool, roles: Roles | None
 ) -> AdapterConfig:
-    config = copy.deepcopy(config)
+    config = _with_heads(copy.deepcopy(config), heads)
+    if config.target_modules is None:
+        config.target_modules = default_targets(model, method_of(config).name)
+    elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        config.target_modules = all_linear(model, modules, config.task_type)
+    resolve_patterns(model, modules, config, roles)
+    method_of(config).resolve(config, model)
+    return config
+
+
+def _with_heads(config: AdapterConfig, heads: bool) -> AdapterConfig:
+    """Let the task's head be trained too."""
     own = HEADS.get(config.task_type or "", ()) if heads else ()
     if own:
         saved = config.modules_to_save or []
         config.modules_to_save = [*saved, *(h for h in own if h not in saved)]
-    if config.target_modules is None:
-        config.target_modules = default_targets(model)
-    elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        config.target_modules = all_linear(model, modules, config.task_type)
-    return resolve_patterns(model, modules, config, roles)
+    return config
 
 
 def all_linear(model: nn.Module, modules: dict[str, nn.Module], task_type: str | None) -> list[str]:
@@ -136,6 +148,11 @@ def _site_kind(name: str, modules: dict[str, nn.Module]) -> Any:
         raise AdapterError(f"{name}: {error}; take it out of target_modules or add it to exclude_modules") from None
 
 
+def saved_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:
+    """The modules that ``modules_to_save`` means; ``AdapterError`` where one is missing."""
+    return _saved(dict(base_modules(model)), AdapterConfig(modules_to_save=list(wanted) or None))
+
+
 def _saved(modules: dict[str, nn.Module], config: AdapterConfig) -> list[str]:
     wanted = config.modules_to_save or []
     found = [n for n in modules if any(n.endswith(w) for w in wanted)]  # PEFT: a suffix, dotted or not
@@ -157,8 +174,8 @@ def _bias_names(modules: dict[str, nn.Module], mode: str, sites: dict[str, SiteP
 
 def _check_patterns(config: AdapterConfig, sites: dict[str, SitePlan]) -> None:
     """A pattern that matches no site is a typo; PEFT would ignore it silently."""
-    for name in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, name, {}):
+    for name in config.patterns:
+        for pattern in getattr(config, name, None) or {}:
             if not any(re.match(rf"(.*\.)?({pattern})$", site) for site in sites):
                 raise AdapterError(f"{name}: {pattern!r} matches none of the adapter's {len(sites)} sites")
 

@@ -15,8 +15,9 @@ from fxpeft.methods import method_of
 from fxpeft.methods.base import SiteAdapter, SlotValues
 from fxpeft.passes.base import attribute, join
 from fxpeft.passes.copies import Copies
+from fxpeft.passes.feed import Feed
 from fxpeft.passes.inject import Rewrite
-from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
+from fxpeft.passes.live import Container, bare_copy, feed_module, replace_module, rewrite_module, unbind
 from fxpeft.sites import AdapterPlan, base_modules, base_state
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Adapter:
         values: the tensors. While the adapter is attached its modules hold the truth; see :meth:`current`.
         strength: factor on the adapter's own scale; see :func:`fxpeft.set_scale`.
         parts: while attached: host module's name -> what is registered there as ``adapters.<name>``.
-        lowered: on a prepared model: site -> slot values.
+        lowered: on a prepared model: site -> slot values. prompt: there, the finished prompt of a prompt method.
         copies: ``Slot.generation`` and how to show the adapter alone in the slots of that time.
     """
 
@@ -67,6 +68,7 @@ class Adapter:
     strength: float = 1.0
     parts: dict[str, nn.Module] = field(default_factory=dict)
     lowered: dict[str, SlotValues] = field(default_factory=dict)
+    prompt: Tensor | None = None
     copies: tuple[int, Copies] | None = field(default=None, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -182,8 +184,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
         part: nn.Module = Container()
         if name in values.sites:
             plan = adapter.plan.sites[name]
-            dropout = method.dropout(adapter.config, plan.kind)
-            part = SiteAdapter(plan, values.sites[name], dropout=dropout, strength=adapter.strength)
+            part = method.part(adapter.config, plan, values.sites[name], strength=adapter.strength)
         elif name in values.saved:
             part = bare_copy(module)
             part.load_state_dict(values.saved[name], assign=True)
@@ -214,6 +215,7 @@ def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
         rewrites: list[Rewrite] = []
         redirects: dict[str, tuple[str, Any]] = {}
         whole: str | None = None
+        feed: Feed | None = None
         for adapter in running:
             if name not in adapter.parts:
                 continue
@@ -221,13 +223,19 @@ def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
             if name in adapter.values.saved:
                 whole = f"adapters.{adapter.name}"
             if isinstance(part, SiteAdapter):
-                rewrites.append(method_of(adapter.config).rewrite(adapter.name, adapter.config, part))
+                rewrite = method_of(adapter.config).rewrite(adapter.name, adapter.config, part)
+                if isinstance(rewrite, Feed):
+                    feed = rewrite
+                else:
+                    rewrites.append(rewrite)
             for path in adapter.values.tensors:
                 owner, _, leaf = path.rpartition(".")
                 if owner == name:
                     redirects[leaf] = (f"{adapter.name}.{leaf}", attribute(part, leaf))
         if whole:
             replace_module(module, whole)
+        elif feed:
+            feed_module(module, feed, name=name)
         elif rewrites or redirects:
             rewrite_module(module, rewrites, name=name, redirects=redirects)
         else:
@@ -235,7 +243,10 @@ def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
 
 
 def check_together(adapters: list[Adapter]) -> None:
-    """Refuse adapters that each bring their own copy of one module or parameter."""
+    """Refuse adapters that each bring their own copy of one module or parameter, and two prompts."""
+    prompts = [a.name for a in adapters if method_of(a.config).whole]
+    if len(prompts) > 1:
+        raise AdapterError(f"only one prompt can be active at a time, found {', '.join(prompts)}")
     for attribute_name in ("saved", "tensors"):
         seen: dict[str, str] = {}
         clashes = []

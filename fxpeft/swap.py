@@ -8,18 +8,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from fxpeft import prompts_serving
 from fxpeft.errors import AdapterError, listing
 from fxpeft.lock import SwapLock
-from fxpeft.methods import method_of
-from fxpeft.methods.base import SlotValues
-from fxpeft.passes.base import attribute, join
+from fxpeft.methods import method_of, slot_needs
+from fxpeft.methods.base import Base, SlotValues
+from fxpeft.passes.base import PassError, attribute, join
 from fxpeft.passes.copies import Copies
 from fxpeft.passes.kinds import Kind
-from fxpeft.passes.slot import LEAST, ActiveRank, Slot
+from fxpeft.passes.slot import FEATURES, LEAST, ActiveRank, Slot
 from fxpeft.sites import AdapterPlan, base_state
 from fxpeft.state import Adapter, ModelState, Values, check_together
-
-METHODS = {"lora": frozenset[str](), "lora_bias": frozenset({"shift"})}  # what a slot needs for each
 
 
 @dataclass
@@ -29,9 +28,11 @@ class Serving:
     Args:
         rank: the active rank; ``None`` in static mode.
         kinds: site -> kind. saved: modules, and tensors: dotted parameter names, that an adapter may bring.
+        prompts: the placeholder of a prompt, where prompts were declared.
         slots: site -> its placeholders. copies: module -> its replaceable copy.
         shown: the adapters that are in the slots now.
         dirty: site -> number of leading ranks that may hold something other than zero.
+        featured: site and feature (gain, shift) that may hold something other than its neutral value.
         holds: module or parameter -> values of the adapter whose copy it holds, ``None`` for the base's.
         plans: config -> plan, so that adapters of one config share the search for their sites.
     """
@@ -42,18 +43,21 @@ class Serving:
     kinds: Mapping[str, Kind]
     saved: frozenset[str]
     tensors: frozenset[str]
+    prompts: prompts_serving.PromptSlot | None = None
     slots: dict[str, Slot] = field(default_factory=dict)
     copies: dict[str, nn.Module] = field(default_factory=dict)
     shown: list[Adapter] = field(default_factory=list)
     dirty: dict[str, int] = field(default_factory=dict)
+    featured: set[tuple[str, str]] = field(default_factory=set)
     holds: dict[str, Values | None] = field(default_factory=dict)
     plans: dict[str, AdapterPlan] = field(default_factory=dict)
     lock: SwapLock = field(default_factory=SwapLock)
 
     @property
-    def parts(self) -> frozenset[str]:
+    def features(self) -> frozenset[str]:
         """The optional placeholders that the declared methods need."""
-        return frozenset[str]().union(*(METHODS[m] for m in self.methods))
+        needs = slot_needs()
+        return frozenset[str]().union(*(needs[m] for m in self.methods))
 
     def hosts(self) -> set[str]:
         """Names of the modules that have placeholders."""
@@ -67,8 +71,8 @@ def serving_of(state: ModelState) -> Serving:
     return state.serving
 
 
-def lower(serving: Serving, adapter: Adapter) -> Adapter:
-    """Give an adapter its slot values. The model is not touched.
+def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
+    """Give an adapter its slot values at its strength. The model is not touched.
 
     Raises:
         AdapterError: a site, module or parameter without a slot, a rank above ``max_rank``, or a
@@ -76,20 +80,27 @@ def lower(serving: Serving, adapter: Adapter) -> Adapter:
     """
     method, values = method_of(adapter.config), adapter.values
     places: list[tuple[str, Iterable[str], Collection[str]]] = [
-        ("targets", values.sites, serving.kinds),
+        ("targets", () if method.whole else values.sites, serving.kinds),
         ("modules_to_save", values.saved, serving.saved),
         ("bias", values.tensors, serving.tensors),
     ]
     problems = [f"{n}: has no slot; declare it in {what}" for what, own, slots in places for n in own if n not in slots]
+    needed = method.declared(adapter.config)
+    if needed not in serving.methods and not method.whole:
+        problems.append(f"its method, {needed}: declare methods={(*serving.methods, needed)}")
     lowered: dict[str, SlotValues] = {}
-    for site, parameters in values.sites.items():
+    problems += prompts_serving.lower(serving.prompts, adapter)
+    for site, parameters in values.sites.items() if not method.whole else ():
         plan = adapter.plan.sites[site]
         if plan.rank > serving.max_rank:
             problems.append(f"{site}: rank {plan.rank} is above max_rank {serving.max_rank}")
             continue
-        lowered[site] = method.lower(plan, parameters)
-        if lowered[site].shift is not None and "shift" not in serving.parts:
-            problems.append(f"{site}: needs a slot with a shift; declare methods=('lora', 'lora_bias')")
+        own = {p.rpartition(".")[2]: v for p, v in values.tensors.items() if p.rpartition(".")[0] == site}
+        base = Base(model.get_submodule(site), own)
+        try:
+            lowered[site] = method.lower(plan.scaled(adapter.strength), parameters, base)
+        except PassError as error:
+            problems.append(f"{site}: {error}")
     if problems:
         raise AdapterError(
             f"adapter {adapter.name!r} doesn't fit the slots; nothing was changed.\n{listing(problems)}\n"
@@ -109,10 +120,10 @@ def settle(adapter: Adapter) -> Adapter:
     own: dict[str, SlotValues] = {}
     for site, v in adapter.lowered.items():
         a, b = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (v.a, v.b))
-        own[site] = SlotValues(a, b, v.d, v.shift)
+        own[site] = v._replace(a=a, b=b)
     Copies(pair for site, v in adapter.lowered.items() for pair in zip(own[site][:2], v[:2], strict=True)).run()
     sites = {site: method.keep(adapter.plan.sites[site], values.sites[site], own[site]) for site in own}
-    adapter.values = replace(values.clone(sites=False), sites=sites)
+    adapter.values = values.clone() if method.whole else replace(values.clone(sites=False), sites=sites)
     adapter.lowered, adapter.copies = own, None
     return adapter
 
@@ -125,12 +136,14 @@ def activate(model: nn.Module, state: ModelState, adapters: list[Adapter]) -> No
     serving = serving_of(state)
     check_together(adapters)
     check_ranks(serving, adapters)
+    check_gains(adapters)
     with serving.lock.write():
         try:
             _show(model, serving, adapters)
         except BaseException:
             serving.dirty = dict.fromkeys(serving.slots, serving.max_rank)
             serving.holds = {}
+            serving.featured = {(site, name) for site, slot in serving.slots.items() for name in slot.features}
             _show(model, serving, serving.shown)
             raise
         serving.shown = list(adapters)
@@ -147,6 +160,21 @@ def check_ranks(serving: Serving, adapters: list[Adapter]) -> None:
         raise AdapterError(
             f"the active adapters need more than max_rank {serving.max_rank} ranks together:\n{listing(over)}\n"
             "Activate fewer at a time, or prepare with a larger max_rank."
+        )
+
+
+def check_gains(adapters: list[Adapter]) -> None:
+    """Refuse a gain beside another adapter: a slot multiplies the sum of all."""
+    clashes = []
+    for adapter in adapters:
+        for site, value in adapter.lowered.items():
+            others = [a.name for a in adapters if a is not adapter and site in a.lowered]
+            if others and (value.g_in is not None or value.g_out is not None):
+                clashes.append(f"{site}: {adapter.name} ({method_of(adapter.config).name}) and {', '.join(others)}")
+    if clashes:
+        raise AdapterError(
+            "these adapters can't share a slot, since a gain multiplies what the others add:\n"
+            f"{listing(clashes)}\nset one of them active, or release_hotswap(model) to run them one after the other"
         )
 
 
@@ -168,22 +196,23 @@ def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
         serving.dirty[site] = dirty if dirty > active else start
     for each in copies:
         each.run()
-    if "shift" in serving.parts:
-        _show_shifts(serving, adapters)
+    if serving.features:
+        _show_features(serving, adapters)
     _show_copies(model, serving, adapters)
+    prompts_serving.show(model, serving.prompts, adapters)
     if serving.rank is not None and serving.rank.rank != active:
         serving.rank.set(active)
 
 
 def _copies(serving: Serving, adapter: Adapter, used: Mapping[str, int]) -> Copies:
-    """The copies of an adapter to behind the ranks in use; kept where it is alone at its full strength."""
-    alone = not used and adapter.strength == 1
+    """The copies of an adapter to behind the ranks in use; kept where it is alone."""
+    alone = not used
     if alone and adapter.copies is not None and adapter.copies[0] == Slot.generation:
         return adapter.copies[1]
     pairs: list[tuple[Tensor, Tensor]] = []
     for site, value in adapter.lowered.items():
         window = _window(serving.slots[site], used.get(site, 0), value.d.numel())
-        pairs += zip(window, (value.a, value.b, value.d * adapter.strength if not alone else value.d), strict=True)
+        pairs += zip(window, value[:3], strict=True)
     copies = Copies(pairs)
     if alone:
         adapter.copies = (Slot.generation, copies)
@@ -202,13 +231,18 @@ def _window(slot: Slot, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]
     return window
 
 
-def _show_shifts(serving: Serving, adapters: list[Adapter]) -> None:
+def _show_features(serving: Serving, adapters: list[Adapter]) -> None:
+    """Gains and shifts: the one adapter's that has them, the sum of shifts, or the neutral value."""
     for site, slot in serving.slots.items():
-        slot.shift.zero_()
-        for adapter in adapters:
-            value = adapter.lowered.get(site)
-            if value is not None and value.shift is not None:
-                slot.shift.add_((value.shift * adapter.strength).to(slot.shift))
+        lowered = [a.lowered[site] for a in adapters if site in a.lowered]
+        for name in slot.features:
+            given = [value for v in lowered if (value := getattr(v, name)) is not None]
+            if given:
+                getattr(slot, name).copy_(given[0] if len(given) == 1 else torch.stack(given).sum(0))
+                serving.featured.add((site, name))
+            elif (site, name) in serving.featured:
+                getattr(slot, name).fill_(FEATURES[name][1])
+                serving.featured.discard((site, name))
 
 
 def _show_copies(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:

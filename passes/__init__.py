@@ -2,6 +2,7 @@
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, Skip
 from fxpeft.passes.eject import EjectPass
+from fxpeft.passes.feed import Feed, FeedPass
 from fxpeft.passes.inject import InjectPass, Rewrite
 from fxpeft.passes.kinds import Conv, Embedding, Kind, Linear
 from fxpeft.passes.match import MatchPass, Target
@@ -13,7 +14,7 @@ from fxpeft.passes.roles import Role, RolePass
 from fxpeft.passes.terms import Pattern, PatternError
 
 __all__ = [
-    "Conv", "EjectPass", "Embedding", "GraphPass", "InjectPass", "Kind", "Linear", "MatchPass", "NameSelector",
-    "PassError", "Pattern", "PatternError", "Pipeline", "RedirectPass", "Report", "Rewrite", "RewriteResult", "Role",
-    "RolePass", "Skip", "Target", "graph_text", "pattern",
+    "Conv", "EjectPass", "Embedding", "Feed", "FeedPass", "GraphPass", "InjectPass", "Kind", "Linear", "MatchPass",
+    "NameSelector", "PassError", "Pattern", "PatternError", "Pipeline", "RedirectPass", "Report", "Rewrite",
+    "RewriteResult", "Role", "RolePass", "Skip", "Target", "graph_text", "pattern",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, Skip, attribute, join
-from fxpeft.passes.match import SITE, TARGET, Target
+from fxpeft.passes.match import SITE, TARGET, Target, operands
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,20 @@ class Rewrite:
         container: the attribute that holds the operands: ``container.path`` on the root where the
             root is the site, ``container.site.path`` in a larger program, so that modules which
             the program shares with a live model are left alone.
+        reads: what ``function`` gets of the target itself, by name: ``weight``, ``[out, in, ...]``
+            however it is stored, and ``bias``, which may be ``None``.
     """
 
     name: str
     function: Callable[..., Any]
     operands: Mapping[str, Any] = field(default_factory=dict)
     container: str = "adapters"
+    reads: tuple[str, ...] = ()
 
     def signature(self) -> tuple[Any, ...]:
         """What the rewritten graph depends on, the operands' values left out."""
         operands = tuple((path, isinstance(value, nn.Module)) for path, value in self.operands.items())
-        return self.name, self.function, operands, self.container
+        return self.name, self.function, operands, self.container, self.reads
 
     def path(self, site: str, operand: str) -> str:
         """Where an operand lies, seen from the graph's root."""
@@ -106,7 +109,7 @@ def _rewrite_site(gm: GraphModule, node: Node, target: Target, rewrites: Sequenc
 
         function: Callable[..., Proxy] = base
         for rewrite in rewrites:
-            function = _bind(gm, target, rewrite, function, tracer)
+            function = _bind(gm, node, rewrite, function, tracer)
         result = function(Proxy(source, tracer))
 
     if calls != 1:
@@ -131,17 +134,34 @@ def reroute(old: Node, new: Node, keep: Collection[Node]) -> None:
 
 
 def _bind(
-    gm: GraphModule, target: Target, rewrite: Rewrite, base: Callable[..., Proxy], tracer: GraphAppendingTracer
+    gm: GraphModule, node: Node, rewrite: Rewrite, base: Callable[..., Proxy], tracer: GraphAppendingTracer
 ) -> Callable[[Proxy], Proxy]:
+    target: Target = node.meta[TARGET]
+
     def function(x: Proxy) -> Proxy:
-        operands = {
+        given = {
             path.rpartition(".")[2]: _operand(gm, rewrite.path(target.site, path), value, tracer)
             for path, value in rewrite.operands.items()
         }
-        result: Proxy = rewrite.function(target.kind, base, x, **operands)
+        given |= _own_operands(gm, node, rewrite.reads, tracer)
+        result: Proxy = rewrite.function(target.kind, base, x, **given)
         return result
 
     return function
+
+
+def _own_operands(gm: GraphModule, node: Node, reads: Sequence[str], tracer: GraphAppendingTracer) -> dict[str, Any]:
+    if not reads:
+        return {}
+    weight, flip, bias = operands(gm, node)
+    found: dict[str, Any] = {}
+    for name, value in (("weight", weight), ("bias", bias)):
+        if name in reads:
+            read = get_attr(tracer.graph, value) if isinstance(value, str) else value
+            found[name] = None if read is None else Proxy(read, tracer)
+    if flip and "weight" in found:
+        found["weight"] = found["weight"].t()
+    return found
 
 
 def _operand(gm: GraphModule, path: str, value: Any, tracer: GraphAppendingTracer) -> Any:

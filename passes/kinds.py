@@ -30,6 +30,7 @@ class Kind:
 
     name = "linear"
     takes_bias = True  # whether a term may be added per output feature, as lora_bias does
+    takes_gain = True  # whether the input can be multiplied
 
     def a_shape(self, rank: int) -> tuple[int, ...]:
         """Shape of A: ``[rank, in, ...]``."""
@@ -67,6 +68,18 @@ class Kind:
         """View one number per output feature, ``[out]``, so that it broadcasts over the output."""
         return c
 
+    def per_input(self, c: Tensor) -> Tensor:
+        """View one number per input feature, ``[in]``, so that it broadcasts over the input."""
+        return self.per_output(c)
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The target's own operation without its bias; ``weight`` is ``[out, in, ...]`` as :meth:`delta`."""
+        return F.linear(x, weight)
+
+    def delta(self, a: Tensor, rows: Tensor) -> Tensor:
+        """The change of the weight, ``[out, in, ...]``, that A and a rank-first B ``[rank, out]`` make."""
+        return (rows.t() @ a.flatten(1)).view(self.out_features, *self.a_shape(1)[1:])
+
     def rows(self, b: Tensor) -> Tensor:
         """B from :meth:`b_shape` to rank-first ``[rank, out]``; a view wherever that is possible."""
         return b.t()
@@ -92,10 +105,14 @@ class Embedding(Kind):
 
     name = "embedding"
     takes_bias = False
+    takes_gain = False
 
     def reduce(self, x: Tensor, a: Tensor) -> Tensor:
         """Token ids ``[...]`` to ``[..., rank]``: the ids' columns of A."""
         return F.embedding(x, a.t(), **dict(self.options))
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding(x, weight.t(), **dict(self.options))
 
 
 @dataclass(frozen=True)
@@ -150,6 +167,9 @@ class Conv(Kind):
         for _ in self.kernel:
             weight = weight.unsqueeze(-1)
         return self._conv(h, weight)
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._conv(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
     def per_output(self, c: Tensor) -> Tensor:
         return c.view(-1, *(1 for _ in self.kernel))

@@ -17,13 +17,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import fx, nn
-from torch.fx import GraphModule
+from torch import Tensor, fx, nn
+from torch.fx import GraphModule, Node
 
-from fxpeft.passes.base import PassError
+from fxpeft.passes.base import PassError, attribute
+from fxpeft.passes.feed import Feed, FeedPass, call_graph
 from fxpeft.passes.inject import InjectPass, Rewrite
 from fxpeft.passes.kinds import Kind
-from fxpeft.passes.match import TARGET, MatchPass, Target, Unsupported, module_kind, read_target
+from fxpeft.passes.match import TARGET, MatchPass, Target, Unsupported, module_kind, operands, read_target
 from fxpeft.passes.pipeline import Pipeline, graph_text
 from fxpeft.passes.redirect import RedirectPass
 from fxpeft.passes.torch_private import import_block
@@ -35,7 +36,7 @@ _NOT_TRACED = frozenset(
 )
 _sources: dict[tuple[Any, ...], str] = {}
 _kinds: dict[tuple[Any, ...], Kind] = {}
-_classes: dict[tuple[type, str], type[nn.Module]] = {}
+_classes: dict[tuple[type, str, type | None], type[nn.Module]] = {}
 _number = itertools.count()
 
 
@@ -91,6 +92,26 @@ def kind_of(module: nn.Module) -> Kind:
     if key not in _kinds:
         _kinds[key] = target_of(trace_module(module)).kind
     return _kinds[key]
+
+
+def base_weight(module: nn.Module) -> Tensor:
+    """A target's own weight as a view ``[out, in, ...]``, however it is stored.
+
+    Raises:
+        PassError: the module is no target, or its weight is not plain: quantised, for instance.
+    """
+    traced = trace_module(module)
+    node = next(node for node in traced.graph.nodes if TARGET in node.meta)
+    found, flip, _ = operands(traced, node)
+    while isinstance(found, Node) and found.op != "get_attr":
+        found, flip = found.all_input_nodes[0], not flip  # the graph transposes it itself
+    weight = attribute(traced, found if isinstance(found, str) else str(found.target))
+    kind: Kind = node.meta[TARGET].kind
+    view: Tensor = weight.t() if flip else weight
+    if type(weight) not in (Tensor, nn.Parameter) or tuple(view.shape[:1]) != (kind.out_features,):
+        found_type = f"{base_class(module).__name__}.weight is a {type(weight).__name__}"
+        raise PassError(f"expected a plain tensor as weight: {found_type} {tuple(weight.shape)}")
+    return view.detach()
 
 
 def _trace_inside(module: nn.Module) -> GraphModule | None:
@@ -202,6 +223,23 @@ def replace_module(module: nn.Module, path: str) -> None:
     bind_source(module, f"def forward(self, *args, **kwargs):\n    return {access}(*args, **kwargs)\n")
 
 
+def feed_module(module: nn.Module, feed: Feed, *, name: str, dump: str | None = None) -> None:
+    """Let ``feed`` prepare the inputs of every call of ``module``, whatever its own forward is.
+
+    With a mixin the bound class is ``class X(mixin, X)``: methods that work with the forward's
+    inputs too, as those of ``generate``. It keeps its name, since whole models are looked up by it.
+
+    Raises:
+        PassError: the forward's arguments have no names; the module is unchanged then.
+    """
+    given = _given_forward(module) or base_class(module).forward.__get__(module)
+    try:
+        graph = Pipeline([FeedPass(feed)], dump=dump)(call_graph(given)).graph
+    except PassError as error:
+        raise PassError(f"{name or base_class(module).__name__}: {error}") from None
+    bind_source(module, _source(graph), feed.mixin)
+
+
 def _source(graph: fx.Graph) -> str:
     """A graph's generated code with the imports it needs, and no more."""
     for node in graph.nodes:
@@ -246,16 +284,17 @@ def _is_own(module: nn.Module, forward: Any) -> bool:
     return getattr(forward, "__func__", None) in (type(module).forward, base_class(module).forward)
 
 
-def bind_source(module: nn.Module, source: str) -> None:
+def bind_source(module: nn.Module, source: str, mixin: type | None = None) -> None:
     """Move a module to the generated subclass whose ``forward`` is defined by ``source``."""
     base = base_class(module)
     state = vars(module)
+    _drop_autocast(module)
     given, hooked = _given_forward(module), "_old_forward" in state
     if "forward" in state and not hooked and (LEAF not in state or _is_own(module, state["forward"])):
         del state["forward"]  # let the class's forward run
     if given is not None:
         state[LEAF] = given  # called as a leaf: this is where the generated code looks for it
-    module.__class__ = generated_class(base, source)
+    module.__class__ = generated_class(base, source, mixin)
     if "_old_forward" in state:  # accelerate's hooks call this bound method; give it the new class's
         state["_old_forward"] = type(module).forward.__get__(module)
 
@@ -265,6 +304,7 @@ def unbind(module: nn.Module) -> None:
     if not is_bound(module):
         return
     state = vars(module)
+    _drop_autocast(module)
     if "_old_forward" not in state and _is_own(module, state.get("forward")):
         del state["forward"]
     module.__class__ = base_class(module)
@@ -273,6 +313,13 @@ def unbind(module: nn.Module) -> None:
         state["_old_forward"] = given or type(module).forward.__get__(module)
     elif given is not None:
         state["forward"] = given
+
+
+def _drop_autocast(module: nn.Module) -> None:
+    """Drop the autocast that accelerate wrapped around a generated forward: it would go on calling that one."""
+    state = vars(module)
+    if is_bound(module) and "forward" in state and _is_own(module, state.get("_original_forward")):
+        del state["forward"], state["_original_forward"]
 
 
 def bare_copy(module: nn.Module) -> nn.Module:
@@ -297,9 +344,9 @@ def generated_source(module: nn.Module) -> str:
     return type(module)._fxpeft_source  # type: ignore[attr-defined, no-any-return]
 
 
-def generated_class(base: type[nn.Module], source: str) -> type[nn.Module]:
-    """The subclass of ``base`` whose forward is ``source``; the same object for the same pair."""
-    cached = _classes.get((base, source))
+def generated_class(base: type[nn.Module], source: str, mixin: type | None = None) -> type[nn.Module]:
+    """The subclass of ``base`` whose forward is ``source``; the same object for the same arguments."""
+    cached = _classes.get((base, source, mixin))
     if cached is not None:
         return cached
     filename = f"<fxpeft {base.__name__} {next(_number)}>"
@@ -313,11 +360,13 @@ def generated_class(base: type[nn.Module], source: str) -> type[nn.Module]:
         "__reduce_ex__": _reduce,
         "_fxpeft_base": base,
         "_fxpeft_source": source,
+        "_fxpeft_mixin": mixin,
     }
     if not hasattr(base, LEAF):
         members[LEAF] = base.forward
-    made = type(f"Adapted{base.__name__}", (base,), members)
-    _classes[base, source] = made
+    bases, name = ((base,), f"Adapted{base.__name__}") if mixin is None else ((mixin, base), base.__name__)
+    made = type(name, bases, members)
+    _classes[base, source, mixin] = made
     return made
 
 
@@ -325,9 +374,9 @@ def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     """Pickle by base class and source, since a generated class can't be found by its name."""
     cls = type(self)
     state = self.__getstate__() if hasattr(self, "__getstate__") else vars(self)  # type: ignore[no-untyped-call]
-    return _rebuild, (cls._fxpeft_base, cls._fxpeft_source), state  # type: ignore[attr-defined]
+    return _rebuild, (cls._fxpeft_base, cls._fxpeft_source, cls._fxpeft_mixin), state  # type: ignore[attr-defined]
 
 
-def _rebuild(base: type[nn.Module], source: str) -> nn.Module:
-    cls = generated_class(base, source)
+def _rebuild(base: type[nn.Module], source: str, mixin: type | None = None) -> nn.Module:
+    cls = generated_class(base, source, mixin)
     return cls.__new__(cls)

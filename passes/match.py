@@ -170,6 +170,33 @@ _READERS: dict[Any, Callable[[GraphModule, Node], Target]] = {
 }
 
 
+# operation -> where its weight and its bias stand, and whether the weight is [in, out] there
+_OPERANDS: dict[Any, tuple[tuple[int, str], tuple[int, str] | None, bool]] = {
+    **dict.fromkeys((F.linear, aten.linear.default), ((1, "weight"), (2, "bias"), False)),
+    **dict.fromkeys((torch.addmm, aten.addmm.default), ((2, "mat2"), (0, "input"), True)),
+    aten.mm.default: ((1, "mat2"), None, True),
+    F.embedding: ((1, "weight"), None, True),
+    aten.embedding.default: ((0, "weight"), None, True),
+    **{op: ((1, "weight"), (2, "bias"), False) for op, read in _READERS.items() if read is _read_conv},
+}
+
+
+def operands(graph_module: GraphModule, node: Node) -> tuple[Node | str, bool, Node | str | None]:
+    """Weight and bias of a target: nodes of the graph or, where a module is called, dotted names.
+
+    The flag in the middle says that the weight is ``[in, out]`` and has to be transposed to be what
+    :meth:`Kind.apply` takes.
+    """
+    if node.op == "call_module":
+        module = graph_module.get_submodule(str(node.target))
+        bias = f"{node.target}.bias" if getattr(module, "bias", None) is not None else None
+        return f"{node.target}.weight", isinstance(module, nn.Embedding), bias
+    weight, second, flip = _OPERANDS[node.target]
+    found = node_of(_arg(node, *weight))
+    assert found is not None
+    return found, flip, node_of(_arg(node, *second)) if second else None
+
+
 def _subject(graph_module: GraphModule, node: Node, target: Target, layer: tuple[int, int] | None) -> Subject:
     """What a pattern can ask about a node: classes from the recorded calls, else from the called module."""
     stack = node.meta.get("nn_module_stack") or {}

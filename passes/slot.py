@@ -1,16 +1,17 @@
 """The universal slot: static placeholders at one site that any lowered adapter is copied into.
 
-    y = base(x) + expand(reduce(x, A[:r]) * d[:r], B[:r]) + shift
+    y = g_out * (base(g_in * x) + expand(reduce(g_in * x, A[:r]) * d[:r], B[:r])) + shift
 
-A, B and d hold ``max_rank`` ranks, rank first. In *dynamic* mode the subgraph narrows them to the
-rank in use, which it reads as the *size* of a carrier tensor: a size is symbolic in a compiled
-graph, so one graph serves every rank and does only that rank's work. In *static* mode all ranks
-are computed, and the unused ones are zero.
+g_in, g_out and shift are there where the slot was made for methods that need them; without them the
+graph holds no trace of them. A, B and d hold ``max_rank`` ranks, rank first. In *dynamic* mode the
+subgraph narrows them to the rank in use, which it reads as the *size* of a carrier tensor: a size
+is symbolic in a compiled graph, so one graph serves every rank and does only that rank's work. In
+*static* mode all ranks are computed, and the unused ones are zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from fxpeft.passes.inject import Rewrite
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.live import Container
 
+FEATURES = {"g_in": ("in_features", 1.0), "g_out": ("out_features", 1.0), "shift": ("out_features", 0.0)}
 LEAST = 2  # Dynamo specialises sizes 0 and 1, so ranks start at 2; rank 1 is padded
 
 
@@ -56,12 +58,14 @@ class Slot(Container):
     Args:
         kind: the site's kind.
         rank: the model's active rank, or ``None`` for static mode.
-        shift: whether the slot takes a term per output (``lora_bias``).
+        features: which of ``g_in`` [in], ``g_out`` [out] and ``shift`` [out] the slot has.
     """
 
     a: Tensor
     b: Tensor
     d: Tensor
+    g_in: Tensor
+    g_out: Tensor
     shift: Tensor
     generation: ClassVar[int] = 0  # counts new and replaced placeholders (``.to(device)``): views made before are stale
 
@@ -71,7 +75,7 @@ class Slot(Container):
         max_rank: int,
         rank: ActiveRank | None,
         *,
-        shift: bool = False,
+        features: Collection[str] = (),
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -79,18 +83,23 @@ class Slot(Container):
         Slot.generation += 1
         self.kind, self.rank = kind, rank
         self.windows: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}  # views, kept by the swap
-        shapes = {"a": kind.a_shape(max_rank), "b": (max_rank, kind.out_features)}
-        if shift:
-            shapes["shift"] = (kind.out_features,)
-        for name, shape in shapes.items():
+        for name, shape in (("a", kind.a_shape(max_rank)), ("b", (max_rank, kind.out_features))):
             self.register_buffer(name, torch.zeros(shape, device=device, dtype=dtype), persistent=False)
         # float32 whatever the model's dtype: alpha / rank in bfloat16 would be off by up to 0.4%
         self.register_buffer("d", torch.zeros(max_rank, device=device), persistent=False)
+        takes = {"g_in": kind.takes_gain, "g_out": True, "shift": kind.takes_bias}
+        self.features = tuple(name for name in FEATURES if name in features and takes[name])
+        for name, (size, neutral) in FEATURES.items():
+            if name in self.features:
+                value = torch.full((getattr(kind, size),), neutral, device=device)
+                self.register_buffer(name, value, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
-        d = self.d
+        exact = {name: buffer for name, buffer in self._buffers.items() if name in ("d", *FEATURES)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.d = d.to(self.a.device)
+        for name, buffer in exact.items():
+            assert buffer is not None
+            self._buffers[name] = buffer.to(self.a.device)
         Slot.generation += 1
         return self
 
@@ -100,8 +109,7 @@ class Slot(Container):
 
     def rewrite(self) -> Rewrite:
         """The site's rewrite; its operands are reachable at ``slot.<name>``."""
-        operands: dict[str, Any] = dict(self._buffers)
-        operands = {name: operands[name] for name in ("a", "b", "d", "shift") if name in operands}
+        operands: dict[str, Any] = {n: self._buffers[n] for n in ("a", "b", "d", *FEATURES) if n in self._buffers}
         if self.rank is not None:
             operands["rank"] = self.rank
         return Rewrite("slot", slot, operands, container="slot")
@@ -116,14 +124,20 @@ def slot(
     b: Tensor,
     d: Tensor,
     rank: ActiveRank | None = None,
+    g_in: Tensor | None = None,
+    g_out: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
     """The serving subgraph. Narrows dimension 0 only: on any other, ``rank == max_rank`` adds a guard."""
+    if g_in is not None:
+        x = (x * kind.per_input(g_in)).type_as(x)
     y = base(x)
     if rank is not None:
         r = rank.carrier.size(0)
         a, b, d = a.narrow(0, 0, r), b.narrow(0, 0, r), d.narrow(0, 0, r)
-    update = kind.expand_rows(kind.scale(kind.reduce(x, a), d), b)
+    out = y + kind.expand_rows(kind.scale(kind.reduce(x, a), d), b)
+    if g_out is not None:
+        out = out * kind.per_output(g_out)
     if shift is not None:
-        update = update + kind.per_output(shift)
-    return (y + update).type_as(y)
+        out = out + kind.per_output(shift)
+    return out.type_as(y)

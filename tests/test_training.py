@@ -24,6 +24,7 @@ IDS = token_ids()
 MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "llama": (tiny_llama, {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"down_proj": 2}}),
     "llama-bias": (tiny_llama, {"lora_bias": True, "modules_to_save": ["lm_head"]}),
+    "llama-dora": (tiny_llama, {"use_dora": True, "lora_dropout": 0.0, "bias": "lora_only"}),
     "gpt2": (tiny_gpt2, {"bias": "all", "rank_pattern": {"c_attn": 5}}),
     "bert": (tiny_bert, {"bias": "lora_only", "task_type": "SEQ_CLS"}),
 }
@@ -256,10 +257,19 @@ class Tokens(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
-def test_trainer_lowers_the_loss_and_the_result_reloads(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", modules_to_save=["lm_head"]),
+        LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", use_dora=True, modules_to_save=["lm_head"]),
+        fxpeft.IA3Config(modules_to_save=["lm_head"]),
+    ],
+    ids=["lora", "dora", "ia3"],
+)
+def test_trainer_lowers_the_loss_and_the_result_reloads(config: Any, tmp_path: Path) -> None:
     model = tiny_llama()
     own = {k: v.clone() for k, v in model.state_dict().items()}
-    fxpeft.add_adapter(model, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", modules_to_save=["lm_head"]))
+    fxpeft.add_adapter(model, config)
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "run"), max_steps=15, per_device_train_batch_size=8, learning_rate=0.03,
         logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, seed=0, disable_tqdm=True,

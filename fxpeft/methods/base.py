@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fxpeft.config import AdapterConfig
+from fxpeft.passes.feed import Feed
 from fxpeft.passes.inject import Rewrite
 from fxpeft.passes.kinds import Kind
+from fxpeft.passes.live import base_weight
+from fxpeft.passes.slot import FEATURES
 
 C = TypeVar("C", bound=AdapterConfig)
 
@@ -28,6 +31,10 @@ class SitePlan:
     kind: Kind
     rank: int
     scaling: float
+
+    def scaled(self, strength: float) -> SitePlan:
+        """The same with its scale multiplied."""
+        return self if strength == 1 else replace(self, scaling=self.scaling * strength)
 
 
 class SiteAdapter(nn.Module):
@@ -67,20 +74,81 @@ class SiteAdapter(nn.Module):
 class SlotValues(NamedTuple):
     """A site's adapter in the form that every slot takes, ranks first.
 
-    ``a``: [rank, in, ...], ``b``: [rank, out], ``d``: [rank] float32; ``shift``: [out] or ``None``.
+    ``a``: [rank, in, ...], ``b``: [rank, out], ``d``: [rank] float32; ``g_in``: [in], ``g_out``: [out],
+    ``shift``: [out], float32, or ``None`` where the adapter has none. A method without ranks gives
+    rank 0: ``SlotValues.without_ranks``.
     """
 
     a: Tensor
     b: Tensor
     d: Tensor
+    g_in: Tensor | None = None
+    g_out: Tensor | None = None
     shift: Tensor | None = None
+
+    @classmethod
+    def without_ranks(cls, kind: Kind, **features: Tensor) -> SlotValues:
+        """Gains and shift alone."""
+        like = next(iter(features.values()))
+        a, b = like.new_empty(kind.a_shape(0)), like.new_empty(0, kind.out_features)
+        return cls(a, b, like.new_empty(0), **features)
+
+    def features(self) -> dict[str, Tensor]:
+        """Name -> value of the gains and the shift that the adapter has."""
+        return {name: value for name in FEATURES if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a method may read of the base at a site.
+
+    Args:
+        module: the site's module. own: parameter name -> the adapter's own value for it (``bias``).
+    """
+
+    module: nn.Module
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def weight(self) -> Tensor:
+        """``[out, in, ...]`` in float32, however it is stored.
+
+        Raises:
+            PassError: it is no plain tensor.
+        """
+        return base_weight(self.module).float()
+
+    def bias(self) -> Tensor | None:
+        """``[out]`` in float32, or ``None``."""
+        bias = self.own.get("bias", getattr(self.module, "bias", None))
+        return bias.detach().float() if isinstance(bias, Tensor) else None
 
 
 class Method(abc.ABC, Generic[C]):
-    """One method. Everything that differs between methods is in its file."""
+    """One method. Everything that differs between methods is in its file.
 
+    ``name`` is what ``prepare_hotswap(methods=...)`` calls it; ``needs``: declared name -> the slot
+    features that it takes, where a method has variants.
+    """
+
+    name: ClassVar[str]
     peft_type: ClassVar[str]
+    needs: ClassVar[Mapping[str, Collection[str]]] = {}
     config_class: type[C]
+    #: the site is the whole model's forward, found by :meth:`PromptMethod.find`; one at a time, without a scale
+    whole: ClassVar[bool] = False
+    prefix: ClassVar[str] = "base_model.model."  # what PEFT puts before a module's name in a checkpoint
+
+    def takes(self, config: AdapterConfig) -> bool:
+        """Whether a config is this method's: methods may share a ``peft_type``, the first one that takes it has it."""
+        return isinstance(config, self.config_class)
+
+    def declared(self, config: C) -> str:
+        """Under which name the slots have to be declared for an adapter."""
+        return self.name
+
+    def resolve(self, config: C, model: nn.Module) -> None:
+        """Fill in defaults that depend on the model; ``target_modules`` is done already."""
+        return
 
     @abc.abstractmethod
     def plan(self, config: C, site: str, kind: Kind) -> SitePlan:
@@ -95,23 +163,41 @@ class Method(abc.ABC, Generic[C]):
         """Parameter name -> PEFT's checkpoint suffix below the site's name."""
 
     @abc.abstractmethod
-    def initialise(self, config: C, plan: SitePlan, parameters: Mapping[str, Tensor]) -> None:
+    def initialise(self, config: C, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
         """Fill fresh parameters in place."""
 
     @abc.abstractmethod
-    def rewrite(self, name: str, config: C, site: SiteAdapter) -> Rewrite:
-        """The training subgraph of adapter ``name``."""
+    def rewrite(self, name: str, config: C, site: SiteAdapter) -> Rewrite | Feed:
+        """The training subgraph of adapter ``name``; of a whole model, what prepares its inputs."""
 
     @abc.abstractmethod
-    def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor]) -> SlotValues:
+    def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
         """The slot values that compute what the training subgraph computes, dropout aside.
 
         Views of ``parameters`` wherever that is possible.
         """
 
+    def part(
+        self, config: C, plan: SitePlan, parameters: Mapping[str, Tensor], *, strength: float = 1.0
+    ) -> SiteAdapter:
+        """The module that holds the parameters at one site while the adapter is attached."""
+        return SiteAdapter(plan, parameters, dropout=self.dropout(config, plan.kind), strength=strength)
+
+    def key(self, site: str, plan: SitePlan, name: str) -> str:
+        """A parameter's whole checkpoint key."""
+        return f"{self.prefix}{site}.{self.keys(plan.kind)[name]}"
+
     def keep(self, plan: SitePlan, parameters: Mapping[str, Tensor], lowered: SlotValues) -> dict[str, Tensor]:
         """The parameters in memory that belongs to the adapter: views of ``lowered`` where that is exact."""
         return {name: value.detach().clone() for name, value in parameters.items()}
+
+    def stored(self, config: C, site: str, plan: SitePlan, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters as a checkpoint holds them."""
+        return dict(parameters)
+
+    def penalty(self, config: C, sites: Iterable[SiteAdapter]) -> Tensor | None:
+        """A term that is added to the model's loss while the adapter trains; ``None``: there is none."""
+        return None
 
     def dropout(self, config: C, kind: Kind) -> float:
         """Probability of dropping an input of the training subgraph."""
@@ -121,3 +207,7 @@ class Method(abc.ABC, Generic[C]):
         """``none``, ``all`` or ``own`` (the sites'): whose bias the adapter trains."""
         value: Any = getattr(config, "bias", "none")
         return "own" if str(value).endswith("_only") else str(value)
+
+    def scales(self, config: C) -> bool:
+        """Whether the adapter has a scale that :func:`fxpeft.set_scale` can change."""
+        return True

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fxpeft.config import RankConfig
 from fxpeft.errors import AdapterError
-from fxpeft.methods.base import Method, SiteAdapter, SitePlan, SlotValues
+from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.passes.inject import Rewrite
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.names import pattern_value
@@ -33,6 +33,7 @@ class LoraConfig(RankConfig):
         init_lora_weights: ``True``: A uniform (Kaiming), B zero; ``"gaussian"``: A normal with
             deviation 1/r, B zero; ``False``: both random. Embeddings: A zero, B normal.
         lora_bias: B has a bias of its own.
+        use_dora: train magnitude and direction apart; see :mod:`fxpeft.methods.dora`.
         fan_in_fan_out: accepted for PEFT's sake; the layout of a weight is read off the graph.
     """
 
@@ -40,6 +41,7 @@ class LoraConfig(RankConfig):
     bias: Literal["none", "all", "lora_only"] = "none"
     init_lora_weights: bool | str = True
     lora_bias: bool = False
+    use_dora: bool = False
     fan_in_fan_out: bool = False
 
     peft_type: ClassVar[str] = "LORA"
@@ -47,12 +49,16 @@ class LoraConfig(RankConfig):
         "alora_invocation_tokens": None, "arrow_config": None, "corda_config": None, "ensure_weight_tying": False,
         "eva_config": None, "kasa_config": None, "layer_replication": None, "loftq_config": {}, "lora_ga_config": None,
         "megatron_config": None, "megatron_core": "megatron.core", "monteclora_config": None, "qalora_group_size": 16,
-        "target_parameters": None, "trainable_token_indices": None, "use_bdlora": None, "use_dora": False,
+        "target_parameters": None, "trainable_token_indices": None, "use_bdlora": None,
         "use_qalora": False, "velora_config": None,
     }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_lora()
+
+    def check_lora(self) -> None:
+        """Check LoRA's own fields."""
         if not 0 <= self.lora_dropout < 1:
             raise AdapterError(f"lora_dropout: expected a probability in [0, 1), found {self.lora_dropout}")
         known = (True, False, "gaussian")
@@ -60,6 +66,8 @@ class LoraConfig(RankConfig):
             raise AdapterError(f"init_lora_weights: expected one of {known}, found {self.init_lora_weights!r}")
         if self.lora_bias and self.init_lora_weights == "gaussian":
             raise AdapterError("lora_bias=True needs init_lora_weights True or False, as in PEFT")
+        if self.lora_bias and self.use_dora:
+            raise AdapterError("lora_bias=True is not supported with use_dora=True, as in PEFT")
 
 
 def lora(
@@ -86,8 +94,13 @@ def lora(
 class Lora(Method[LoraConfig]):
     """Parameters ``lora_A``, ``lora_B`` and, with ``lora_bias``, ``lora_B_bias``."""
 
+    name = "lora"
     peft_type = "LORA"
-    config_class = LoraConfig
+    needs: ClassVar = {"lora": (), "lora_bias": ("shift",)}
+    config_class: type[LoraConfig] = LoraConfig
+
+    def declared(self, config: LoraConfig) -> str:
+        return "lora_bias" if config.lora_bias else self.name
 
     def plan(self, config: LoraConfig, site: str, kind: Kind) -> SitePlan:
         rank = pattern_value(config.rank_pattern, site, config.r)
@@ -110,7 +123,7 @@ class Lora(Method[LoraConfig]):
             return {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
         return {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"}
 
-    def initialise(self, config: LoraConfig, plan: SitePlan, parameters: Mapping[str, Tensor]) -> None:
+    def initialise(self, config: LoraConfig, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
         a, b = parameters["lora_A"], parameters["lora_B"]
         mode = config.init_lora_weights
         if plan.kind.name == "embedding":
@@ -137,12 +150,12 @@ class Lora(Method[LoraConfig]):
         held = {f"{name}.{o}": getattr(site, o) for o in operands if hasattr(site, o)}
         return Rewrite(f"lora:{name}", lora, held)
 
-    def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor]) -> SlotValues:
+    def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
         a, b, bias = (parameters.get(name) for name in ("lora_A", "lora_B", "lora_B_bias"))
         assert a is not None
         assert b is not None
         shift = None if bias is None else bias.float() * plan.scaling
-        return SlotValues(a, plan.kind.rows(b), _scales(plan.rank, plan.scaling), shift)
+        return SlotValues(a, plan.kind.rows(b), _scales(plan.rank, plan.scaling), shift=shift)
 
     def keep(self, plan: SitePlan, parameters: Mapping[str, Tensor], lowered: SlotValues) -> dict[str, Tensor]:
         kept = {"lora_A": lowered.a, "lora_B": plan.kind.unrows(lowered.b, plan.rank)}

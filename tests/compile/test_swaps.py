@@ -127,6 +127,23 @@ def test_one_graph_serves_every_adapter(
     assert counter.frame_count == graphs == (2 if way == "dynamic shapes" else 1)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("rank", ["dynamic", "static"])
+def test_cuda_graphs_see_every_swap(
+    rank: str, folders: dict[str, str], ids: Tensor, expected: dict[str, Tensor]
+) -> None:
+    torch._dynamo.reset()
+    model = prepared(folders, rank).cuda()
+    compiled, inputs = torch.compile(model, mode="reduce-overhead", fullgraph=True), ids.cuda()
+    before = {n: b.data_ptr() for n, b in model.named_buffers()}
+    with never_again():
+        compiled(inputs)
+        for name in (*ADAPTERS, *ADAPTERS):  # the second round replays what the first recorded
+            fxpeft.set_adapter(model, name)
+            torch.testing.assert_close(compiled(inputs).logits.cpu(), expected[name], rtol=0, atol=1e-4)
+    assert {n: b.data_ptr() for n, b in model.named_buffers()} == before
+
+
 def test_one_graph_per_layer_kind(folders: dict[str, str], ids: Tensor, expected: dict[str, Tensor]) -> None:
     torch._dynamo.reset()
     model = prepared(folders)

@@ -1,0 +1,130 @@
+"""Prefix tuning (https://arxiv.org/abs/2101.00190): trained keys and values before each layer's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fxpeft.errors import AdapterError
+from fxpeft.methods.base import Base, SitePlan
+from fxpeft.methods.prompts import (
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    PromptLearningConfig,
+    PromptMethod,
+    PromptPlan,
+    first_number,
+    forward_arguments,
+)
+from fxpeft.passes.live import base_class
+
+
+@dataclass
+class PrefixTuningConfig(PromptLearningConfig):
+    """Names and defaults of ``peft.PrefixTuningConfig``.
+
+    Args:
+        init_weights: ``"zero"``: keys and values begin at zero; ``None``: random.
+        prefix_projection: they come out of a two-layer network while training.
+        encoder_hidden_size: of that network; ``None``: ``token_dim``.
+    """
+
+    init_weights: Literal["zero"] | None = None
+    encoder_hidden_size: int | None = None
+    prefix_projection: bool = False
+
+    peft_type: ClassVar[str] = "PREFIX_TUNING"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
+            raise AdapterError(f"encoder_hidden_size: expected a positive integer, found {self.encoder_hidden_size}")
+
+
+class PrefixTuning(PromptMethod[PrefixTuningConfig]):
+    """A row holds key and value of one virtual token in every layer; an encoder-decoder's decoder gets them."""
+
+    name = "prefix_tuning"
+    peft_type = "PREFIX_TUNING"
+    config_class = PrefixTuningConfig
+    in_cache = True
+
+    def encoder(self, config: PrefixTuningConfig, plan: PromptPlan) -> nn.Module | None:
+        if not config.prefix_projection:
+            return None
+        width = self.embedding_width(config, plan)
+        hidden = config.encoder_hidden_size or width
+        return nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, plan.width))
+
+    def embedding_width(self, config: PrefixTuningConfig, plan: PromptPlan) -> int:
+        return plan.width // (2 * plan.layers) if config.prefix_projection else plan.width
+
+    def initialise(
+        self, config: PrefixTuningConfig, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base
+    ) -> None:
+        if config.init_weights != "zero":
+            return
+        last = [name for name in parameters if name.startswith("encoder.2.")] or ["embedding"]
+        for name in last:
+            parameters[name].zero_()
+
+    def site(self, model: PreTrainedModel) -> str:
+        backbone = model.base_model_prefix
+        for name in ("", backbone):
+            host = model.get_submodule(name) if name == "" or name in model._modules else None
+            if host is not None and {"past_key_values", "inputs_embeds"} <= set(forward_arguments(host)):
+                return name
+        raise AdapterError(f"{base_class(model).__name__}.forward takes no past_key_values, so no prefix")
+
+    def resolved(self, model: PreTrainedModel, config: PrefixTuningConfig) -> PrefixTuningConfig:
+        resolved = super().resolved(model, config)
+        grouped = getattr(model.config.get_text_config(), "num_key_value_heads", None) is not None
+        for name, expected in _key_values(model).items():
+            # for grouped queries PEFT replaces heads and width, so that those of the queries can stand there
+            if getattr(config, name) not in (None, expected) and not (grouped and name != "num_layers"):
+                raise AdapterError(
+                    f"{name}: expected {expected}, that of {base_class(model).__name__}'s keys and values, found "
+                    f"{getattr(config, name)}; is it a prefix of another base model?"
+                )
+            setattr(resolved, name, expected)
+        resolved.encoder_hidden_size = resolved.encoder_hidden_size or resolved.token_dim
+        return resolved
+
+    def check(self, model: PreTrainedModel, config: PrefixTuningConfig) -> None:
+        own = model.config.get_text_config()
+        said = own.to_dict()
+        shapes = ("head_dim", "num_key_value_heads")
+        unlike = any(k in layer for layer in (said.get("per_layer_config") or {}).values() for k in shapes)
+        if unlike or said.get("global_head_dim") or said.get("num_kv_shared_layers"):
+            raise AdapterError(
+                f"{base_class(model).__name__}: its layers have keys and values of different shapes, or share them; "
+                "prefix tuning is for models whose layers are alike"
+            )
+        places = set((getattr(model, "hf_device_map", None) or {}).values()) - {"cpu", "disk"}
+        if len(places) > 1:
+            raise AdapterError(
+                f"prefix tuning doesn't work on a model that is split over {len(places)} devices: load it on one, or "
+                "use prompt tuning"
+            )
+        decoder = said.get("num_decoder_layers", said.get("decoder_layers"))
+        if config.task_type == "SEQ_2_SEQ_LM" and decoder not in (None, config.num_layers):
+            raise AdapterError(f"num_layers: the decoder has {decoder}, but PEFT's format takes the encoder's number, "
+                               f"{config.num_layers}")  # fmt: skip
+        kinds = {str(k) for k in getattr(own, "layer_types", None) or ()}
+        if any(not k.endswith("attention") or "linear" in k for k in kinds):
+            raise AdapterError(f"{base_class(model).__name__} has layers without keys and values: {sorted(kinds)}")
+
+
+def _key_values(model: PreTrainedModel) -> dict[str, int]:
+    """Layers, and heads and width of their keys and values; PEFT's rule for grouped queries."""
+    own: Any = model.config.get_text_config()
+    layers, heads, width = (first_number(own, names) for names in (LAYERS, HEADS, HIDDEN))
+    size, groups = width // heads, getattr(own, "num_key_value_heads", None)
+    if groups is not None:
+        size, heads = getattr(own, "head_dim", None) or size, groups
+    return {"num_layers": layers, "num_attention_heads": heads, "token_dim": size * heads}

@@ -1,0 +1,334 @@
+"""Every method on every kind of target beside PEFT; what passes becomes the table in the README."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tiny import randomise, tiny_bert, tiny_gpt2, tiny_llama
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import fxpeft
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+README = Path(__file__).parents[2] / "README.md"
+
+
+class Net(nn.Module):
+    """Two targets of one kind that read the same input."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = make(), make()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Whatever the targets take; their outputs' sum."""
+        return self.first(x).tanh() + self.second(x)
+
+
+@dataclass(frozen=True)
+class KindCase:
+    """A layer and an input for it."""
+
+    layer: Callable[[], nn.Module]
+    input: Callable[[], Tensor]
+
+    def net(self) -> Net:
+        net = Net(self.layer).eval()
+        randomise((p for n, p in net.named_parameters() if n.endswith("bias")), seed=9)
+        return net
+
+
+KINDS = {
+    "Linear": KindCase(lambda: nn.Linear(6, 5), lambda: torch.randn(3, 6)),
+    "Conv1D": KindCase(lambda: Conv1D(5, 6), lambda: torch.randn(3, 6)),  # transformers', its weight is [in, out]
+    "Embedding": KindCase(lambda: nn.Embedding(9, 5), lambda: torch.arange(6).view(2, 3)),
+    "Conv1d": KindCase(lambda: nn.Conv1d(6, 5, 3, padding=1), lambda: torch.randn(3, 6, 7)),
+    "Conv2d": KindCase(lambda: nn.Conv2d(6, 5, (2, 3), stride=(1, 2)), lambda: torch.randn(3, 6, 5, 7)),
+    "Conv3d": KindCase(lambda: nn.Conv3d(4, 5, (1, 2, 2)), lambda: torch.randn(3, 4, 2, 3, 4)),
+}
+
+
+@dataclass(frozen=True)
+class MethodCase:
+    """A config of both libraries, and the kinds that PEFT has no such method for."""
+
+    ours: type[Any]
+    theirs: type[Any]
+    settings: dict[str, Any]
+    declared: str
+    refused: tuple[str, ...] = ()  # by fxpeft too
+    alone: tuple[str, ...] = ()  # PEFT lacks them
+
+    def config(self, **changes: Any) -> Any:
+        return self.ours(target_modules=["first", "second"], **{**self.settings, **changes})
+
+
+LORA = {"r": 4, "lora_alpha": 6, "rank_pattern": {"second": 3}, "alpha_pattern": {"second": 5}}
+METHODS = {
+    "LoRA": MethodCase(fxpeft.LoraConfig, peft.LoraConfig, LORA, "lora"),
+    "rsLoRA": MethodCase(fxpeft.LoraConfig, peft.LoraConfig, {**LORA, "use_rslora": True}, "lora"),
+    "LoRA with `lora_bias`": MethodCase(
+        fxpeft.LoraConfig, peft.LoraConfig, {**LORA, "lora_bias": True}, "lora_bias", refused=("Embedding",)
+    ),
+    "DoRA": MethodCase(fxpeft.LoraConfig, peft.LoraConfig, {**LORA, "use_dora": True}, "dora"),
+    "AdaLoRA": MethodCase(
+        fxpeft.AdaLoraConfig, peft.AdaLoraConfig, {"init_r": 4, "lora_alpha": 6, "total_step": 9}, "adalora",
+        refused=("Embedding", "Conv1d", "Conv3d"),
+    ),
+    "IA3": MethodCase(
+        fxpeft.IA3Config, peft.IA3Config, {"feedforward_modules": ["second"]}, "ia3", refused=("Embedding",),
+        alone=("Conv1d",),
+    ),
+}  # fmt: skip
+
+
+@torch.no_grad()
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    found: Tensor = model(x)
+    return found
+
+
+def adapted(method: MethodCase, kind: KindCase, seed: int = 0, **changes: Any) -> Net:
+    """A net with an adapter whose every tensor is random; gains and magnitudes are around one."""
+    net = kind.net()
+    fxpeft.add_adapter(net, method.config(**changes))
+    tensors = fxpeft.adapter_state_dict(net)
+    randomise(tensors.values(), seed)
+    with torch.no_grad():
+        for key, value in tensors.items():
+            if "magnitude" in key or "ia3" in key:
+                value.add_(1)
+    return net
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=tolerance)
+
+
+def trains(method: MethodCase, kind: KindCase, folder: Path) -> None:
+    """Gradients are PEFT's; some steps lower a loss; the base stays as it was."""
+    net, x = adapted(method, kind), kind.input()
+    wanted = torch.randn_like(output(net, x))
+    if method.alone != ("Conv1d",) or not isinstance(net.first, nn.Conv1d):
+        fxpeft.save_adapter(net, folder)
+        peer = peft.PeftModel.from_pretrained(kind.net(), str(folder), is_trainable=True).eval()
+        (peer(x) - wanted).square().mean().backward()
+        (net(x) - wanted).square().mean().backward()
+        grads = {n.replace(".default", ""): p.grad for n, p in peer.named_parameters() if p.grad is not None}
+        found = dict(fxpeft.adapter_state_dict(net))
+        parameters = {p.data_ptr(): p for p in net.parameters()}
+        for key, tensor in found.items():
+            grad = grads.get(key, grads.get(f"{key}.weight"))
+            assert grad is not None, key
+            own = parameters[tensor.data_ptr()].grad
+            assert own is not None
+            assert grad.abs().max() > 0
+            torch.testing.assert_close(own, grad, rtol=1e-4, atol=1e-6)
+        net.zero_grad()
+    base = {n: p.detach().clone() for n, p in net.named_parameters() if not p.requires_grad}
+    optimiser = torch.optim.Adam((p for p in net.parameters() if p.requires_grad), lr=0.03)
+    losses = []
+    for _ in range(25):
+        optimiser.zero_grad()
+        loss = (net(x) - wanted).square().mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert base
+    assert all(torch.equal(p, base[n]) for n, p in net.named_parameters() if n in base)
+
+
+def serves(method: MethodCase, kind: KindCase, folder: Path) -> None:
+    """The slot computes what the training subgraph does, in float32 and bfloat16, at any rank mode."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        for rank in ("dynamic", "static"):
+            net, x = adapted(method, kind).to(dtype), kind.input()
+            x = x.to(dtype) if x.is_floating_point() else x
+            bare, trained = output(kind.net().to(dtype), x), output(net, x)
+            assert (trained.float() - bare.float()).abs().max() > 0.05
+            fxpeft.prepare_hotswap(net, 8, methods=(method.declared,), rank=rank)  # type: ignore[arg-type]
+            # bfloat16 has 8 bits: one unit of the largest value is beyond 1e-2
+            scale = max(1.0, trained.float().abs().max().item()) if dtype is torch.bfloat16 else 1.0
+            close(output(net, x), trained, tolerance * scale)
+            fxpeft.disable_adapters(net)
+            assert torch.equal(output(net, x), bare)
+
+
+def swaps(method: MethodCase, kind: KindCase, folder: Path) -> None:
+    """Two adapters, of other values and ranks, and none, in one graph."""
+    changes = {} if method.declared in ("ia3", "adalora") else {"r": 2, "rank_pattern": {"first": 5}}
+    nets, x = [adapted(method, kind), adapted(method, kind, seed=1, **changes)], kind.input()
+    served = kind.net()
+    fxpeft.prepare_hotswap(served, 8, targets=["first", "second"], methods=(method.declared,))
+    for i, net in enumerate(nets):
+        fxpeft.save_adapter(net, folder / str(i))
+        fxpeft.load_adapter(served, folder / str(i), f"a{i}")
+    torch._dynamo.reset()
+    compiled = torch.compile(served, backend="eager", fullgraph=True)
+    output(compiled, x)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for i in (0, 1, 0):
+            fxpeft.set_adapter(served, f"a{i}")
+            close(output(compiled, x), output(nets[i], x))
+        fxpeft.disable_adapters(served)
+        assert torch.equal(output(compiled, x), output(kind.net(), x))
+
+
+def folds(method: MethodCase, kind: KindCase, folder: Path) -> None:
+    """Merged into the weights it computes the same, and the weights come back bit for bit."""
+    net, x = adapted(method, kind), kind.input()
+    wanted, weights = output(net, x), {n: p.clone() for n, p in kind.net().named_parameters()}
+    fxpeft.fold(net)
+    close(output(net, x), wanted)
+    assert not torch.equal(net.first.weight, weights["first.weight"])
+    fxpeft.unfold(net)
+    assert all(torch.equal(net.get_parameter(n), p) for n, p in weights.items())
+    close(output(net, x), wanted)
+
+
+def reads(method: MethodCase, kind: KindCase, folder: Path) -> None:
+    """What PEFT saved."""
+    settings = {**method.settings, "target_modules": ["first", "second"]}
+    if method.ours is not fxpeft.AdaLoraConfig:
+        peer = peft.get_peft_model(kind.net(), method.theirs(**settings)).eval()
+    else:
+        peer = peft.PeftModel(kind.net(), method.theirs(**settings)).eval()
+    randomise((p for n, p in peer.named_parameters() if "lora_" in n or "ia3_" in n), seed=3)
+    peer.save_pretrained(str(folder))
+    net, x = kind.net(), kind.input()
+    fxpeft.load_adapter(net, folder)
+    close(output(net, x), output(peer, x))
+    assert (output(net, x) - output(kind.net(), x)).abs().max() > 0.01
+
+
+def writes(method: MethodCase, kind: KindCase, folder: Path) -> None:
+    """PEFT reads what was saved."""
+    net, x = adapted(method, kind), kind.input()
+    fxpeft.save_adapter(net, folder)
+    peer = peft.PeftModel.from_pretrained(kind.net(), str(folder)).eval()
+    close(output(peer, x), output(net, x))
+
+
+CHECKS = {"T": trains, "S": serves, "H": swaps, "R": reads, "W": writes}
+passed: dict[tuple[str, str], list[str]] = {}
+
+
+def run(method: str, kind: str, folder: Path) -> None:
+    """All checks of one cell; what passes is noted."""
+    case, cell = METHODS[method], passed.setdefault((method, kind), [])
+    cell.clear()
+    for letter, check in CHECKS.items():
+        if letter in "RW" and kind in case.alone:
+            continue
+        (folder / letter).mkdir(parents=True)
+        check(case, KINDS[kind], folder / letter)
+        cell.append(letter)
+
+
+CELLS = [(m, k) for m, case in METHODS.items() for k in KINDS if k not in case.refused]
+
+
+@pytest.mark.parametrize(("method", "kind"), CELLS)
+def test_method_on_kind(method: str, kind: str, tmp_path: Path) -> None:
+    run(method, kind, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "Embedding"])  # whose LoRA has no dropout
+def test_dora_with_dropout_trains_as_in_peft(kind: str, tmp_path: Path) -> None:
+    net, x = adapted(METHODS["DoRA"], KINDS[kind], lora_dropout=0.4).train(), KINDS[kind].input()
+    fxpeft.save_adapter(net, tmp_path)
+    peer = peft.PeftModel.from_pretrained(KINDS[kind].net(), str(tmp_path), is_trainable=True).train()
+    found = []
+    for model in (net, peer):
+        torch.manual_seed(5)
+        found.append(model(x))
+    close(*found)
+    assert not torch.allclose(found[0], output(net.eval(), x), atol=1e-3)
+
+
+@pytest.mark.parametrize(("method", "kind"), [(m, k) for m, case in METHODS.items() for k in case.refused])
+def test_kind_that_a_method_refuses_is_named_and_the_model_stays(method: str, kind: str) -> None:
+    net = KINDS[kind].net()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(fxpeft.AdapterError, match=r"^first: .*leave the site out"):
+        fxpeft.add_adapter(net, METHODS[method].config())
+    assert type(net.first) is type(KINDS[kind].layer())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_bert])
+def test_default_targets_are_those_of_peft(build: Callable[[], Any]) -> None:
+    for ours, theirs in (
+        (fxpeft.IA3Config(), peft.IA3Config()),
+        (fxpeft.AdaLoraConfig(total_step=5), peft.AdaLoraConfig(total_step=5)),
+    ):
+        model = build()
+        fxpeft.add_adapter(model, ours)
+        peer = peft.get_peft_model(build(), theirs)
+        found, expected = fxpeft.adapter_config(model), peer.peft_config["default"]
+        assert set(found.target_modules) == set(expected.target_modules)
+        if isinstance(found, fxpeft.IA3Config):
+            assert set(found.feedforward_modules) == set(expected.feedforward_modules)
+        keys = peft.get_peft_model_state_dict(peer)
+        assert {k: v.shape for k, v in fxpeft.adapter_state_dict(model).items()} == {
+            k: v.shape for k, v in keys.items()
+        }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feedforward_modules": ["third"]}, "feedforward_modules: expected a part of target_modules.* lacks third"),
+        ({"feedforward_modules": 3}, "feedforward_modules: expected"),
+        ({"init_ia3_weights": "ones"}, "init_ia3_weights: expected bool"),
+    ],
+)
+def test_wrong_ia3_settings(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(fxpeft.AdapterError, match=message):
+        METHODS["IA3"].config(**changes)
+
+
+def test_ia3_on_an_unknown_architecture_asks_for_names() -> None:
+    with pytest.raises(fxpeft.AdapterError, match="no default target_modules of IA3 for Net"):
+        fxpeft.add_adapter(KINDS["Linear"].net(), fxpeft.IA3Config())
+    with pytest.raises(fxpeft.AdapterError, match="no default feedforward_modules for Net"):
+        fxpeft.add_adapter(KINDS["Linear"].net(), fxpeft.IA3Config(target_modules=["first"]))
+
+
+def table() -> str:
+    """The README's table of what passed."""
+    lines = ["| method | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
+    for method, case in METHODS.items():
+        cells = ["" if k in case.refused else "".join(passed[method, k]) for k in KINDS]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def test_the_table_in_the_readme_says_what_passed(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    for method, kind in CELLS:
+        if (method, kind) not in passed:  # this test alone was asked for
+            run(method, kind, tmp_path / method / kind)
+    text, start, end = README.read_text(encoding="utf-8"), "<!-- methods -->\n", "\n<!-- end methods -->"
+    before, _, rest = text.partition(start)
+    found, _, after = rest.partition(end)
+    if request.config.getoption("--fxpeft-update"):
+        README.write_text(before + start + table() + end + after, encoding="utf-8")
+        found = table()
+    assert found == table()
+
+
+def test_a_table_that_says_more_than_passed_is_noticed() -> None:
+    passed[next(iter(CELLS))] = ["T"]
+    text = README.read_text(encoding="utf-8")
+    assert table() not in text
+    del passed[next(iter(CELLS))]

@@ -1,0 +1,21 @@
+"""The example of a method of one's own, run as a user would."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "own_method.py"
+
+
+def test_a_method_of_ones_own_trains_and_shares_a_graph_with_lora() -> None:
+    done = subprocess.run([sys.executable, str(EXAMPLE)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    losses = [float(value) for value in re.findall(r"loss (\S+)", done.stdout)]
+    assert len(losses) == 3
+    assert losses[2] < 0.5 * losses[0]
+    away = [float(value) for value in re.findall(r"(\S+) away", done.stdout)]
+    assert len(away) == 2
+    assert max(away) < 1e-5
