@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -137,8 +138,6 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 def write(folder: str | Path, model: nn.Module, adapter: Adapter) -> None:
     """Write an adapter's two files, each to a temporary file first; the config comes last."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     values = adapter.config.to_dict()
     values["inference_mode"] = True
     if values["base_model_name_or_path"] is None:
@@ -146,8 +145,15 @@ def write(folder: str | Path, model: nn.Module, adapter: Adapter) -> None:
     if values["task_type"] is None and values["auto_mapping"] is None:
         cls = next(c for c in type(model).__mro__ if not hasattr(c, "_fxpeft_base"))
         values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
-    tensors = {k: v.cpu().contiguous() for k, v in to_tensors(adapter).items()}
-    stored = {k: v.clone() for k, v in tensors.items()}  # tied modules may share memory, safetensors can't
+    write_files(folder, values, to_tensors(adapter))
+
+
+def write_files(folder: str | Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write ``adapter_config.json`` from ``values``, and the tensors; all or nothing."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # tied modules may share memory, safetensors can't
+    stored = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     content = {
         folder / WEIGHTS: save_tensors(stored, metadata={"format": "pt"}),
         folder / CONFIG: (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(),
@@ -255,7 +261,7 @@ def _base_weights(
                 f"{key}: expected {list(own.shape)}, found {list(tensor.shape)}; if the vocabulary was changed in "
                 "training, call resize_token_embeddings first"
             )
-        elif not torch.equal(own.detach().cpu(), tensor.to(own.dtype)):
+        elif not own.is_meta and not torch.equal(own.detach().cpu(), tensor.to(own.dtype)):
             values.tensors[path] = tensor
 
 

@@ -15,7 +15,7 @@ from fxpeft.passes.live import base_class, kind_of
 from fxpeft.passes.match import module_kind
 from fxpeft.passes.names import NameSelector
 from fxpeft.passes.patterns import explain, from_peft, is_pattern, layers_of, pattern
-from fxpeft.passes.terms import OfRole, Pattern, Subject
+from fxpeft.passes.terms import OfRole, Pattern, PatternError, Subject
 from fxpeft.trace import roles
 
 Roles = Mapping[str, tuple[str, ...]]
@@ -72,12 +72,18 @@ def resolve_patterns(
     """
     targets, exclude = config.target_modules, config.exclude_modules
     keyed = [name for name in _KEYED if any(is_pattern(key) for key in getattr(config, name, {}))]
-    if not (has_pattern(targets) or has_pattern(exclude) or keyed):
+    inner = getattr(config, "feedforward_modules", None)  # IA3's
+    if not (has_pattern(targets) or has_pattern(exclude) or keyed or has_pattern(inner)):
         return config
     assert targets is not None
     wanted, unwanted = from_peft(targets), from_peft(exclude or ())
     keys = {name: {key: pattern(key) for key in getattr(config, name) if is_pattern(key)} for name in keyed}
-    every: list[Pattern] = [wanted, unwanted, *(p for own in keys.values() for p in own.values())]
+    try:
+        within = from_peft(inner) if has_pattern(inner) and inner is not None else None
+    except PatternError as error:
+        raise AdapterError(f"feedforward_modules: {error}") from None
+    every = [wanted, unwanted, *(p for own in keys.values() for p in own.values())]
+    every += [] if within is None else [within]
     if known is None:
         asked = any(isinstance(term, OfRole) for each in every for term in each.terms())
         known = roles(model) if asked else {}
@@ -103,6 +109,12 @@ def resolve_patterns(
     chosen = [s for s in subjects if own(s.name)]
     for name in keyed:
         setattr(config, name, _by_name(name, getattr(config, name), keys[name], chosen))
+    if within is not None:
+        names = [s.name for s in chosen if within(s)]
+        if not names:
+            raise AdapterError(_nothing("feedforward_modules", within, chosen))
+        # PEFT reads a list's entries as ends of names; a regular expression says exactly these
+        config.feedforward_modules = "|".join(re.escape(name) for name in names)  # type: ignore[attr-defined]
     return config
 
 

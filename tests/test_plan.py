@@ -54,6 +54,35 @@ def test_the_plan_is_what_add_adapter_does(factory: Any, options: dict[str, Any]
                      type(m).__name__ and not list(m.children()))}  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("config", "parameters", "flops"),
+    [
+        (fxpeft.LoraConfig(r=2, target_modules="role:attention.query", use_dora=True), 2 * (128 + 32), 2 * (256 + 32)),
+        (fxpeft.IA3Config(target_modules="role:attention.key | role:mlp.down", feedforward_modules="role:mlp.down"),
+         2 * (16 + 48), 2 * (16 + 48)),
+        (fxpeft.AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules="role:mlp.up"), 2 * 3 * 81, None),
+        (fxpeft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5), 5 * 32, 0),
+    ],
+)  # fmt: skip
+def test_every_method_has_a_plan(config: Any, parameters: int, flops: int | None) -> None:
+    model = tiny_llama()
+    plan = fxpeft.plan(model, config)
+    assert plan.parameters == parameters
+    assert flops is None or plan.flops == flops
+    assert Plan.from_json(plan.to_json()) == plan
+    fxpeft.apply(plan, model)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
+    assert [s.name for s in plan.sites] == list(state_of(model).adapters["default"].plan.sites)
+    if plan.flops:
+        drawn = plan.draw().after
+        assert {d["site"] for _, d in drawn.nodes(data=True) if d["new"]} == {
+            s.name.removeprefix("model.layers.0.") for s in plan.sites if ".0." in s.name
+        }
+    else:
+        with pytest.raises(AdapterError, match="rewrites no site"):
+            plan.draw()
+
+
 def test_sites_in_numbers() -> None:
     plan = fxpeft.plan(tiny_llama(), LoraConfig(**CONFIG))
     sites = {s.name: s for s in plan.sites}
