@@ -62,7 +62,7 @@ def site_tensors(found: Checkpoint) -> tuple[dict[str, dict[str, Tensor]], dict[
 
 def site_scale(config: AdapterConfig, site: str, rank: int) -> float:
     """alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
-    alpha = pattern_value(getattr(config, "alpha_pattern", {}), site, getattr(config, "lora_alpha", rank))
+    alpha = pattern_value(getattr(config, "alpha_pattern", None) or {}, site, getattr(config, "lora_alpha", rank))
     return float(alpha) / (math.sqrt(rank) if getattr(config, "use_rslora", False) else rank)
 
 

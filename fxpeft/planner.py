@@ -190,7 +190,7 @@ def plan(
         flops = 0 if method.whole else _flops(site, shapes.values())  # a prompt adds tokens, not work per token
         alpha = None
         if hasattr(found.config, "lora_alpha"):
-            alpha = pattern_value(getattr(found.config, "alpha_pattern", {}), name, found.config.lora_alpha)
+            alpha = pattern_value(getattr(found.config, "alpha_pattern", None) or {}, name, found.config.lora_alpha)
         sites.append(
             PlanSite(
                 name, ", ".join(known.get(name, ())), site.kind.name, site.kind.in_features, site.kind.out_features,
@@ -239,7 +239,7 @@ def _flops(site: SitePlan, shapes: Iterable[tuple[int, ...]]) -> int:
     looked_up = site.kind.a_shape(site.rank) if site.kind.name == "embedding" else None
     if looked_up in shapes:
         shapes.remove(looked_up)
-    return sum(math.prod(shape) * (2 if len(shape) > 1 else 1) for shape in shapes)
+    return sum(math.prod(shape) * (2 if sum(d > 1 for d in shape) > 1 else 1) for shape in shapes)
 
 
 def _why_not(config: AdapterConfig, resolved: AdapterConfig, subject: Subject, module: nn.Module) -> str:

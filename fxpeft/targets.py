@@ -71,7 +71,7 @@ def resolve_patterns(
         AdapterError: a pattern selects nothing (the nearest names are listed), or needs a trace that fails.
     """
     targets, exclude = config.target_modules, config.exclude_modules
-    keyed = [name for name in _KEYED if any(is_pattern(key) for key in getattr(config, name, {}))]
+    keyed = [name for name in _KEYED if any(is_pattern(key) for key in getattr(config, name, None) or {})]
     inner = getattr(config, "feedforward_modules", None)  # IA3's
     if not (has_pattern(targets) or has_pattern(exclude) or keyed or has_pattern(inner)):
         return config
