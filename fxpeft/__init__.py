@@ -37,7 +37,10 @@ if _TYPE_CHECKING:
     from fxpeft.methods.p_tuning import PromptEncoderConfig
     from fxpeft.methods.prefix_tuning import PrefixTuningConfig
     from fxpeft.methods.prompt_tuning import PromptTuningConfig
+    from fxpeft.passes.patterns import pattern
+    from fxpeft.planner import Plan, apply, plan
     from fxpeft.serving import hold, hotswap, prepare_hotswap, release_hotswap
+    from fxpeft.trace import roles
 
 __version__ = _version("fxpeft")
 __all__ = [
@@ -49,6 +52,7 @@ __all__ = [
     "IA3Config",
     "LoftQConfig",
     "LoraConfig",
+    "Plan",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptTuningConfig",
@@ -58,6 +62,7 @@ __all__ = [
     "adapter_state_dict",
     "add_adapter",
     "add_weighted_adapter",
+    "apply",
     "convert",
     "delete_adapter",
     "disable_adapters",
@@ -71,11 +76,14 @@ __all__ = [
     "install",
     "load_adapter",
     "merge_and_unload",
+    "pattern",
+    "plan",
     "prepare_hotswap",
     "refold",
     "register",
     "release_hotswap",
     "remove",
+    "roles",
     "save_adapter",
     "set_adapter",
     "set_scale",
@@ -97,6 +105,9 @@ _MODULES = {
     "initialize_eva": "fxpeft.eva",
     "add_weighted_adapter": "fxpeft.blend",
     "convert": "fxpeft.conversion",
+    "pattern": "fxpeft.passes.patterns",
+    "roles": "fxpeft.trace",
+    **dict.fromkeys(("Plan", "apply", "plan"), "fxpeft.planner"),
     "PrefixTuningConfig": "fxpeft.methods.prefix_tuning",
     "PromptEncoderConfig": "fxpeft.methods.p_tuning",
     "PromptTuningConfig": "fxpeft.methods.prompt_tuning",

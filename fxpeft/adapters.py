@@ -25,7 +25,7 @@ from fxpeft.passes.live import unbind
 from fxpeft.penalty import unwatch_loss, watch_loss
 from fxpeft.plain import has_to_be_plain
 from fxpeft.plain import plain as as_plain
-from fxpeft.plan import AdapterPlan, base_state, base_value, base_values, make_plan
+from fxpeft.sites import AdapterPlan, base_state, base_value, base_values, make_plan
 from fxpeft.state import (
     Adapter,
     ModelState,

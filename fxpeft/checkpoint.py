@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +21,7 @@ from fxpeft.errors import AdapterError, CheckpointError, listing
 from fxpeft.methods import config_class, method_of
 from fxpeft.methods.base import Base, Method
 from fxpeft.passes.base import PassError, attribute
-from fxpeft.plan import AdapterPlan, base_state
+from fxpeft.sites import AdapterPlan, base_state
 from fxpeft.state import Adapter, Values
 
 PREFIX = Method.prefix
@@ -166,8 +167,6 @@ def write(
     Args:
         tensors: what to write in place of :func:`to_tensors`.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     values = adapter.config.to_dict()
     values["inference_mode"] = True
     if values["base_model_name_or_path"] is None:
@@ -175,9 +174,15 @@ def write(
     if values["task_type"] is None and values["auto_mapping"] is None:
         cls = next(c for c in type(model).__mro__ if not hasattr(c, "_fxpeft_base"))
         values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
-    written = to_tensors(adapter) if tensors is None else tensors
-    # tied modules may share memory, which safetensors can't
-    stored = {k: v.cpu().contiguous().clone() for k, v in written.items()}
+    write_files(folder, values, to_tensors(adapter) if tensors is None else tensors)
+
+
+def write_files(folder: str | Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write ``adapter_config.json`` from ``values``, and the tensors; all or nothing."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # tied modules may share memory, safetensors can't
+    stored = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     content = {
         folder / WEIGHTS: save_tensors(stored, metadata={"format": "pt"}),
         folder / CONFIG: (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(),
@@ -322,7 +327,7 @@ def _base_weights(
                 f"{key}: expected {list(own.shape)}, found {list(tensor.shape)}; if the vocabulary was changed in "
                 "training, call resize_token_embeddings first"
             )
-        elif not torch.equal(own.detach().cpu(), tensor.to(own.dtype)):
+        elif not own.is_meta and not torch.equal(own.detach().cpu(), tensor.to(own.dtype)):
             values.tensors[path] = tensor
 
 

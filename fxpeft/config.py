@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import types
@@ -12,6 +13,8 @@ from typing import Any, ClassVar, TypeVar
 
 from fxpeft.errors import AdapterError, listing
 from fxpeft.passes.names import NameSelector
+from fxpeft.passes.patterns import is_pattern, pattern
+from fxpeft.passes.terms import Pattern, PatternError
 
 Self = TypeVar("Self", bound="AdapterConfig")
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -28,7 +31,8 @@ class AdapterConfig:
         base_model_name_or_path, revision: the base model, recorded in the checkpoint.
         inference_mode: the adapter is not trainable.
         target_modules: names or dotted suffixes; or one regular expression for the whole name; or
-            ``"all-linear"``; ``None`` takes the architecture's attention projections.
+            ``"all-linear"``; or a pattern, as an object, a string or among the names
+            (:mod:`fxpeft.passes.patterns`); ``None`` takes the architecture's attention projections.
         exclude_modules: same forms; wins over ``target_modules``.
         modules_to_save: modules trained as a whole and saved with the adapter.
         layers_to_transform, layers_pattern: only these layer indices.
@@ -42,8 +46,8 @@ class AdapterConfig:
     revision: str | None = None
     inference_mode: bool = False
     auto_mapping: dict[str, Any] | None = None
-    target_modules: str | Collection[str] | None = None
-    exclude_modules: str | Collection[str] | None = None
+    target_modules: str | Pattern | Collection[str] | None = None
+    exclude_modules: str | Pattern | Collection[str] | None = None
     modules_to_save: list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
@@ -61,14 +65,18 @@ class AdapterConfig:
                 setattr(self, name, sorted(set(value)))
         self.check_types()
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), str):
-                _check_pattern(name, getattr(self, name))
+            value = getattr(self, name)
+            for text in [value] if isinstance(value, str) else value if isinstance(value, list) else ():
+                if isinstance(value, str) or is_pattern(text):
+                    _check_pattern(name, text)
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise AdapterError(f"task_type: expected one of {', '.join(TASK_TYPES)}, found {self.task_type!r}")
-        if isinstance(self.target_modules, str):
+        entries = [] if self.target_modules is None else self.target_modules
+        if isinstance(entries, str | Pattern) or any(is_pattern(e) for e in entries):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
-                    raise AdapterError(f"{name} can't be used when target_modules is a string; write it in the pattern")
+                    what = "string" if isinstance(entries, str) else "pattern"
+                    raise AdapterError(f"{name} can't be used when target_modules is a {what}; write it in the pattern")
         if self.layers_pattern and self.layers_to_transform is None:
             raise AdapterError("layers_pattern needs layers_to_transform: say which layers")
 
@@ -83,23 +91,28 @@ class AdapterConfig:
                 )
 
     def selector(self) -> NameSelector:
-        """The targets by name; ``target_modules`` must be resolved, not ``None`` or ``all-linear``."""
-        assert self.target_modules is not None
-        layers = self.layers_to_transform
-        pattern = self.layers_pattern or ()
-        return NameSelector(
-            targets=self.target_modules,
-            exclude=self.exclude_modules or (),
-            below=self.modules_to_save or (),
-            layers=[layers] if isinstance(layers, int) else layers,
-            layers_pattern=[pattern] if isinstance(pattern, str) else pattern,
-        )
+        """The targets by name; ``target_modules`` must be resolved: not ``None``, ``all-linear`` or a pattern."""
+        targets, exclude = self.target_modules, self.exclude_modules or ()
+        assert targets is not None
+        assert not isinstance(targets, Pattern)
+        assert not isinstance(exclude, Pattern)
+        return NameSelector(targets, exclude, self.modules_to_save or (), *self.layer_filter())
+
+    def layer_filter(self) -> tuple[list[int] | None, Collection[str]]:
+        """``layers_to_transform`` and ``layers_pattern`` as lists."""
+        layers, names = self.layers_to_transform, self.layers_pattern or ()
+        return [layers] if isinstance(layers, int) else layers, [names] if isinstance(names, str) else names
 
     def to_dict(self) -> dict[str, Any]:
         """The config as PEFT writes it to ``adapter_config.json``."""
+        own = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(own[name], Pattern):  # not resolved yet; "& name:**" marks a text of bare names as one
+                text = str(own[name])
+                own[name] = text if is_pattern(text) else f"({text}) & name:**"
         return {
             **self.unsupported,
-            **dataclasses.asdict(self),
+            **own,
             "peft_type": self.peft_type,
             "peft_version": PEFT_VERSION,
         }
@@ -151,18 +164,24 @@ class RankConfig(AdapterConfig):
         self.alpha_pattern = self.alpha_pattern or {}
         super().__post_init__()
         for name in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, name):
-                _check_pattern(name, pattern)
+            for key in getattr(self, name):
+                _check_pattern(name, key)
         for where, rank in (("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
             if rank <= 0:
                 raise AdapterError(f"{where}: expected a positive integer, found {rank}")
 
 
-def _check_pattern(name: str, pattern: str) -> None:
+def _check_pattern(name: str, text: str) -> None:
+    if is_pattern(text):
+        try:
+            pattern(text)
+        except PatternError as error:
+            raise AdapterError(f"{name}: {error}") from None
+        return
     try:
-        re.compile(pattern)
+        re.compile(text)
     except re.error as error:
-        raise AdapterError(f"{name}: {pattern!r} is no regular expression: {error}") from None
+        raise AdapterError(f"{name}: {text!r} is no regular expression: {error}") from None
 
 
 _known_hints: dict[type, dict[str, Any]] = {}

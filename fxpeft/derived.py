@@ -16,7 +16,7 @@ from fxpeft.errors import AdapterError, listing
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.base import attribute
 from fxpeft.passes.kinds import Kind
-from fxpeft.plan import AdapterPlan, base_modules, make_plan
+from fxpeft.sites import AdapterPlan, base_modules, make_plan
 from fxpeft.state import Adapter, Values, unwrap
 
 COPIED = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "lora_dropout", "inference_mode")

@@ -25,7 +25,7 @@ from fxpeft.methods.base import SitePlan
 from fxpeft.methods.inits import EvaConfig
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.names import pattern_value
-from fxpeft.plan import make_plan
+from fxpeft.sites import make_plan
 from fxpeft.state import Adapter, state_of, unwrap
 
 

@@ -14,7 +14,7 @@ from fxpeft.methods.base import SlotValues
 from fxpeft.passes.base import attribute, join
 from fxpeft.passes.kinds import Conv, Kind
 from fxpeft.passes.product import product_of
-from fxpeft.plan import base_modules
+from fxpeft.sites import base_modules
 
 Keep = Literal["original", "delta"]
 

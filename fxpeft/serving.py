@@ -21,8 +21,9 @@ from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.base import PassError
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
 from fxpeft.passes.slot import LEAST, ActiveRank, Slot
+from fxpeft.passes.terms import Pattern
 from fxpeft.penalty import unwatch_loss, watch_loss
-from fxpeft.plan import AdapterPlan, base_value, base_values, make_plan, saved_modules
+from fxpeft.sites import AdapterPlan, base_value, base_values, make_plan, saved_modules
 from fxpeft.state import (
     Adapter,
     ModelState,
@@ -46,8 +47,8 @@ def prepare_hotswap(
     model: nn.Module,
     max_rank: int = 128,
     *,
-    targets: str | Collection[str] | None = None,
-    exclude: str | Collection[str] | None = None,
+    targets: str | Pattern | Collection[str] | None = None,
+    exclude: str | Pattern | Collection[str] | None = None,
     methods: Sequence[str] = ("lora",),
     modules_to_save: Sequence[str] = (),
     bias: Literal["none", "all", "lora_only"] = "none",
@@ -61,7 +62,7 @@ def prepare_hotswap(
 
     Args:
         max_rank: the most ranks a site can hold; those of all active adapters together count.
-        targets: as ``target_modules``; the union over all adapters to come. Default: the sites of
+        targets: as ``target_modules``, patterns too; the union over all adapters to come. Default: the sites of
             the model's adapters, or ``"all-linear"`` where it has none.
         exclude: as ``exclude_modules``.
         methods: what the slots have to serve: ``"lora"``, ``"lora_bias"`` (a bias of B), ``"dora"``,
@@ -129,8 +130,8 @@ def prepare_hotswap(
 def _declare(
     model: nn.Module,
     adapters: list[Adapter],
-    targets: str | Collection[str] | None,
-    exclude: str | Collection[str] | None,
+    targets: str | Pattern | Collection[str] | None,
+    exclude: str | Pattern | Collection[str] | None,
     modules_to_save: Sequence[str],
     bias: Literal["none", "all", "lora_only"],
     methods: Sequence[str],

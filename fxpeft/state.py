@@ -18,7 +18,7 @@ from fxpeft.passes.copies import Copies
 from fxpeft.passes.feed import Feed
 from fxpeft.passes.inject import Rewrite
 from fxpeft.passes.live import Container, bare_copy, feed_module, replace_module, rewrite_module, unbind
-from fxpeft.plan import AdapterPlan, base_modules, base_state
+from fxpeft.sites import AdapterPlan, base_modules, base_state
 
 if TYPE_CHECKING:
     from fxpeft.inplace import Folded

@@ -17,7 +17,7 @@ from fxpeft.passes.base import PassError, attribute, join
 from fxpeft.passes.copies import Copies
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.slot import FEATURES, LEAST, ActiveRank, Slot
-from fxpeft.plan import AdapterPlan, base_value, base_values
+from fxpeft.sites import AdapterPlan, base_value, base_values
 from fxpeft.state import Adapter, ModelState, Values, check_together
 
 

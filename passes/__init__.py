@@ -7,11 +7,14 @@ from fxpeft.passes.inject import InjectPass, Rewrite
 from fxpeft.passes.kinds import Conv, Embedding, Kind, Linear
 from fxpeft.passes.match import MatchPass, Target
 from fxpeft.passes.names import NameSelector
+from fxpeft.passes.patterns import pattern
 from fxpeft.passes.pipeline import Pipeline, graph_text
 from fxpeft.passes.redirect import RedirectPass
+from fxpeft.passes.roles import Role, RolePass
+from fxpeft.passes.terms import Pattern, PatternError
 
 __all__ = [
     "Conv", "EjectPass", "Embedding", "Feed", "FeedPass", "GraphPass", "InjectPass", "Kind", "Linear", "MatchPass",
-    "NameSelector", "PassError", "Pipeline", "RedirectPass", "Report", "Rewrite", "RewriteResult", "Skip", "Target",
-    "graph_text",
+    "NameSelector", "PassError", "Pattern", "PatternError", "Pipeline", "RedirectPass", "Report", "Rewrite",
+    "RewriteResult", "Role", "RolePass", "Skip", "Target", "graph_text", "pattern",
 ]  # fmt: skip

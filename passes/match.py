@@ -14,8 +14,11 @@ from torch.fx import GraphModule, Node
 from fxpeft.passes.base import GraphPass, Report, RewriteResult, Skip, attribute, node_of
 from fxpeft.passes.kinds import Conv, Embedding, Kind, Linear
 from fxpeft.passes.names import NameSelector
+from fxpeft.passes.patterns import layers_of
+from fxpeft.passes.terms import Pattern, Subject
 
 TARGET = "fxpeft.target"  # node.meta key of the annotation
+ROLE = "fxpeft.role"  # node.meta key of a role, from RolePass
 SITE = "fxpeft.site"  # node.meta key: on a node that inject made, the base node's name; on a base node, its Origin
 
 aten = torch.ops.aten
@@ -194,20 +197,33 @@ def operands(graph_module: GraphModule, node: Node) -> tuple[Node | str, bool, N
     return found, flip, node_of(_arg(node, *second)) if second else None
 
 
+def _subject(graph_module: GraphModule, node: Node, target: Target, layer: tuple[int, int] | None) -> Subject:
+    """What a pattern can ask about a node: classes from the recorded calls, else from the called module."""
+    stack = node.meta.get("nn_module_stack") or {}
+    classes = [cls.rpartition(".")[2] if isinstance(cls, str) else cls.__name__ for _, cls in stack.values()]
+    if node.op == "call_module":
+        own = type(graph_module.get_submodule(str(node.target))).__mro__
+        classes += [cls.__name__ for cls in own if issubclass(cls, nn.Module)]
+    role = node.meta.get(ROLE)
+    return Subject(target.site, target.kind, tuple(dict.fromkeys(classes)), (role,) if role else (), layer)
+
+
 class MatchPass(GraphPass):
     """Annotate the target nodes that ``select`` takes: ``node.meta[TARGET]`` becomes a :class:`Target`.
 
     Args:
-        select: a :class:`NameSelector`, or any predicate on a site's dotted name.
+        select: a :class:`NameSelector`; a pattern (:mod:`fxpeft.passes.patterns`), whose roles are those
+            that :class:`fxpeft.passes.RolePass` found before; or any predicate on a site's dotted name.
     """
 
     name = "match"
 
-    def __init__(self, select: NameSelector | Callable[[str], bool]) -> None:
+    def __init__(self, select: NameSelector | Pattern | Callable[[str], bool]) -> None:
         self.select = select
 
     def call(self, graph_module: GraphModule) -> RewriteResult:
         matched, skipped, modified = [], [], False
+        found: list[tuple[Node, Target]] = []
         for node in graph_module.graph.nodes:
             if isinstance(node.meta.get(SITE), str):
                 continue  # an adapter's own node
@@ -216,10 +232,14 @@ class MatchPass(GraphPass):
             except Unsupported as why:
                 skipped.append(Skip(node.name, str(why)))
                 continue
-            if target is None:
-                continue
+            if target is not None:
+                found.append((node, target))
+        layers = layers_of([target.site for _, target in found])
+        for node, target in found:
             if isinstance(self.select, NameSelector):
                 reason = self.select.why_not(target.site)
+            elif isinstance(self.select, Pattern):
+                reason = self.select.why_not(_subject(graph_module, node, target, layers.get(target.site)))
             else:
                 reason = None if self.select(target.site) else "not selected"
             if reason:

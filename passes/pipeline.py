@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch.fx import GraphModule
 
-from fxpeft.passes.base import GraphPass, Report
+from fxpeft.passes.base import GraphPass, PassError, Report
+from fxpeft.passes.draw import Drawing, Picture, drawing_of
 
 log = logging.getLogger(__name__)
 
@@ -27,16 +28,19 @@ class Pipeline:
         dump: a folder that receives ``01-match-before.py``, ``01-match-after.py``, ... (the
             graph as source) for every run; made where missing.
 
-    After a call, :attr:`reports` holds one :class:`Report` per pass of that call.
+    After a call, :attr:`reports` holds one :class:`Report` per pass of that call, and :meth:`draw`
+    shows what it did.
     """
 
     def __init__(self, passes: Sequence[GraphPass], *, dump: Path | str | None = None) -> None:
         self.passes = tuple(passes)
         self.dump = None if dump is None else Path(dump)
         self.reports: tuple[Report, ...] = ()
+        self._drawings: tuple[Drawing, Drawing] | None = None
 
     def __call__(self, graph_module: GraphModule) -> GraphModule:
         reports = []
+        before = drawing_of(graph_module)
         for number, graph_pass in enumerate(self.passes, start=1):
             stem = f"{number:02d}-{graph_pass.name}"
             self._write(f"{stem}-before.py", graph_module)
@@ -52,7 +56,24 @@ class Pipeline:
             log.debug("%s", result.report)
             reports.append(result.report)
         self.reports = tuple(reports)
+        self._drawings = (before, drawing_of(graph_module, new=True))
         return graph_module
+
+    def draw(self, path: Path | str | None = None) -> Picture:
+        """The graph before and after the last call, what the passes made in red.
+
+        Args:
+            path: an ``.svg``, ``.png`` or ``.pdf`` file to write.
+
+        Raises:
+            PassError: the pipeline has not been called yet.
+        """
+        if self._drawings is None:
+            raise PassError("there is nothing to draw: call the pipeline on a graph first")
+        picture = Picture(", ".join(p.name for p in self.passes), *self._drawings)
+        if path is not None:
+            picture.save(path)
+        return picture
 
     def _write(self, name: str, graph_module: GraphModule) -> None:
         if self.dump is not None:

@@ -26,8 +26,9 @@ from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, CheckpointError
 from fxpeft.methods import config_class, method_of
 from fxpeft.methods.base import Method
-from fxpeft.plan import AdapterPlan, make_plan
+from fxpeft.passes.terms import Pattern
 from fxpeft.serving import plan_for
+from fxpeft.sites import AdapterPlan, make_plan
 from fxpeft.state import Values, find_state, placement
 
 # expert projections as checkpoints of transformers 4 name them -> the parameter that holds them since 5
@@ -237,7 +238,7 @@ def check_experts(model: PreTrainedModel, config: AdapterConfig) -> None:
     PEFT adapts that parameter then; adapting only the dense modules of the same name would differ
     from it in silence.
     """
-    if config.target_modules is None or isinstance(config.target_modules, str):
+    if config.target_modules is None or isinstance(config.target_modules, str | Pattern):
         return
     fused: dict[str, str] = {}
     for name, parameter in model.named_parameters():

@@ -33,7 +33,7 @@ from fxpeft.integrations.model_state import (
     swap,
 )  # fmt: skip
 from fxpeft.methods.base import Method
-from fxpeft.plan import make_plan
+from fxpeft.sites import make_plan
 from fxpeft.state import Adapter, ModelState, Values, state_of
 
 NO_ADAPTER = "No adapter loaded. Please load an adapter first."

@@ -22,6 +22,8 @@ from fxpeft.methods.base import SitePlan
 from fxpeft.methods.prompts import PromptMethod
 from fxpeft.passes.base import PassError, join
 from fxpeft.passes.live import Container, kind_of
+from fxpeft.passes.terms import Pattern
+from fxpeft.targets import Roles, resolve_patterns
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
@@ -87,12 +89,15 @@ def base_value(model: nn.Module, path: str) -> Tensor:
     return base_values(model.get_submodule(owner))[leaf]
 
 
-def make_plan(model: nn.Module, config: AdapterConfig, *, heads: bool = True) -> AdapterPlan:
+def make_plan(
+    model: nn.Module, config: AdapterConfig, *, heads: bool = True, roles: Roles | None = None
+) -> AdapterPlan:
     """Find an adapter's sites in a model; the plan's config has its defaults filled in as PEFT does.
 
     Args:
         heads: let ``task_type`` add the model's head to ``modules_to_save``. A checkpoint's config
             has it there already.
+        roles: what the modules do, where that is known; else the model is traced if a pattern asks.
 
     Raises:
         AdapterError: no site was found, a pattern matches nothing, or a target can't be rewritten.
@@ -102,7 +107,7 @@ def make_plan(model: nn.Module, config: AdapterConfig, *, heads: bool = True) ->
         config, whole = method.find(model, config)
         config = _with_heads(config, heads)
         return AdapterPlan(config, whole, _saved(modules, config))
-    config = _resolve(model, modules, config, heads)
+    config = _resolve(model, modules, config, heads, roles)
     selector = config.selector()
     sites: dict[str, SitePlan] = {}
     for name in selector.select(modules):
@@ -115,12 +120,15 @@ def make_plan(model: nn.Module, config: AdapterConfig, *, heads: bool = True) ->
     return AdapterPlan(config, sites, saved, _bias_names(modules, method.bias(config), sites, saved), weights)
 
 
-def _resolve(model: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig, heads: bool) -> AdapterConfig:
+def _resolve(
+    model: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig, heads: bool, roles: Roles | None
+) -> AdapterConfig:
     config = _with_heads(copy.deepcopy(config), heads)
     if config.target_modules is None:
         config.target_modules = default_targets(model, method_of(config).name)
     elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config.target_modules = all_linear(model, modules, config.task_type)
+    resolve_patterns(model, modules, config, roles)
     method_of(config).resolve(config, model)
     return config
 
@@ -197,6 +205,7 @@ def _check_patterns(config: AdapterConfig, sites: dict[str, SitePlan]) -> None:
 def _nothing_found(config: AdapterConfig, modules: dict[str, nn.Module]) -> str:
     targets = config.target_modules
     suffixes = sorted({n.rpartition(".")[2] for n in modules if n})
+    assert not isinstance(targets, Pattern)  # a pattern that selects nothing was refused before
     wanted = [targets] if isinstance(targets, str) else list(targets or ())
     near = [n for w in wanted for n in difflib.get_close_matches(w.rpartition(".")[2], suffixes, n=5)]
     reasons = ((n, config.selector().why_not(n)) for n in modules if n)

@@ -1,0 +1,248 @@
+"""The command line, on tiny folders: as a subprocess where exit codes and streams count, else in this process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tiny import randomise, tiny_llama, token_ids
+from typer.testing import CliRunner
+
+import fxpeft
+from fxpeft import AdapterError, LoraConfig
+from fxpeft.adapter_file import diff_files, shrink, site_scale, site_tensors
+from fxpeft.checkpoint import Checkpoint, read
+from fxpeft.cli import app
+
+TARGETS = "role:attention | role:mlp.down"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model and adapters ``a`` (ranks 6 and 3), ``b`` (rank 2, rsLoRA, an embedding) and ``whole``."""
+    root = tmp_path_factory.mktemp("cli")
+    model = tiny_llama()
+    model.save_pretrained(root / "base")
+    configs = {
+        "a": LoraConfig(r=6, lora_alpha=9, target_modules=TARGETS, rank_pattern={"role:mlp.down": 3},
+                        alpha_pattern={"layers[1:]": 5}, base_model_name_or_path="the/base"),
+        "b": LoraConfig(r=5, lora_alpha=4, target_modules=["q_proj", "embed_tokens"], use_rslora=True),
+        "whole": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    }  # fmt: skip
+    for seed, (name, config) in enumerate(configs.items()):
+        fxpeft.add_adapter(model, config)
+        randomise((p for n, p in model.named_parameters() if "lora_" in n), seed=seed)
+        fxpeft.save_adapter(model, root / name)
+        fxpeft.remove(model)
+    return root
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    """In this process; what was printed."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.stdout
+
+
+def told(*arguments: object, code: int = 0) -> Any:
+    return json.loads(run(*arguments, "--json", code=code))
+
+
+def process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fxpeft", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180)
+
+
+# --- as a subprocess ---
+
+
+def test_plan_prints_a_table_and_writes_the_plan(folder: Path, tmp_path: Path) -> None:
+    done = process("plan", folder / "base", "--target", TARGETS, "--rank", 4, "--save", tmp_path / "plan.json")
+    assert done.returncode == 0, done.stderr
+    assert "model.layers.{0-1}.mlp.down_proj" in done.stdout
+    plan = fxpeft.Plan.from_json((tmp_path / "plan.json").read_text())
+    config = LoraConfig(r=4, target_modules=TARGETS, base_model_name_or_path=str(folder / "base"))
+    assert plan == fxpeft.plan(tiny_llama(), config)
+    fxpeft.apply(plan, tiny_llama())
+
+
+def test_a_wrong_question_is_one_message_and_code_2(folder: Path) -> None:
+    done = process("plan", folder / "base", "--target", "role:attention.qury")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: target_modules='role:attention.qury' selects nothing:")
+    assert "nearest: attention.query" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_check_answers_with_its_exit_code(folder: Path) -> None:
+    fits = process("check", folder / "a", "--model", folder / "base", "--json")
+    assert fits.returncode == 0, fits.stderr
+    assert json.loads(fits.stdout) == {"loads": True, "swaps": True, "why_not": None, "sites": 10}
+    tight = process("check", folder / "a", "--model", folder / "base", "--max-rank", 4)
+    assert tight.returncode == 1
+    assert "loads: yes\nswaps: no\n" in tight.stdout
+    assert "model.layers.0.self_attn.q_proj: rank 6 is above max_rank 4" in tight.stdout
+
+
+# --- in this process ---
+
+
+def test_plan_takes_names_patterns_and_pefts_expressions(folder: Path) -> None:
+    base = folder / "base"
+    for targets, count in [
+        (("q_proj",), 2), (("q_proj", "k_proj"), 4), (("all-linear",), 14), ((r".*\.q_proj",), 2), ((), 4),
+        (("layers[1:] & role:mlp",), 3), (("q_proj", "role:mlp.up"), 4),
+    ]:  # fmt: skip
+        options = [o for t in targets for o in ("--target", t)]
+        assert len(told("plan", base, *options)["sites"]) == count, targets
+    left = told("plan", base, "--target", "role:mlp", "--exclude", "layers[0:1]", "--method", "dora", "--rank", 2)
+    assert [s["parameters"] for s in left["sites"]] == [2 * 80 + 48, 2 * 80 + 48, 2 * 80 + 32]
+    assert left["config"]["use_dora"] is True
+
+
+def test_plan_draws(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is an optional dependency")
+    run("plan", folder / "base", "--target", "role:mlp", "--draw", tmp_path / "p.svg", "--layer", 1)
+    assert "model.layers.1" in (tmp_path / "p.svg").read_text()
+
+
+def test_inspect(folder: Path) -> None:
+    seen = told("inspect", folder / "a")
+    assert (seen["method"], seen["base"], seen["sites"], seen["ranks"]) == ("lora", "the/base", 10, [3, 6])
+    assert seen["dtypes"] == ["float32"]
+    assert seen["bytes"] == 4 * seen["parameters"] == sum(4 * s["parameters"] for s in seen["site"])
+    found = read(folder / "a")
+    for site in seen["site"]:
+        own = site_tensors(found)[0][site["name"]]
+        alpha = 5 if ".1." in site["name"] else 9
+        expected = (own["lora_B"] @ own["lora_A"] * alpha / site["rank"]).norm()
+        assert site["norm"] == pytest.approx(float(expected), rel=1e-5)
+    text = run("inspect", folder / "whole")
+    assert "base_model.model.lm_head.weight [40, 32]" in text
+    rows = [line.split()[:2] for line in text.splitlines()]
+    assert ["model.layers.1.self_attn.q_proj", "2"] in rows
+
+
+def test_check_says_why_not(folder: Path, tmp_path: Path) -> None:
+    base = folder / "base"
+    assert told("check", folder / "whole", "--model", base)["swaps"] is True
+    slots = told("check", folder / "a", "--model", base, "--slots", "role:mlp", code=1)
+    assert (slots["loads"], slots["swaps"]) == (True, False)
+    assert "model.layers.0.self_attn.q_proj: has no slot" in slots["why_not"]
+    other = tiny_llama()
+    other.config.intermediate_size, other.config.architectures = 50, ["LlamaForCausalLM"]
+    other.config.save_pretrained(tmp_path / "other")
+    wrong = told("check", folder / "a", "--model", tmp_path / "other", code=1)
+    assert (wrong["loads"], wrong["swaps"]) == (False, False)
+    assert "expected [3, 50], found [3, 48]" in wrong["why_not"]
+
+
+@torch.no_grad()
+def update(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    found = read(folder / name)
+    sites = site_tensors(found)[0]
+    return {
+        n: t["lora_B"].double() @ t["lora_A"].double() * site_scale(found.config, n, len(t["lora_A"]))
+        for n, t in sites.items()
+    }
+
+
+@pytest.mark.parametrize(("name", "rank"), [("a", 2), ("a", 4), ("b", 2), ("b", 9)])
+def test_convert_to_a_smaller_rank_is_the_best_one(folder: Path, tmp_path: Path, name: str, rank: int) -> None:
+    result = told("convert", folder / name, tmp_path / "out", "--rank", rank)
+    before, after = update(folder, name), update(tmp_path, "out")
+    old = {n: len(t["lora_A"]) for n, t in site_tensors(read(folder / name))[0].items()}
+    assert set(result["errors"]) == {n for n, r in old.items() if r > rank}
+    for site, whole in before.items():
+        values = torch.linalg.svdvals(whole)
+        best = float((values[rank:].square().sum() / values.square().sum()).sqrt())
+        error = float((whole - after[site]).norm() / whole.norm())
+        assert error == pytest.approx(best, abs=2e-6)
+        assert result["errors"].get(site, 0.0) == pytest.approx(error, abs=2e-6)
+        new = len(site_tensors(read(tmp_path / "out"))[0][site]["lora_A"])
+        assert new == min(rank, old[site])
+    assert result["worst_error"] == max([0.0, *result["errors"].values()])
+
+
+def test_what_convert_writes_is_pefts_too(folder: Path, tmp_path: Path) -> None:
+    run("convert", folder / "a", tmp_path / "small", "--rank", 4)
+    ids, model = token_ids(), tiny_llama()
+    fxpeft.load_adapter(model, tmp_path / "small")
+    theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "small")
+    with torch.no_grad():
+        ours = model(ids).logits
+        assert (ours - tiny_llama()(ids).logits).abs().max() > 1e-2
+        torch.testing.assert_close(theirs(ids).logits, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_convert_dtypes(folder: Path, tmp_path: Path) -> None:
+    run("convert", folder / "a", tmp_path / "half", "--dtype", "bfloat16")
+    old, new = read(folder / "a"), read(tmp_path / "half")
+    assert new.config == old.config
+    assert all(torch.equal(new.tensors[k], t.bfloat16()) for k, t in old.tensors.items())
+    big = Checkpoint("big", old.config, {k: t * 1e6 for k, t in old.tensors.items()})
+    from fxpeft.adapter_file import cast
+
+    with pytest.raises(AdapterError, match=r"values too large for torch\.float16"):
+        cast(big, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [((), "say what to: --dtype or --rank"), (("--rank", 2), "only a plain LoRA can be given a smaller rank; .*dora")],
+)
+def test_what_cannot_be_converted(folder: Path, tmp_path: Path, options: tuple[Any, ...], message: str) -> None:
+    model = tiny_llama()
+    fxpeft.add_adapter(model, LoraConfig(r=3, target_modules=["q_proj"], use_dora=True))
+    fxpeft.save_adapter(model, tmp_path / "dora")
+    with pytest.raises(AdapterError, match=message):
+        run("convert", tmp_path / "dora", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_below_one_is_refused(folder: Path) -> None:
+    with pytest.raises(AdapterError, match="rank: expected a positive number, found 0"):
+        shrink(read(folder / "a"), 0)
+
+
+def test_diff(folder: Path, tmp_path: Path) -> None:
+    assert run("diff", folder / "a", folder / "a") == "no difference\n"
+    run("convert", folder / "a", tmp_path / "c", "--rank", 4)
+    found = told("diff", folder / "a", tmp_path / "c", code=1)
+    assert (found["config"]["r"], found["added"], found["removed"]) == ([6, 4], [], [])
+    before, after = update(folder, "a"), update(tmp_path, "c")
+    assert {c["name"] for c in found["changed"]} == {n for n in before if "down" not in n}
+    for change in found["changed"]:
+        whole, less = before[change["name"]], after[change["name"]]
+        assert change["ranks"] == [6, 4]
+        assert change["distance"] == pytest.approx(float((whole - less).norm() / whole.norm()), abs=1e-6)
+    text = run("diff", folder / "a", folder / "b", code=1)
+    assert "+ model.embed_tokens" in text.splitlines()
+    assert "- model.layers.0.mlp.down_proj" in text.splitlines()
+
+
+def test_diff_sees_what_is_no_site() -> None:
+    config = LoraConfig(target_modules=["x"])
+    old = Checkpoint("old", config, {"base_model.model.head.weight": torch.ones(2)})
+    new = Checkpoint("new", config, {"base_model.model.head.weight": torch.zeros(2)})
+    assert diff_files(old, new).rest == ("base_model.model.head.weight",)
+    assert not diff_files(old, old)
+
+
+def test_bench_measures_without_recompiling(folder: Path) -> None:
+    seen = told("bench", folder / "base", "--random", "--rounds", 2, "--rank", 2, "--length", 4)
+    assert set(seen["milliseconds"]) == {"base", "adapter", "swap"}
+    assert all(value > 0 for value in seen["milliseconds"].values())
+    assert (seen["sites"], seen["graphs"]) == (14, 0)
+    with pytest.raises(AdapterError, match="rank: expected at most max_rank 4, found 9"):
+        run("bench", folder / "base", "--rank", 9, "--max-rank", 4)
+    with pytest.raises(AdapterError, match="expected a model's folder or hub id"):
+        run("bench", folder / "nowhere")
