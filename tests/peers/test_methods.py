@@ -219,7 +219,7 @@ def writes(method: MethodCase, kind: KindCase, folder: Path) -> None:
     close(output(peer, x), output(net, x))
 
 
-CHECKS = {"T": trains, "S": serves, "H": swaps, "R": reads, "W": writes}
+CHECKS = {"T": trains, "S": serves, "H": swaps, "F": folds, "R": reads, "W": writes}
 passed: dict[tuple[str, str], list[str]] = {}
 
 
