@@ -84,7 +84,7 @@ def test_add_train_save_load_swap(name: str, tmp_path: Path) -> None:
     assert [type(m) for m in slotted.modules()] == [type(m) for m in family.build().modules()]
 
 
-@pytest.mark.parametrize("name", ["bert", "t5", "vit", "qwen3 moe"])
+@pytest.mark.parametrize("name", ["bert", "vit"])
 def test_compiled_swaps(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     expected = {}
