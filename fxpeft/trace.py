@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -37,7 +39,8 @@ def skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         for child in part._modules.values():
             if isinstance(child, Container):
                 memo[id(child)] = Container()
-        memo.update({id(value): None for name, value in vars(part).items() if name.startswith("_fxpeft")})
+        if "_fxpeft" in vars(part):
+            memo[id(vars(part)["_fxpeft"])] = None  # adapters and slots: not the base's
     copied = copy.deepcopy(model, memo)
     for part in list(copied.modules()):
         unbind(part)
@@ -129,7 +132,7 @@ def trace_model(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Gr
     for attempt in tries:
         moved = tree_map(lambda v: _fake(v, mode) if isinstance(v, Tensor) else v, attempt)
         try:
-            with torch.no_grad(), warnings.catch_warnings():
+            with torch.no_grad(), warnings.catch_warnings(), _quiet("torch._subclasses.fake_tensor"):
                 warnings.simplefilter("ignore")
                 program = torch.export.export(bare, (), moved, strict=False)
                 return program.module(check_guards=False)
@@ -142,9 +145,23 @@ def trace_model(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Gr
     ) from failure
 
 
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Keep a logger's tracebacks to itself: what fails is told in the error."""
+    found = logging.getLogger(logger)
+    level = found.level
+    found.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        found.setLevel(level)
+
+
 def _choose_traceable(bare: PreTrainedModel) -> None:
     """Let attention run as plain operations: a role doesn't depend on the kernel that serves it."""
-    bare.config.use_cache = False
+    for part in bare.modules():  # a model of several parts has a config for each
+        if hasattr(getattr(part, "config", None), "use_cache"):
+            part.config.use_cache = False  # type: ignore[union-attr]
     if getattr(bare.config, "_attn_implementation", "eager") in ("sdpa", "eager"):
         return
     try:

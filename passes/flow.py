@@ -24,6 +24,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from fxpeft.passes.base import attribute
+from fxpeft.passes.kinds import Linear
 from fxpeft.passes.match import Unsupported, read_target
 
 Flow: TypeAlias = "nx.MultiDiGraph[str]"
@@ -46,6 +47,7 @@ _SUMS = frozenset({
 })  # fmt: skip
 _PRODUCTS = frozenset({"mul", "imul", "div", "truediv"})
 _OF_MATRICES = re.compile(r"(?:^|_)(?:mm|bmm|addmm|addbmm|baddbmm|matmul|einsum|linear|mv)(?:_|$)")
+_ADDING = frozenset({"addmm", "addbmm", "baddbmm"})  # their first operand is added, not multiplied
 _ATTENTIONS = frozenset({
     "scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention", "flex_attention",
@@ -106,6 +108,7 @@ class _Lift:
         self.gm = graph_module
         self.flow: Flow = nx.MultiDiGraph()
         self.values: dict[Node, _Value] = {}
+        self.scores: set[str] = set()  # vertices that an attention has taken over
 
     def run(self) -> Flow:
         for node in self.gm.graph.nodes:
@@ -146,6 +149,8 @@ class _Lift:
         if op == "topk":
             return self.vertex(node, op, operands)
         if _OF_MATRICES.search(op):
+            if op in _ADDING:
+                operands, values = operands[1:], values[1:]
             weight = next((v.parameter for v in values if v.vertex is None and v.parameter is not None), None)
             if weight is not None and origins:
                 return self.projection(node, weight, operands)
@@ -168,7 +173,9 @@ class _Lift:
         stacked = _find(self.gm, weight).ndim > 2
         site = owner_of(node) or weight.rpartition(".")[0]
         inputs = [n for n in operands if self.values[n].vertex is not None][:1]
-        return self.vertex(node, "stacked" if stacked else "linear", inputs, site=site)
+        shapes = [getattr(n.meta.get("val"), "shape", None) for n in (*inputs, node)]
+        kind = None if stacked or None in shapes else Linear(int(shapes[0][-1]), int(shapes[1][-1]))  # type: ignore[index]
+        return self.vertex(node, "stacked" if stacked else "linear", inputs, site=site, kind=kind)
 
     def attended(self, node: Node, values: Sequence[_Value], operands: Sequence[Node]) -> _Value | None:
         """``softmax(q k) v``, as one vertex; ``None`` for any other product."""
@@ -181,6 +188,7 @@ class _Lift:
                 if len(sides) < 2 or not others:
                     continue
                 made = self.vertex(node, "attention", ())
+                self.scores |= {product, value.vertex}
                 for u, _, data in list(self.flow.in_edges(product, data=True)):
                     self.flow.add_edge(u, node.name, **data)
                 self.edge(others[0], node.name, 2)
@@ -218,13 +226,7 @@ class _Lift:
 
     def _drop_scores(self) -> None:
         """Scores that an attention has taken over lead nowhere now."""
-        while True:
-            dead = [
-                v for v, d in self.flow.nodes(data=True)
-                if self.flow.out_degree(v) == 0 and d["op"] in ("matmul", "sum", "where")
-            ]  # fmt: skip
-            if not dead:
-                return
+        while dead := [v for v in self.scores if v in self.flow and self.flow.out_degree(v) == 0]:
             self.flow.remove_nodes_from(dead)
 
 

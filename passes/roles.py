@@ -112,11 +112,14 @@ def _kinds(match: Match, *names: str) -> list[Kind] | None:
 
 
 def _widths(times: int) -> Callable[[Match, Flow], bool]:
-    """``up`` gives ``times`` as many features as ``down`` takes."""
+    """``up`` gives ``times`` as many features as ``down`` takes, and ``down`` as many as ``up`` takes."""
 
     def check(match: Match, flow: Flow) -> bool:
         kinds = _kinds(match, "up", "down")
-        return kinds is not None and kinds[0].out_features == times * kinds[1].in_features
+        if kinds is None:
+            return False
+        up, down = kinds
+        return up.out_features == times * down.in_features and down.out_features == up.in_features
 
     return check
 
@@ -125,6 +128,12 @@ def _as_wide_as_a_vocabulary(match: Match, flow: Flow) -> bool:
     kinds = _kinds(match, "head")
     rows = {d["kind"].in_features for _, d in flow.nodes(data=True) if d["op"] == "embedding"}
     return kinds is not None and kinds[0].out_features in rows
+
+
+def _ends_here(match: Match, flow: Flow) -> bool:
+    """Nothing reads ``head`` but outputs, and scores of pairs of them; a projector's features are read on."""
+    head = next(vertex for vertex, data in flow.nodes(data=True) if data is match["head"])
+    return all(flow.nodes[after]["op"] in ("output", "matmul") for after in flow.successors(head))
 
 
 def _cuts_patches(match: Match, flow: Flow) -> bool:
@@ -154,10 +163,12 @@ ROLES: list[Role] = [
         "gate:linear -{activation}-> p:product; up:linear -{!activation}-> p; p -> down:linear",
         {"gate": "mlp.gate", "up": "mlp.up", "down": "mlp.down"},
     ),
-    Role("up:linear -{activation}-> down:linear", {"up": "mlp.gate_up", "down": "mlp.down"}, _widths(2)),
-    Role("up:linear -{activation}-> down:linear -> s:sum|product", {"up": "mlp.up", "down": "mlp.down"}, _widths(1)),
+    *(
+        Role("up:linear -{activation}-> down:linear -> s:sum|product", {"up": up, "down": "mlp.down"}, _widths(times))
+        for up, times in (("mlp.gate_up", 2), ("mlp.up", 1))
+    ),
     Role("head:linear -> o:output", {"head": "lm_head"}, _as_wide_as_a_vocabulary),
-    Role("head:linear -{!activation}-> o:output", {"head": "head"}),
+    Role("head:linear -{!activation}-> o:output", {"head": "head"}, _ends_here),
     Role("i:input -{plain}-> token:embedding", {"token": "embedding.token"}),
     Role("i:input -{plain}-> patch:conv", {"patch": "embedding.patch"}, _cuts_patches),
 ]

@@ -113,6 +113,23 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, str]]] = {
             "gpt_neox.embed_in": "embedding.token", "lm_head": "lm_head",
         },
     ),
+    **{
+        name: (
+            make_model,
+            {
+                "transformer.h.{0,1}.self_attention.query_key_value": "attention.qkv",
+                "transformer.h.{0,1}.self_attention.dense": "attention.output",
+                "transformer.h.{0,1}.mlp.dense_h_to_4h": "mlp.up", "transformer.h.{0,1}.mlp.dense_4h_to_h": "mlp.down",
+                "transformer.word_embeddings": "embedding.token", "lm_head": "lm_head",
+            },
+        )
+        for name, make_model in {
+            "bloom": lambda: t.BloomForCausalLM(t.BloomConfig(vocab_size=40, hidden_size=32, n_layer=2, n_head=4)),
+            "falcon": lambda: t.FalconForCausalLM(
+                t.FalconConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+            ),
+        }.items()
+    },
     "opt": (
         lambda: t.OPTForCausalLM(
             t.OPTConfig(vocab_size=40, hidden_size=24, ffn_dim=36, word_embed_proj_dim=24, num_hidden_layers=2,
@@ -162,6 +179,37 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, str]]] = {
             **tower_roles("{text,vision}_model.encoder.layers", "out_proj"), "{text,visual}_projection": "head",
             "text_model.embeddings.token_embedding": "embedding.token",
             "vision_model.embeddings.patch_embedding": "embedding.patch",
+        },
+    ),
+    "llava": (
+        lambda: t.LlavaForConditionalGeneration(
+            t.LlavaConfig(vision_config=t.CLIPVisionConfig(**TOWER, **IMAGE), text_config=t.LlamaConfig(**LLAMA),
+                          image_token_id=5)
+        ),
+        {
+            **tower_roles("model.vision_tower.encoder.layers", "out_proj"),
+            **{name.replace("model.", "model.language_model."): role for name, role in LLAMA_ROLES.items()},
+            "model.vision_tower.embeddings.patch_embedding": "embedding.patch",
+        },
+    ),
+    "mamba": (
+        lambda: t.MambaForCausalLM(t.MambaConfig(vocab_size=40, hidden_size=24, num_hidden_layers=2)),
+        {"backbone.embeddings": "embedding.token", "lm_head": "lm_head"},
+    ),
+    "deepseek_v3": (
+        lambda: t.DeepseekV3ForCausalLM(
+            t.DeepseekV3Config(
+                **{**LLAMA, "num_key_value_heads": 4}, q_lora_rank=12, kv_lora_rank=10, qk_rope_head_dim=4,
+                qk_nope_head_dim=4, v_head_dim=6, first_k_dense_replace=1, n_routed_experts=4, n_group=2, topk_group=1,
+                num_experts_per_tok=2, moe_intermediate_size=20,
+            )
+        ),
+        {
+            f"{L}.{S}.q_b_proj": "attention.query", f"{L}.{S}.kv_b_proj": "attention.kv",
+            f"{L}.{S}.o_proj": "attention.output", "model.layers.1.mlp.gate": "router",
+            "model.layers.1.mlp.experts": "experts", "lm_head": "lm_head", "model.embed_tokens": "embedding.token",
+            **{f"model.layers.{where}.{p}_proj": f"mlp.{p}" for where in ("0.mlp", "1.mlp.shared_experts")
+               for p in ("gate", "up", "down")},
         },
     ),
     "whisper": (

@@ -239,6 +239,21 @@ def test_a_flow_is_small_and_says_what_lies_between() -> None:
     assert (flow.nodes[after]["op"], data["via"]) == ("product", ("silu",))
 
 
+def test_a_linear_whose_weight_is_packed_is_traced_as_a_linear() -> None:
+    class Packed(nn.Module):
+        def __init__(self, into: int, out: int) -> None:
+            super().__init__()
+            self.in_features, self.out_features = into, out
+            self.register_buffer("weight", torch.zeros(into * out // 2, dtype=torch.uint8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            pytest.fail("only a GPU can run this")
+
+    net = Feed("gated")
+    net.p, net.r = Packed(8, 10), Packed(10, 8)
+    assert fxpeft.roles(net, {"x": torch.ones(2, 8)}) == {"p": ("mlp.up",), "q": ("mlp.gate",), "r": ("mlp.down",)}
+
+
 # --- roles of your own ---
 
 
