@@ -1,11 +1,10 @@
-"""Starts of a LoRA: against PEFT's numbers, in training, in slots and in files; the base is never touched."""
+"""Starts of a LoRA: PEFT's numbers, training, slots, what is refused; the base is never touched."""
 
 from __future__ import annotations
 
 import copy
 import io
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import peft
 import pytest
 import torch
 from picture import assert_same, picture
-from safetensors.torch import load_file
-from tiny import conv_net, randomise, tiny_gpt2, tiny_llama, token_ids
+from starts import FROM_BASE, IDS, MODELS, adapted, close, config, logits, peft_twin, trained
+from tiny import conv_net, randomise, tiny_llama
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -24,59 +23,6 @@ from fxpeft.methods import inits
 from fxpeft.testing import assert_swaps_clean
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-
-IDS = token_ids()
-FROM_BASE = ["pissa", "pissa_niter_2", "olora"]
-MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
-    "llama": (
-        tiny_llama,
-        {
-            "target_modules": ["q_proj", "v_proj", "down_proj", "embed_tokens"],
-            "rank_pattern": {"v_proj": 6}, "alpha_pattern": {"down_proj": 3},
-        },
-    ),
-    "gpt2": (
-        tiny_gpt2,
-        {"target_modules": ["c_attn", "c_fc"], "rank_pattern": {"c_fc": 6}, "alpha_pattern": {"c_attn": 3}},
-    ),
-}  # fmt: skip
-
-
-def config(case: str, init: str, **values: Any) -> dict[str, Any]:
-    """What both libraries take: ranks, alphas and a scale that is nowhere 1."""
-    if init == "loftq":
-        values["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 2}
-        own = {**MODELS[case][1], "target_modules": [t for t in MODELS[case][1]["target_modules"] if "embed" not in t]}
-    else:
-        own = MODELS[case][1]
-    return {"r": 4, "lora_alpha": 6, "init_lora_weights": init, **own, **values}
-
-
-def adapted(case: str, init: str, **values: Any) -> Any:
-    model = MODELS[case][0]()
-    torch.manual_seed(7)
-    fxpeft.add_adapter(model, LoraConfig(**config(case, init, **values)))
-    return model
-
-
-def trained(model: nn.Module, seed: int = 0) -> Any:
-    """Moved far away from the start; a magnitude stays positive."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                noise = 0.3 * torch.randn(p.shape, generator=generator)
-                p.mul_(1 + noise.abs()) if "magnitude" in name else p.add_(noise)
-    return model
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(IDS).logits  # type: ignore[no-any-return]
-
-
-def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * max(1.0, float(wanted.abs().max())))
 
 
 # --- the numbers are PEFT's ---
@@ -138,116 +84,6 @@ def test_orthogonal_factors_are_those_of_peft() -> None:
     assert min(float(a.abs().max()), float(b.abs().max())) > 0.05
 
 
-# --- LoftQ: the quantisers from the papers' own numbers, the loop from PEFT's parts ---
-
-NF4 = torch.tensor([  # QLoRA, appendix E
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-])  # fmt: skip
-
-
-def nearest_nf4(weight: Tensor) -> Tensor:
-    """NF4 written down as slowly as possible: every number on its own."""
-    flat = weight.flatten()
-    out = torch.empty_like(flat)
-    for start in range(0, len(flat), 64):
-        block = flat[start : start + 64]
-        top = block.abs().max()
-        for i, value in enumerate(block):
-            out[start + i] = NF4[(NF4 - value / top).abs().argmin()] * top
-    return out.view_as(weight)
-
-
-def row_wise_int8(weight: Tensor) -> Tensor:
-    """LLM.int8()'s rounding of a weight, which bitsandbytes takes in float16."""
-    rows = []
-    for row in weight.half():
-        top = row.abs().max().float()
-        rows.append((row.float() * 127 / top).round() * top / 127)
-    return torch.stack(rows)
-
-
-QUANTISERS = {4: nearest_nf4, 8: row_wise_int8}
-
-
-@pytest.mark.parametrize("bits", QUANTISERS)
-@pytest.mark.parametrize("shape", [(6, 40), (7, 9), (1, 64)])
-def test_quantisers(bits: int, shape: tuple[int, int]) -> None:
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    close(inits.quantised(weight, bits), QUANTISERS[bits](weight), 1e-5 if bits == 4 else 1e-3)
-    assert 1e-4 < float((inits.quantised(weight, bits) - weight).abs().max()) < (0.5 if bits == 4 else 0.02)
-    assert torch.equal(inits.quantised(torch.zeros(shape), bits), torch.zeros(shape))
-
-
-@pytest.mark.parametrize("bits", QUANTISERS)
-@pytest.mark.parametrize("rounds", [1, 3])
-def test_loftq_is_pefts_loop(bits: int, rounds: int) -> None:
-    """PEFT's own ``loftq_init`` needs a GPU for its quantiser; this is its loop around ours."""
-    from peft.utils.loftq_utils import _low_rank_decomposition
-
-    weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
-    rest = weight.clone()
-    for _ in range(rounds):
-        wanted = QUANTISERS[bits](rest)
-        parts = _low_rank_decomposition(weight - wanted, reduced_rank=5)
-        rest = weight - parts["L"] @ parts["R"]
-    q, a, b = inits.loftq(weight, 5, bits, rounds)
-    close(q, wanted, 1e-5 if bits == 4 else 2e-3)
-    if bits == 4:
-        close(b @ a, parts["L"] @ parts["R"], 1e-4)
-    assert torch.linalg.norm(q + b @ a - weight) < 0.85 * torch.linalg.norm(q - weight)
-
-
-@pytest.mark.parametrize("case", MODELS)
-@pytest.mark.parametrize("dora", [False, True])
-def test_loftq_runs_on_a_quantised_weight_of_its_own(case: str, dora: bool, tmp_path: Path) -> None:
-    values = {"use_dora": dora, "lora_alpha": 4, "alpha_pattern": {}, "rank_pattern": {}}
-    model = adapted(case, "loftq", **values)
-    bare = MODELS[case][0]()
-    untouched = picture(bare, IDS)
-    site = next(m for m in model.modules() if hasattr(m, "adapters") and hasattr(m, "weight"))
-    own = site.adapters.default
-    weight, flip = site.weight.detach(), isinstance(site, Conv1D)
-    q = own.weight.t() if flip else own.weight
-    near = q + own.lora_B @ own.lora_A
-    weight = weight.t() if flip else weight
-    assert 0 < float(torch.linalg.norm(near - weight)) < 0.9 * float(torch.linalg.norm(q - weight))
-    assert all(not n.endswith(".weight") for n, p in model.named_parameters() if "adapters" in n and p.requires_grad)
-
-    quantised = copy.deepcopy(bare)  # the same model, its weights replaced by hand
-    for name, module in model.named_modules():
-        if hasattr(module, "adapters") and hasattr(module, "weight"):
-            left, right = module.adapters.default.lora_B, module.adapters.default.lora_A
-            change = (left @ right).t() if flip else left @ right
-            quantised.get_submodule(name).weight.data = module.adapters.default.weight + change.detach()
-    close(logits(model), logits(quantised))
-
-    trained(model)
-    wanted = logits(model)
-    fxpeft.prepare_hotswap(model, 8, methods=("lora", "dora"))
-    close(logits(model), wanted)
-    with fxpeft.disabled(model):
-        close(logits(model), logits(bare), 0)
-    fxpeft.release_hotswap(model)
-    fxpeft.save_adapter(model, tmp_path)
-    assert not any(key.endswith("base_layer.weight") for key in load_file(tmp_path / "adapter_model.safetensors"))
-    fxpeft.load_adapter(bare, tmp_path)
-    close(logits(bare), wanted, 1e-6)
-    with pytest.raises(AdapterError, match=r"quantised weight of its own"):
-        fxpeft.save_adapter(model, tmp_path / "plain", plain=True)
-    assert not (tmp_path / "plain").exists()
-    fxpeft.remove(bare)
-    assert_same(untouched, picture(bare, IDS))
-
-
-def test_slots_that_lack_a_place_for_the_quantised_weight_say_so() -> None:
-    donor, model = adapted("llama", "loftq"), tiny_llama()
-    fxpeft.prepare_hotswap(model, 8, targets=["q_proj", "v_proj", "down_proj"])
-    with pytest.raises(AdapterError, match=r"q_proj\.weight: has no slot; .*before prepare_hotswap"):
-        fxpeft.add_adapter(model, fxpeft.adapter_config(donor), "late")
-
-
 # --- at the start nothing changes, and the base is never touched ---
 
 
@@ -297,11 +133,6 @@ def test_half_precision_base_starts_as_it_is_and_keeps_float32_factors() -> None
 
 
 # --- training ---
-
-
-def peft_twin(case: str, init: str, **values: Any) -> Any:
-    model = peft.get_peft_model(MODELS[case][0](), peft.LoraConfig(**config(case, init, **values)))
-    return model.eval()
 
 
 def follow(theirs: Any, ours: Any) -> None:
@@ -441,105 +272,6 @@ def test_swaps_of_such_adapters_do_not_recompile(tmp_path: Path) -> None:
         folders.append(str(tmp_path / init))
     report = assert_swaps_clean(tiny_llama(), folders, {"input_ids": IDS, "use_cache": False}, max_rank=12)
     assert report.graphs == 1
-
-
-# --- files ---
-
-
-@pytest.mark.parametrize(
-    ("case", "init"), [("llama", "pissa"), ("llama", "olora"), ("gpt2", "pissa"), ("llama", "orthogonal")]
-)
-@pytest.mark.parametrize("dora", [False, True])
-def test_files_both_ways_with_peft(case: str, init: str, dora: bool, tmp_path: Path) -> None:
-    theirs = trained(peft_twin(case, init, use_dora=dora))
-    wanted = logits(theirs)
-    theirs.save_pretrained(str(tmp_path / "theirs"))
-    model = MODELS[case][0]()
-    bare = logits(model)
-    assert float((wanted - bare).abs().max()) > 1e-3
-    fxpeft.load_adapter(model, tmp_path / "theirs")
-    close(logits(model), wanted)
-    fxpeft.save_adapter(model, tmp_path / "ours")
-    stored, kept = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("theirs", "ours"))
-    assert kept.keys() == {k for k in stored if "base_layer" not in k and "lm_head" not in k}
-    again = peft.PeftModel.from_pretrained(MODELS[case][0](), str(tmp_path / "ours")).eval()
-    assert again.peft_config["default"].init_lora_weights == init
-    close(logits(again), wanted)
-    fxpeft.remove(model)
-    assert torch.equal(logits(model), bare)
-
-
-@pytest.mark.parametrize("case", MODELS)
-@pytest.mark.parametrize("init", FROM_BASE)
-@pytest.mark.parametrize("rslora", [False, True])
-def test_plain_file_needs_only_the_untouched_base(case: str, init: str, rslora: bool, tmp_path: Path) -> None:
-    model = trained(adapted(case, init, use_rslora=rslora))
-    wanted = logits(model)
-    fxpeft.save_adapter(model, tmp_path, plain=True)
-    theirs = peft.PeftModel.from_pretrained(MODELS[case][0](), str(tmp_path)).eval()
-    assert theirs.peft_config["default"].init_lora_weights is True
-    assert theirs.peft_config["default"].r == 8
-    close(logits(theirs), wanted)
-    other = MODELS[case][0]()
-    fxpeft.load_adapter(other, tmp_path)
-    close(logits(other), wanted)
-    close(logits(model), wanted, 0)  # saving changed nothing
-    assert fxpeft.adapter_config(model).init_lora_weights == init  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("prepared", [False, True])
-def test_plain_dora_file(prepared: bool, tmp_path: Path) -> None:
-    model = trained(adapted("llama", "pissa", use_dora=True))
-    wanted = logits(model)
-    if prepared:
-        fxpeft.prepare_hotswap(model, 12, methods=("dora",))
-    fxpeft.save_adapter(model, tmp_path, plain=True)
-    close(logits(peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).eval()), wanted)
-
-
-@pytest.mark.parametrize(("case", "init"), [("llama", "pissa_niter_2"), ("gpt2", "pissa_niter_2"), ("gpt2", "olora")])
-def test_a_start_that_peft_could_not_find_again_is_saved_plainly(case: str, init: str, tmp_path: Path) -> None:
-    model = trained(adapted(case, init))
-    fxpeft.save_adapter(model, tmp_path)
-    close(logits(peft.PeftModel.from_pretrained(MODELS[case][0](), str(tmp_path)).eval()), logits(model))
-
-
-def test_a_random_start_that_is_gone_is_told(tmp_path: Path) -> None:
-    model = trained(adapted("llama", "pissa_niter_30"))
-    fxpeft.save_adapter(model, tmp_path, plain=False)
-    other = tiny_llama()
-    with pytest.warns(UserWarning, match=r"pissa_niter_30 starts at random.*plain=True"):
-        fxpeft.load_adapter(other, tmp_path)
-    assert 1e-7 < float((logits(other) - logits(model)).abs().max()) < 1e-2  # 30 iterations come near
-
-
-@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal", "eva"])
-def test_plain_file_of_another_start(init: Any, tmp_path: Path) -> None:
-    model = trained(adapted("llama", init))
-    fxpeft.save_adapter(model, tmp_path, plain=True)
-    other = tiny_llama()
-    fxpeft.load_adapter(other, tmp_path)
-    close(logits(other), logits(model), 0)
-    found = fxpeft.adapter_config(other)
-    assert (found.init_lora_weights, found.r) == (True, 4)  # type: ignore[attr-defined]
-
-
-def test_plain_file_of_another_method_is_refused(tmp_path: Path) -> None:
-    model = tiny_llama()
-    fxpeft.add_adapter(model, fxpeft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-    with pytest.raises(AdapterError, match=r"plain=True is for LoRA and DoRA, found IA3"):
-        fxpeft.save_adapter(model, tmp_path / "x", plain=True)
-
-
-def test_a_file_for_weights_that_cannot_be_decomposed_is_refused(tmp_path: Path) -> None:
-    fxpeft.save_adapter(trained(adapted("llama", "pissa")), tmp_path)
-    model = tiny_llama()
-    with torch.no_grad():
-        model.model.layers[1].self_attn.q_proj.weight[0, 0] = float("nan")
-    before = [(n, type(m)) for n, m in model.named_modules()]
-    with pytest.raises(fxpeft.CheckpointError, match=r"layers\.1\.self_attn\.q_proj: .*holds NaN"):
-        fxpeft.load_adapter(model, tmp_path)
-    assert before == [(n, type(m)) for n, m in model.named_modules()]
 
 
 # --- what can't be started so ---
