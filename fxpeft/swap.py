@@ -79,12 +79,14 @@ def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
             method that the slots were not declared for; all are named.
     """
     method, values = method_of(adapter.config), adapter.values
+    biases, weights = ([p for p in values.tensors if p.endswith(".bias") is b] for b in (True, False))
     places: list[tuple[str, Iterable[str], Collection[str]]] = [
-        ("targets", () if method.whole else values.sites, serving.kinds),
-        ("modules_to_save", values.saved, serving.saved),
-        ("bias", values.tensors, serving.tensors),
+        ("declare it in targets", () if method.whole else values.sites, serving.kinds),
+        ("declare it in modules_to_save", values.saved, serving.saved),
+        ("declare it in bias", biases, serving.tensors),
+        ("an adapter with a weight of its own has to be there before prepare_hotswap", weights, serving.tensors),
     ]
-    problems = [f"{n}: has no slot; declare it in {what}" for what, own, slots in places for n in own if n not in slots]
+    problems = [f"{n}: has no slot; {how}" for how, own, slots in places for n in own if n not in slots]
     needed = method.declared(adapter.config)
     if needed not in serving.methods and not method.whole:
         problems.append(f"its method, {needed}: declare methods={(*serving.methods, needed)}")
