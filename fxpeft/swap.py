@@ -164,11 +164,14 @@ def check_ranks(serving: Serving, adapters: list[Adapter]) -> None:
 
 
 def check_gains(adapters: list[Adapter]) -> None:
-    """Refuse a gain beside another adapter: a slot multiplies the sum of all."""
+    """Refuse a gain beside another adapter: a slot multiplies the sum of all, and a DoRA's shift is of one bias."""
     clashes = []
     for adapter in adapters:
         for site, value in adapter.lowered.items():
-            others = [a.name for a in adapters if a is not adapter and site in a.lowered]
+            brought = f"{site}.bias" if value.shift is not None else None
+            others = [
+                a.name for a in adapters if a is not adapter and (site in a.lowered or brought in a.values.tensors)
+            ]
             if others and (value.g_in is not None or value.g_out is not None):
                 clashes.append(f"{site}: {adapter.name} ({method_of(adapter.config).name}) and {', '.join(others)}")
     if clashes:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import randomise, tiny_llama, token_ids
+from tiny import randomise, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -124,6 +124,19 @@ def test_a_gain_cannot_share_a_slot(folders: dict[str, Path], fresh: dict[str, T
     both = output(model)
     fxpeft.release_hotswap(model)
     torch.testing.assert_close(output(model), both, rtol=0, atol=1e-5)
+
+
+def test_a_gain_cannot_share_a_bias_that_another_adapter_brings() -> None:
+    model = tiny_gpt2()
+    for name, config in {
+        "biases": LoraConfig(r=2, target_modules=["c_fc"], bias="all"),
+        "dora": LoraConfig(r=2, target_modules=["c_attn"], use_dora=True),
+    }.items():
+        fxpeft.add_adapter(model, config, name)
+    fxpeft.prepare_hotswap(model, 4, methods=("lora", "dora"))
+    with pytest.raises(fxpeft.AdapterError, match=r"c_attn: dora \(dora\) and biases"):
+        fxpeft.set_adapter(model, ["biases", "dora"])
+    assert fxpeft.active_adapters(model) == ["dora"]
 
 
 def test_scales(folders: dict[str, Path]) -> None:
