@@ -28,6 +28,7 @@ if _TYPE_CHECKING:
     from fxpeft.methods.adalora import AdaLoraConfig
     from fxpeft.methods.ia3 import IA3Config
     from fxpeft.methods.lora import LoraConfig
+    from fxpeft.programs import Slots, adapter_inputs, eject, rewrite
     from fxpeft.serving import hold, hotswap, prepare_hotswap, release_hotswap
 
 __version__ = _version("fxpeft")
@@ -39,13 +40,16 @@ __all__ = [
     "IA3Config",
     "LoraConfig",
     "RankAllocator",
+    "Slots",
     "active_adapters",
     "adapter_config",
+    "adapter_inputs",
     "adapter_state_dict",
     "add_adapter",
     "delete_adapter",
     "disable_adapters",
     "disabled",
+    "eject",
     "enable_adapters",
     "hold",
     "hotswap",
@@ -54,6 +58,7 @@ __all__ = [
     "register",
     "release_hotswap",
     "remove",
+    "rewrite",
     "save_adapter",
     "set_adapter",
     "set_scale",
@@ -62,6 +67,7 @@ __all__ = [
 _MODULES = {
     **dict.fromkeys(("AdapterError", "CheckpointError"), "fxpeft.errors"),
     **dict.fromkeys(("hold", "hotswap", "prepare_hotswap", "release_hotswap"), "fxpeft.serving"),
+    **dict.fromkeys(("Slots", "adapter_inputs", "eject", "rewrite"), "fxpeft.programs"),
     **dict.fromkeys(("AdaLoraCallback", "RankAllocator"), "fxpeft.allocator"),
     "AdaLoraConfig": "fxpeft.methods.adalora",
     "IA3Config": "fxpeft.methods.ia3",

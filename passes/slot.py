@@ -12,7 +12,7 @@ is symbolic in a compiled graph, so one graph serves every rank and does only th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from fxpeft.passes.kinds import Kind
 from fxpeft.passes.live import Container
 
 FEATURES = {"g_in": ("in_features", 1.0), "g_out": ("out_features", 1.0), "shift": ("out_features", 0.0)}
+CARRIER = ".carrier"  # where a program's slots read the active rank, in the place of an ActiveRank
 LEAST = 2  # Dynamo specialises sizes 0 and 1, so ranks start at 2; rank 1 is padded
 
 
@@ -107,9 +108,15 @@ class Slot(Container):
         # a pickled view would come back as a tensor of its own, and swaps would write beside the slot
         return {**vars(self), "windows": {}}
 
-    def rewrite(self) -> Rewrite:
-        """The site's rewrite; its operands are reachable at ``slot.<name>``."""
+    def rewrite(self, carrier: Tensor | None = None) -> Rewrite:
+        """The site's rewrite; its operands are reachable at ``slot.<name>``.
+
+        Args:
+            carrier: for a graph that holds tensors only: the tensor whose size is the active rank.
+        """
         operands: dict[str, Any] = {n: self._buffers[n] for n in ("a", "b", "d", *FEATURES) if n in self._buffers}
+        if carrier is not None:
+            return Rewrite("slot", slot_of_carrier, {**operands, CARRIER[1:]: carrier}, container="slot")
         if self.rank is not None:
             operands["rank"] = self.rank
         return Rewrite("slot", slot, operands, container="slot")
@@ -141,3 +148,14 @@ def slot(
     if shift is not None:
         out = out + kind.per_output(shift)
     return out.type_as(y)
+
+
+def slot_of_carrier(
+    kind: Kind, base: Callable[[Tensor], Tensor], x: Tensor, *, carrier: Tensor, **operands: Tensor
+) -> Tensor:
+    """:func:`slot`, the active rank being the size of a tensor that the graph reads itself."""
+    return slot(kind, base, x, rank=_Carried(carrier), **operands)  # type: ignore[arg-type]
+
+
+class _Carried(NamedTuple):
+    carrier: Tensor
