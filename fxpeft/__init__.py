@@ -28,6 +28,8 @@ if _TYPE_CHECKING:
     from fxpeft.methods.adalora import AdaLoraConfig
     from fxpeft.methods.ia3 import IA3Config
     from fxpeft.methods.lora import LoraConfig
+    from fxpeft.packaged import Package, open_package
+    from fxpeft.packaging import package
     from fxpeft.programs import Slots, adapter_inputs, eject, rewrite
     from fxpeft.serving import hold, hotswap, prepare_hotswap, release_hotswap
 
@@ -39,6 +41,7 @@ __all__ = [
     "CheckpointError",
     "IA3Config",
     "LoraConfig",
+    "Package",
     "RankAllocator",
     "Slots",
     "active_adapters",
@@ -54,6 +57,8 @@ __all__ = [
     "hold",
     "hotswap",
     "load_adapter",
+    "open_package",
+    "package",
     "prepare_hotswap",
     "register",
     "release_hotswap",
@@ -67,6 +72,8 @@ __all__ = [
 _MODULES = {
     **dict.fromkeys(("AdapterError", "CheckpointError"), "fxpeft.errors"),
     **dict.fromkeys(("hold", "hotswap", "prepare_hotswap", "release_hotswap"), "fxpeft.serving"),
+    **dict.fromkeys(("Package", "open_package"), "fxpeft.packaged"),
+    "package": "fxpeft.packaging",
     **dict.fromkeys(("Slots", "adapter_inputs", "eject", "rewrite"), "fxpeft.programs"),
     **dict.fromkeys(("AdaLoraCallback", "RankAllocator"), "fxpeft.allocator"),
     "AdaLoraConfig": "fxpeft.methods.adalora",

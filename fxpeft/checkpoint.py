@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, CheckpointError, listing
+from fxpeft.fingerprint import KEY, fingerprint
 from fxpeft.methods import config_class, method_of
 from fxpeft.passes.base import attribute
 from fxpeft.plan import AdapterPlan, base_state
@@ -79,6 +80,16 @@ def read(
     if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise CheckpointError(f"{pickled}: expected a dict of tensors, found {type(tensors).__name__}")
     return Checkpoint(str(source), config, tensors)
+
+
+def base_of(folder: str | Path) -> str | None:
+    """The fingerprint of the base that a folder's adapter was saved from; ``None`` where PEFT wrote it."""
+    path = Path(folder) / WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            return (file.metadata() or {}).get(KEY)  # type: ignore[no-any-return]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: missing or damaged, can't be read as safetensors: {error}") from error
 
 
 def read_config(find: Callable[[str], Path | None], source: str) -> AdapterConfig:
@@ -150,7 +161,7 @@ def write(folder: str | Path, model: nn.Module, adapter: Adapter) -> None:
     tensors = {k: v.cpu().contiguous() for k, v in to_tensors(adapter).items()}
     stored = {k: v.clone() for k, v in tensors.items()}  # tied modules may share memory, safetensors can't
     content = {
-        folder / WEIGHTS: save_tensors(stored, metadata={"format": "pt"}),
+        folder / WEIGHTS: save_tensors(stored, metadata={"format": "pt", KEY: fingerprint(model)}),
         folder / CONFIG: (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(),
     }
     _replace_files(content)

@@ -20,14 +20,16 @@ class Outline:
     """One target.
 
     Args:
-        weight: ``[out, in, ...]``; ``None`` stands for one that nothing reads, in ``dtype``.
-        bias: ``[out]`` or ``None``.
+        weight: ``[out, in, ...]``; ``None`` stands for one that nothing reads, of ``dtype`` on ``device``.
+        bias: ``[out]`` or ``None``. biased: there is one that nothing reads.
     """
 
     kind: Kind
     weight: Tensor | None = None
     bias: Tensor | None = None
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    biased: bool = False
 
 
 def skeleton(outlines: Mapping[str, Outline]) -> nn.Module:
@@ -47,28 +49,28 @@ def skeleton(outlines: Mapping[str, Outline]) -> nn.Module:
 
 
 def _stub(outline: Outline) -> nn.Module:
-    kind = outline.kind
-    weight = outline.weight
-    if weight is None:  # one number, seen as many: it says dtype and shape and takes no memory
-        shape = (kind.out_features, kind.in_features)
-        if isinstance(kind, Conv):
-            shape = (kind.out_features, kind.in_features // kind.groups, *kind.kernel)  # type: ignore[assignment]
-        weight = torch.zeros((), dtype=outline.dtype).expand(shape)
+    kind, weight, bias = outline.kind, outline.weight, outline.bias
+    zero = torch.zeros((), dtype=outline.dtype, device=outline.device)  # seen as many, it takes no memory
+    shape: tuple[int, ...] = (kind.out_features, kind.in_features)
+    if isinstance(kind, Conv):
+        shape = (kind.out_features, kind.in_features // kind.groups, *kind.kernel)
+    weight = zero.expand(shape) if weight is None else weight
+    bias = zero.expand(kind.out_features) if bias is None and outline.biased else bias
     module: nn.Module
     with torch.device("meta"):
         if isinstance(kind, Embedding):
             module, weight = nn.Embedding(kind.in_features, kind.out_features), weight.t()
         elif isinstance(kind, Conv):
-            cls = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(kind.kernel)]
+            cls: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(kind.kernel)]
+            sizes = (_size(kind.stride), _size(kind.padding), _size(kind.dilation))
             module = cls(
-                kind.in_features, kind.out_features, kind.kernel, _size(kind.stride), _size(kind.padding),
-                _size(kind.dilation), kind.groups, bias=outline.bias is not None,
-            )  # fmt: skip
+                kind.in_features, kind.out_features, kind.kernel, *sizes, kind.groups, bias=bias is not None
+            )
         else:
-            module = nn.Linear(kind.in_features, kind.out_features, bias=outline.bias is not None)
+            module = nn.Linear(kind.in_features, kind.out_features, bias=bias is not None)
     module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-    if outline.bias is not None:
-        module._parameters["bias"] = nn.Parameter(outline.bias, requires_grad=False)
+    if bias is not None:
+        module._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
     return module.eval()
 
 
@@ -97,8 +99,8 @@ def kind_from_json(values: Mapping[str, Any], source: str) -> Kind:
         if name == "embedding":
             return Embedding(*size)
         if name in ("conv1d", "conv2d", "conv3d"):
-            kernel, rest = tuple(values["kernel"]), [_size(values[k]) for k in ("stride", "padding", "dilation")]
-            return Conv(*size, kernel, *rest, int(values["groups"]))
+            stride, padding, dilation = (_size(values[k]) for k in ("stride", "padding", "dilation"))
+            return Conv(*size, tuple(values["kernel"]), stride, padding, dilation, int(values["groups"]))
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{source}: damaged: expected a target's kind, found {values!r} ({error})") from None
     raise AdapterError(f"{source}: expected a known kind of target, found {name!r}; it is of a later fxpeft")
