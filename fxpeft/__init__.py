@@ -23,6 +23,7 @@ if _TYPE_CHECKING:
         trainable_parameters,
     )
     from fxpeft.allocator import AdaLoraCallback, RankAllocator
+    from fxpeft.backend import compile
     from fxpeft.errors import AdapterError, CheckpointError
     from fxpeft.methods import register
     from fxpeft.methods.adalora import AdaLoraConfig
@@ -49,6 +50,7 @@ __all__ = [
     "adapter_inputs",
     "adapter_state_dict",
     "add_adapter",
+    "compile",
     "delete_adapter",
     "disable_adapters",
     "disabled",
@@ -75,6 +77,7 @@ _MODULES = {
     **dict.fromkeys(("Package", "open_package"), "fxpeft.packaged"),
     "package": "fxpeft.packaging",
     **dict.fromkeys(("Slots", "adapter_inputs", "eject", "rewrite"), "fxpeft.programs"),
+    "compile": "fxpeft.backend",
     **dict.fromkeys(("AdaLoraCallback", "RankAllocator"), "fxpeft.allocator"),
     "AdaLoraConfig": "fxpeft.methods.adalora",
     "IA3Config": "fxpeft.methods.ia3",

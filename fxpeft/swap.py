@@ -195,6 +195,8 @@ def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
     if serving.features:
         _show_features(serving, adapters)
     _show_copies(model, serving, adapters)
+    for site, slot in serving.slots.items():
+        slot.idle = not used.get(site) and not any((site, name) in serving.featured for name in slot.features)
     if serving.rank is not None and serving.rank.rank != active:
         serving.rank.set(active)
 
