@@ -20,7 +20,7 @@ from fxpeft.passes.subgraphs import copy_graph_module
 PASSES = ("fold_inactive",)
 
 
-def compile(  # noqa: A001 - as torch's
+def compile(
     model: nn.Module,
     *,
     passes: Collection[str] = PASSES,
@@ -43,13 +43,13 @@ def compile(  # noqa: A001 - as torch's
     Raises:
         AdapterError: an unknown pass.
     """
-    own = {"passes": tuple(passes), "inner": inner, "dump": dump, "options": dict(options or {})}
+    own: Any = {"passes": tuple(passes), "inner": inner, "dump": dump, "options": dict(options or {})}
     _check(own["passes"])
     return torch.compile(model, backend=backend, options=own, **torch_options)
 
 
 def backend(
-    graph_module: GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None = None, **more: Any
+    graph_module: GraphModule, example_inputs: list[Any], options: Mapping[str, Any] | None = None, **more: Any
 ) -> Callable[..., Any]:
     """The backend that the entry point ``fxpeft`` names; ``options`` are those of :func:`compile`."""
     own = dict(options or {})
@@ -69,7 +69,7 @@ def backend(
             idle = lower(folded, example_inputs, **more)
     full = lower(graph_module, example_inputs, **more)
     if idle is None:
-        return full  # type: ignore[no-any-return]
+        return full
     names = [n.name for n in graph_module.graph.nodes if n.op == "placeholder"]
     return _choose(idle, full, [i for i, name in enumerate(names) if slots.get(name, ("", 0))[0] == "d"])
 

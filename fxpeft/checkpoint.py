@@ -86,8 +86,8 @@ def base_of(folder: str | Path) -> str | None:
     """The fingerprint of the base that a folder's adapter was saved from; ``None`` where PEFT wrote it."""
     path = Path(folder) / WEIGHTS
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-            return (file.metadata() or {}).get(KEY)  # type: ignore[no-any-return]
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get(KEY)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: missing or damaged, can't be read as safetensors: {error}") from error
 
@@ -164,10 +164,10 @@ def write(folder: str | Path, model: nn.Module, adapter: Adapter) -> None:
         folder / WEIGHTS: save_tensors(stored, metadata={"format": "pt", KEY: fingerprint(model)}),
         folder / CONFIG: (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(),
     }
-    _replace_files(content)
+    replace_files(content)
 
 
-def _replace_files(contents: dict[Path, bytes]) -> None:
+def replace_files(contents: dict[Path, bytes]) -> None:
     """Write beside the targets, then rename: a full disk leaves the old files, and no file is ever half of one."""
     temporary: dict[Path, Path] = {}
     try:

@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from fxpeft.passes.aten import AtenPass
 from fxpeft.passes.base import PassError
@@ -74,7 +75,11 @@ def lower_to_aten(
 
 
 def close_program(
-    program: ExportedProgram, graph_module: GraphModule, *, as_inputs: Mapping[str, Collection[Tensor]], max_rank: int = 0
+    program: ExportedProgram,
+    graph_module: GraphModule,
+    *,
+    as_inputs: Mapping[str, Collection[Tensor]],
+    max_rank: int = 0,
 ) -> ExportedProgram:
     """The program with ``graph_module`` in the place of its graph.
 
@@ -86,16 +91,16 @@ def close_program(
     keyword = {id(tensor): name for name, tensors in as_inputs.items() for tensor in tensors}
     specs = {s.arg.name: s for s in program.graph_signature.input_specs}
 
-    def kind(node: Node) -> InputKind:
+    def kind_of(node: Node) -> InputKind:
         if node.name in specs:
-            return specs[node.name].kind
+            return InputKind(specs[node.name].kind)
         return InputKind.PARAMETER if isinstance(lift.lifted[node.name][1], nn.Parameter) else InputKind.BUFFER
 
     def place(gm: GraphModule, tensor: Tensor) -> Node | None:
         if id(tensor) in keyword:
             return None
         kinds = (InputKind.PARAMETER,) if isinstance(tensor, nn.Parameter) else (InputKind.PARAMETER, InputKind.BUFFER)
-        placed = [n for n in gm.graph.nodes if n.op == "placeholder" and kind(n) in kinds]
+        placed = [n for n in gm.graph.nodes if n.op == "placeholder" and kind_of(n) in kinds]
         return placed[-1] if placed else next((n for n in gm.graph.nodes if n.op == "placeholder"), None)
 
     lift = LiftPass(place)
@@ -133,7 +138,11 @@ def eject_program(program: ExportedProgram, graph_module: GraphModule) -> Export
 
 
 def _assemble(
-    program: ExportedProgram, graph_module: GraphModule, specs: Mapping[str, InputSpec], lifted: Lifted, max_rank: int,
+    program: ExportedProgram,
+    graph_module: GraphModule,
+    specs: Mapping[str, InputSpec],
+    lifted: Lifted,
+    max_rank: int,
     gone: Collection[Any] = (),
 ) -> ExportedProgram:
     placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
@@ -152,7 +161,7 @@ def _assemble(
         if LIFTED in node.meta:
             for size in node.meta["val"].shape:
                 if isinstance(size, torch.SymInt):
-                    ranges.setdefault(size.node.expr, torch.utils._sympy.value_ranges.ValueRanges(LEAST, max_rank))
+                    ranges.setdefault(size.node.expr, ValueRanges(LEAST, max_rank))
     return ExportedProgram(
         root=graph_module,
         graph=graph_module.graph,
@@ -170,7 +179,7 @@ def _call_graph(program: ExportedProgram, users: list[Node], inputs: Mapping[str
     """The call signatures, with the root's inputs as they are now."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*treespec")  # torch's, about itself
-        graph = copy.deepcopy(program.module_call_graph)
+        graph: list[Any] = copy.deepcopy(program.module_call_graph)
     root = graph[0].signature
     assert root is not None
     names = [n.name for n in users]

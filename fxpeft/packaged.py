@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -56,14 +57,16 @@ class Package:
     def _bind(self) -> None:
         """Let the compiled code read the slots where they are."""
         held = set(self._runner.get_constant_fqns())
-        constants = {}
+        constants: dict[str, Tensor] = {}
         for site, slot in self._serving.slots.items():
             for name in ("a", "b", "d", *FEATURES):
-                if name in slot._buffers:
-                    constants[f"slot.{site}.{name}"] = slot._buffers[name]
+                tensor = slot._buffers.get(name)
+                if tensor is not None:
+                    constants[f"slot.{site}.{name}"] = tensor
         missing = [name for name in constants if name not in held]
         if missing:
             raise AdapterError(f"{self.path}: damaged: the compiled code reads no {', '.join(missing[:5])}")
+        self._constants = constants
         self._runner.load_constants(constants, check_full_update=False, user_managed=True)
 
     @torch.no_grad()
@@ -146,6 +149,19 @@ class Package:
                 return
         serving.hotswap(self._model, source, name, config=config, check_finite=check_finite, local_files_only=True)
 
+    def save_slots(self, path: str | Path) -> None:
+        """Write what is in the slots now, for a host without Python (``examples/cpp/host.cpp``).
+
+        A safetensors file with the compiled program's own constants, ``slot.<site>.a`` and so on, and
+        with dynamic rank ``active_rank``, which such a host passes on as the last input.
+        """
+        path, rank = Path(path), self._serving.rank
+        with self._serving.lock.read():
+            tensors = {name: tensor.cpu().clone() for name, tensor in self._constants.items()}
+            if rank is not None:
+                tensors["active_rank"] = self._carrier(rank.rank).cpu()
+        checkpoint.replace_files({path: save_tensors(tensors)})
+
     def set_adapter(self, names: str | Sequence[str]) -> None:
         """Make these adapters the active ones; their updates add up."""
         adapters.set_adapter(self._model, names)
@@ -178,8 +194,8 @@ class Package:
         base, own = checkpoint.base_of(source), self.manifest["fingerprint"]
         if base is not None and base != own:
             raise AdapterError(
-                f"{source}: it was trained on another base: expected fingerprint {own[:12]}, found {base[:12]}; nothing "
-                f"was changed. If that is meant, pass any_base=True"
+                f"{source}: it was trained on another base: expected fingerprint {own[:12]}, found {base[:12]}; "
+                "nothing was changed. If that is meant, pass any_base=True"
             )
 
 
@@ -202,7 +218,7 @@ def _load(path: Path, num_runners: int) -> tuple[dict[str, Any], Any]:
         raise AdapterError(f"{path}: no such file")
     try:
         content = load_pt2(str(path), num_runners=num_runners)
-    except Exception as error:  # noqa: BLE001 - torch raises what its archive reader and the dynamic linker raise
+    except Exception as error:  # torch raises what its archive reader and the dynamic linker raise
         raise AdapterError(f"{path}: can't be opened as a .pt2 package: {error}") from error
     if MANIFEST not in content.extra_files or "model" not in content.aoti_runners:
         raise AdapterError(f"{path}: expected {MANIFEST} and a compiled model in it; was it made by fxpeft.package?")

@@ -79,7 +79,8 @@ def package(
     with torch.no_grad():
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         slotted = rewrite(program, Slots(pattern_of(sites), max_rank, tuple(methods), rank))
-        content = manifest(model, sites, max_rank, methods, rank) | {"inputs": _inputs(program), "outputs": _outputs(program)}
+        content = manifest(model, sites, max_rank, methods, rank)
+        content |= {"inputs": _inputs(program), "outputs": _outputs(program)}
         _write(path, slotted, content, dict(options or {}))
     return path
 
@@ -170,11 +171,11 @@ def _write(path: Path, program: ExportedProgram, content: Mapping[str, Any], opt
     args, kwargs = program.example_inputs
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         unfinished = Path(folder) / path.name
-        files: Any = aot_compile(program.module(check_guards=False), args, kwargs, options=options)  # type: ignore[arg-type]
+        files: Any = aot_compile(program.module(check_guards=False), args, kwargs, options=options)
         text = json.dumps(content, indent=1, sort_keys=True)
         package_pt2(str(unfinished), aoti_files={"model": files}, extra_files={MANIFEST: text})
         held = set(load_pt2(str(unfinished)).aoti_runners["model"].get_constant_fqns())
         lost = [name for name in program.constants if name.startswith("slot.") and name not in held]
         if lost:
-            raise AdapterError(f"Inductor folded these slots into the code, so swaps would have no effect:\n{listing(lost)}")
+            raise AdapterError(f"Inductor folded slots into the code, where no swap reaches them:\n{listing(lost)}")
         unfinished.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,15 @@ from fxpeft.errors import AdapterError, listing
 from fxpeft.exported import KEYWORDS, close_program, eject_program, lower_to_aten, open_program, tensors_of
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.base import SiteAdapter
+from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.base import PassError, attribute
 from fxpeft.passes.dynamo import annotate_sources, name_operands
 from fxpeft.passes.eject import EjectPass
 from fxpeft.passes.inject import InjectPass, Origin, Rewrite
-from fxpeft.passes.kinds import Conv
+from fxpeft.passes.kinds import Conv, Kind
 from fxpeft.passes.lift import drop_unused, hand_in, lift_bodies
 from fxpeft.passes.match import SITE, TARGET, MatchPass, Target, calling_module, operands, read_path
+from fxpeft.passes.names import matches
 from fxpeft.passes.pipeline import Pipeline
 from fxpeft.passes.redirect import RedirectPass
 from fxpeft.passes.slot import LEAST, Slot
@@ -33,7 +36,7 @@ from fxpeft.passes.subgraphs import annotate_bodies, copy_graph_module, own_bodi
 from fxpeft.plan import AdapterPlan, make_plan
 from fxpeft.skeleton import Outline, skeleton
 
-P = TypeVar("P", ExportedProgram, GraphModule)
+P = TypeVar("P", bound=ExportedProgram | GraphModule)
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,27 @@ def rewrite(
     """
     if adapters not in ("attributes", "inputs"):
         raise AdapterError(f"adapters: expected 'attributes' or 'inputs', found {adapters!r}")
+    made: Any = _rewrite(
+        program, adapter, name=name, state_dict=state_dict, adapters=adapters, training=training,
+        check_finite=check_finite, dump=dump,
+    )  # fmt: skip
+    return made  # type: ignore[no-any-return]
+
+
+def _rewrite(
+    program: ExportedProgram | GraphModule,
+    adapter: Any,
+    *,
+    name: str,
+    state_dict: Mapping[str, Tensor] | None,
+    adapters: str,
+    training: bool,
+    check_finite: bool,
+    dump: Path | str | None,
+) -> ExportedProgram | GraphModule:
+    tensors: Any
     exported = isinstance(program, ExportedProgram)
-    graph_module = open_program(program) if exported else copy_graph_module(program)
-    tensors = tensors_of(program) if exported else _Attributes(graph_module, annotate_sources(graph_module))
+    graph_module, tensors = _open(program)
     own_bodies(graph_module)
     annotate_bodies(graph_module)
     found = _match(graph_module, tensors)
@@ -115,7 +136,7 @@ def rewrite(
         )  # fmt: skip
         if not _is_new(found, rewrites):
             return program
-        if adapters == "inputs" and exported and set(KEYWORDS) & set(_keywords(program)):
+        if adapters == "inputs" and isinstance(program, ExportedProgram) and set(KEYWORDS) & set(_keywords(program)):
             raise AdapterError("the program takes an adapter as input already; eject it first")
         redirected = set()
         for _, each in walk(graph_module):
@@ -126,14 +147,14 @@ def rewrite(
                 f"the program doesn't read these on their own, so an adapter can't bring its own:\n{listing(unread)}\n"
                 "use bias='none', or capture the program with torch.export"
             )
-        carriers = [] if carrier is None else [carrier]
-        if exported:
+        if isinstance(program, ExportedProgram):
+            carriers = [] if carrier is None else [carrier]
             lower_to_aten(program, graph_module, carriers, limit)
             share_bodies(graph_module)
-            operand_ids = [t for site in rewrites.values() for r in site for t in r.operands.values()]
-            inputs = [t for t in operand_ids if isinstance(t, Tensor) and t is not carrier]
-            inputs += [t for site in redirects.values() for _, t in site.values()]
-            as_inputs = {"adapters": inputs if adapters == "inputs" else [], "active_rank": carriers}
+            held = [t for site in rewrites.values() for r in site for t in r.operands.values()]
+            held += [t for site in redirects.values() for _, t in site.values()]
+            inputs = [t for t in held if isinstance(t, Tensor) and t is not carrier] if adapters == "inputs" else []
+            as_inputs = {"adapters": inputs, "active_rank": carriers}
             return close_program(program, graph_module, as_inputs=as_inputs, max_rank=limit)
         lift_bodies(graph_module)
         share_bodies(graph_module)
@@ -147,6 +168,14 @@ def rewrite(
     return graph_module
 
 
+def _open(program: ExportedProgram | GraphModule) -> tuple[GraphModule, Any]:
+    """A copy of the graph that can be changed, and its tensors by dotted name."""
+    if isinstance(program, ExportedProgram):
+        return open_program(program), tensors_of(program)
+    graph_module = copy_graph_module(program)
+    return graph_module, _Attributes(graph_module, annotate_sources(graph_module))
+
+
 def eject(program: P, targets: str | Collection[str] | None = None) -> P:
     """The inverse of :func:`rewrite`: the graph is exactly what it was, node for node.
 
@@ -156,28 +185,26 @@ def eject(program: P, targets: str | Collection[str] | None = None) -> P:
     Raises:
         AdapterError: there is nothing to take out.
     """
-    from fxpeft.passes.names import matches
-
-    exported = isinstance(program, ExportedProgram)
-    graph_module = open_program(program) if exported else copy_graph_module(program)
+    graph_module, _ = _open(program)
     ejecting = EjectPass(lambda site: targets is None or matches(targets, site))
-    ejected = []
+    ejected: list[str] = []
     for _, each in walk(graph_module):
         pipeline = Pipeline([ejecting])
         pipeline(each)
         ejected += pipeline.reports[0].matched
     if not ejected:
         raise AdapterError("eject: no adapter is in the program" + (f" at {targets!r}" if targets else ""))
-    if exported:
-        drop_unused(graph_module)
-        share_bodies(graph_module)
-        return eject_program(program, graph_module)
-    for node in drop_unused(graph_module):
-        graph_module.graph.erase_node(node)
+    unused = drop_unused(graph_module)
     share_bodies(graph_module)
-    graph_module.graph.lint()
-    graph_module.recompile()
-    return graph_module
+    made: Any = graph_module
+    if isinstance(program, ExportedProgram):
+        made = eject_program(program, graph_module)
+    else:
+        for node in unused:
+            graph_module.graph.erase_node(node)
+        graph_module.graph.lint()
+        graph_module.recompile()
+    return made  # type: ignore[no-any-return]
 
 
 def adapter_inputs(program: ExportedProgram | GraphModule) -> dict[str, Tensor]:
@@ -337,20 +364,23 @@ def _check_plan(plan: AdapterPlan, found: Mapping[str, list[_Found]], skipped: l
             problems.append(f"{site}: expected a {own.kind.name} in the program, found none")
         for each in nodes:
             kind = each.target.kind
-            if (kind.a_shape(1), kind.out_features, kind.name) != (own.kind.a_shape(1), own.kind.out_features, own.kind.name):
+            if _form(kind) != _form(own.kind):
                 problems.append(f"{site}: expected {own.kind}, found {kind}")
     if problems:
         why = f"\ntargets that can't be rewritten:\n{listing(skipped)}" if skipped else ""
         raise AdapterError(f"the plan doesn't fit the program; nothing was changed.\n{listing(problems)}{why}")
 
 
+def _form(kind: Kind) -> tuple[Any, ...]:
+    # an export writes strides as lists, and it pads by itself where a module has a padding_mode
+    return kind.name, kind.a_shape(1), kind.out_features
+
+
 def _slots(
     slots: Slots, model: nn.Module, found: Mapping[str, list[_Found]], exported: bool
 ) -> tuple[Rewrites, Redirects, Tensor | None, int]:
-    from fxpeft.methods.lora import LoraConfig
-
     features = slots.features()
-    plan = _plan(model, LoraConfig(r=12 * 35, target_modules=slots.targets), [])
+    plan = _plan(model, LoraConfig(r=_ranks(found), target_modules=slots.targets), [])
     carrier = torch.zeros(min(slots.max_rank, 4), dtype=torch.uint8) if slots.rank == "dynamic" else None
     if carrier is not None and not exported:
         raise AdapterError("rank='dynamic': a GraphModule has no inputs to hide; use rank='static', or export")
@@ -363,6 +393,12 @@ def _slots(
         )
         rewrites[site] = [slot.rewrite(carrier)]
     return rewrites, {}, carrier, slots.max_rank
+
+
+def _ranks(found: Mapping[str, list[_Found]]) -> int:
+    """A rank that every grouped convolution allows: only the sites of the plan are used."""
+    kinds = [each.target.kind for nodes in found.values() for each in nodes]
+    return math.lcm(*(kind.groups for kind in kinds if isinstance(kind, Conv)))
 
 
 def _is_new(matched: tuple[dict[str, list[_Found]], list[str]], rewrites: Rewrites) -> bool:
@@ -387,7 +423,9 @@ def _is_new(matched: tuple[dict[str, list[_Found]], list[str]], rewrites: Rewrit
     return there == 0
 
 
-def _inject(graph_module: GraphModule, rewrites: Rewrites, redirects: Redirects, dump: Path | str | None) -> set[str]:
+def _inject(
+    graph_module: GraphModule, rewrites: Rewrites, redirects: Redirects, dump: Path | str | None
+) -> set[str]:
     reads = {read_path(n) for n in graph_module.graph.nodes}
     here = {s: r for s, r in redirects.items() if any(f"{s}.{leaf}" in reads for leaf in r)}
     pipeline = Pipeline([RedirectPass(here), InjectPass(rewrites)], dump=dump)

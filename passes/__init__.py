@@ -15,5 +15,6 @@ from fxpeft.passes.redirect import RedirectPass
 
 __all__ = [
     "AtenPass", "CleanPass", "Conv", "EjectPass", "Embedding", "FoldInactivePass", "GraphPass", "InjectPass", "Kind",
-    "LiftPass", "Linear", "MatchPass", "NameSelector", "PassError", "Pipeline", "RedirectPass", "Report", "Rewrite", "RewriteResult", "Skip", "Target", "graph_text",
+    "LiftPass", "Linear", "MatchPass", "NameSelector", "PassError", "Pipeline", "RedirectPass", "Report", "Rewrite",
+    "RewriteResult", "Skip", "Target", "graph_text",
 ]  # fmt: skip

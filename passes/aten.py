@@ -88,8 +88,8 @@ class AtenPass(GraphPass):
         for other in gm.graph.nodes:
             origin = other.meta.get(SITE)
             if isinstance(origin, Origin):
-                names = {k: result.name for k in ("input", "output") if getattr(origin, k) == node.name}
-                other.meta[SITE] = replace(origin, **names)
+                into, out = (result.name if name == node.name else name for name in (origin.input, origin.output))
+                other.meta[SITE] = replace(origin, input=into, output=out)
         node.replace_all_uses_with(result)
         gm.graph.erase_node(node)
 
@@ -118,7 +118,7 @@ def _inline(gm: GraphModule, node: Node, traced: GraphModule, inputs: list[Node]
 
 def _symbolic(fake_mode: FakeTensorMode, tensor: torch.Tensor, most: int) -> torch.Tensor:
     """A fake of ``tensor`` with a first dimension between 2 and ``most``."""
-    context = StatelessSymbolicContext(
+    context: Any = StatelessSymbolicContext(
         dynamic_sizes=[DimDynamic.DYNAMIC, *(DimDynamic.STATIC for _ in tensor.shape[1:])],
         constraint_sizes=[
             StrictMinMaxConstraint(vr=ValueRanges(LEAST, most), warn_only=False), *(None for _ in tensor.shape[1:])

@@ -12,7 +12,7 @@ from fxpeft.passes.subgraphs import calls
 
 
 class CleanPass(GraphPass):
-    """Erase nodes that have no user and depend on a slot or were folded; nothing else, so no side effect of the model's is lost.
+    """Erase nodes that have no user and depend on a slot or were folded; no other, so no side effect is lost.
 
     Placeholders stay, and so do the operands of bodies: callers go on handing them in.
 

@@ -88,14 +88,15 @@ class Call:
             self.node.args = tuple(kept)
             return
         last = self.form.tuples[-1]
-        before = sum(len(self.node.args[i]) for i in self.form.tuples[:-1])  # type: ignore[arg-type]
-        old: Any = self.node.args[last]
+        args: Any = self.node.args
+        before = sum(len(args[i]) for i in self.form.tuples[:-1])
+        old = args[last]
         kept = [*old[: number - before], *old[number - before + 1 :]]
         self.node.update_arg(last, tuple(kept) if isinstance(old, tuple) else kept)
 
 
 def _name(node: Node) -> str:
-    return node.target.name() if isinstance(node.target, HigherOrderOperator) else ""
+    return str(node.target) if isinstance(node.target, HigherOrderOperator) else ""
 
 
 def calls(graph_module: GraphModule) -> list[Call]:

@@ -1,9 +1,11 @@
-"""One package, compiled once: adapters of several methods swap in it, wrong ones are refused before anything changed."""
+"""One package, compiled once: adapters of several methods swap in it, wrong ones change nothing."""
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -73,15 +75,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: saved(tmp_path_factory.mktemp(name), c, i) for i, (name, c) in enumerate(CONFIGS.items())}
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@functools.cache
+def packaged() -> Path:
+    """The package, compiled once for all tests that need one."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("AOTInductor compiles with the system's C++ compiler, and there is none")
-    to = tmp_path_factory.mktemp("package") / "net.pt2"
     return fxpeft.package(
-        net(), to, (IDS, SHIFT), max_rank=8, targets=TARGETS, methods=METHODS,
+        net(), Path(tempfile.mkdtemp()) / "net.pt2", (IDS, SHIFT), max_rank=8, targets=TARGETS, methods=METHODS,
         dynamic_shapes=({0: Dim("batch", min=1, max=16), 1: Dim("length", min=1, max=32)}, None),
     )  # fmt: skip
+
+
+@pytest.fixture
+def path() -> Path:
+    return packaged()
 
 
 @pytest.fixture
@@ -248,13 +255,13 @@ def test_threads_see_one_adapter_whole(opened: Package, folders: dict[str, Path]
 def test_damaged_packages_are_refused(path: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.pt2"
     cut.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(AdapterError, match=r"can't be opened as a .pt2 package"):
+    with pytest.raises(AdapterError, match="can't be opened as a"):
         fxpeft.open_package(cut)
     with pytest.raises(AdapterError, match="no such file"):
         fxpeft.open_package(tmp_path / "none.pt2")
     plain = tmp_path / "plain.pt2"
     torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)), plain)
-    with pytest.raises(AdapterError, match=r"expected fxpeft.json and a compiled model in it"):
+    with pytest.raises(AdapterError, match="and a compiled model in it"):
         fxpeft.open_package(plain)
 
 
@@ -271,7 +278,7 @@ def test_what_cannot_be_packaged_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(AdapterError, match=message):
             fxpeft.package(model, to, (IDS, SHIFT), **more)  # type: ignore[arg-type]
-    with pytest.raises(AdapterError, match="ends in .pt2"):
+    with pytest.raises(AdapterError, match="expected a name that ends in"):
         fxpeft.package(net(), tmp_path / "net.bin", (IDS, SHIFT))
     assert not list(tmp_path.iterdir())
 

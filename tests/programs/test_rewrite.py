@@ -399,7 +399,7 @@ def test_dynamic_slots_take_the_rank_as_a_size() -> None:
         model.down.weight = nn.Parameter(weight)
         assert (output - h).abs().max() > 0.01
         torch.testing.assert_close(output, model(X), rtol=0, atol=1e-5)
-    with pytest.raises((RuntimeError, AssertionError), match="active_rank|<= 8|rank"):
+    with pytest.raises((RuntimeError, AssertionError), match="rank"):
         run(X, active_rank=torch.zeros(9, dtype=torch.uint8))
     assert text(eject(rewritten)) == text(program)
 
