@@ -193,6 +193,8 @@ def copy_graph_module(graph_module: GraphModule) -> GraphModule:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*treespec")  # torch's, about itself
         graph = copy.deepcopy(graph_module.graph)
+    for old, new in zip(graph_module.graph.nodes, graph.nodes, strict=True):
+        new.name = old.name  # a copy renames what is named like a builtin, ``input`` for instance
     made = GraphModule(graph_module, graph, graph_module.__class__.__name__)
     made.meta = dict(graph_module.meta)
     made.training = graph_module.training

@@ -481,3 +481,13 @@ def test_functional_reads_are_named_after_their_weight() -> None:
     a, b = (rewritten.state_dict[f"adapters.inner.default.lora_{n}"] for n in "AB")
     weight = model.inner.weight + 4 * b @ a
     torch.testing.assert_close(call(rewritten, ROWS), F.linear(ROWS, weight), rtol=0, atol=1e-5)
+
+
+def test_an_argument_named_like_a_builtin() -> None:
+    """A copy of a graph renames it, and the program's signature would miss it."""
+    model = nn.Sequential(nn.Linear(6, 4))
+    program = export(model, (ROWS,))
+    assert any(n.name == "input" for n in program.graph.nodes)
+    rewritten = rewrite(program, LoraConfig(r=2, target_modules=["0"]))
+    torch.testing.assert_close(rewritten.module()(ROWS), model(ROWS))
+    assert text(eject(rewritten)) == text(program)
