@@ -23,6 +23,7 @@ if _TYPE_CHECKING:
         trainable_parameters,
     )
     from fxpeft.allocator import AdaLoraCallback, RankAllocator
+    from fxpeft.backend import compile
     from fxpeft.blend import add_weighted_adapter
     from fxpeft.conversion import convert
     from fxpeft.errors import AdapterError, CheckpointError
@@ -37,8 +38,11 @@ if _TYPE_CHECKING:
     from fxpeft.methods.p_tuning import PromptEncoderConfig
     from fxpeft.methods.prefix_tuning import PrefixTuningConfig
     from fxpeft.methods.prompt_tuning import PromptTuningConfig
+    from fxpeft.packaged import Package, open_package
+    from fxpeft.packaging import package
     from fxpeft.passes.patterns import pattern
     from fxpeft.planner import Plan, apply, plan
+    from fxpeft.programs import Slots, adapter_inputs, eject, rewrite
     from fxpeft.serving import hold, hotswap, prepare_hotswap, release_hotswap
     from fxpeft.trace import roles
 
@@ -52,21 +56,26 @@ __all__ = [
     "IA3Config",
     "LoftQConfig",
     "LoraConfig",
+    "Package",
     "Plan",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptTuningConfig",
     "RankAllocator",
+    "Slots",
     "active_adapters",
     "adapter_config",
+    "adapter_inputs",
     "adapter_state_dict",
     "add_adapter",
     "add_weighted_adapter",
     "apply",
+    "compile",
     "convert",
     "delete_adapter",
     "disable_adapters",
     "disabled",
+    "eject",
     "enable_adapters",
     "fold",
     "folded_adapters",
@@ -76,6 +85,8 @@ __all__ = [
     "install",
     "load_adapter",
     "merge_and_unload",
+    "open_package",
+    "package",
     "pattern",
     "plan",
     "prepare_hotswap",
@@ -83,6 +94,7 @@ __all__ = [
     "register",
     "release_hotswap",
     "remove",
+    "rewrite",
     "roles",
     "save_adapter",
     "set_adapter",
@@ -96,6 +108,10 @@ _MODULES = {
     **dict.fromkeys(("hold", "hotswap", "prepare_hotswap", "release_hotswap"), "fxpeft.serving"),
     **dict.fromkeys(("fold", "folded_adapters", "merge_and_unload", "refold", "unfold"), "fxpeft.folding"),
     **dict.fromkeys(("install", "uninstall"), "fxpeft.integrations.transformers"),
+    **dict.fromkeys(("Package", "open_package"), "fxpeft.packaged"),
+    "package": "fxpeft.packaging",
+    **dict.fromkeys(("Slots", "adapter_inputs", "eject", "rewrite"), "fxpeft.programs"),
+    "compile": "fxpeft.backend",
     **dict.fromkeys(("AdaLoraCallback", "RankAllocator"), "fxpeft.allocator"),
     "AdaLoraConfig": "fxpeft.methods.adalora",
     "EvaConfig": "fxpeft.methods.inits",

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, CheckpointError, listing
+from fxpeft.fingerprint import KEY, fingerprint
 from fxpeft.methods import config_class, method_of
 from fxpeft.methods.base import Base, Method
 from fxpeft.passes.base import PassError, attribute
@@ -100,6 +101,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged or cut short, can't be read as safetensors: {error}") from error
+def base_of(folder: str | Path) -> str | None:
+    """The fingerprint of the base that a folder's adapter was saved from; ``None`` where PEFT wrote it."""
+    path = Path(folder) / WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get(KEY)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: missing or damaged, can't be read as safetensors: {error}") from error
 
 
 def read_config(find: Callable[[str], Path | None], source: str) -> AdapterConfig:
@@ -174,23 +183,29 @@ def write(
     if values["task_type"] is None and values["auto_mapping"] is None:
         cls = next(c for c in type(model).__mro__ if not hasattr(c, "_fxpeft_base"))
         values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
-    write_files(folder, values, to_tensors(adapter) if tensors is None else tensors)
+    write_files(folder, values, to_tensors(adapter) if tensors is None else tensors, base=fingerprint(model))
 
 
-def write_files(folder: str | Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write ``adapter_config.json`` from ``values``, and the tensors; all or nothing."""
+def write_files(
+    folder: str | Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor], *, base: str | None = None
+) -> None:
+    """Write ``adapter_config.json`` from ``values``, and the tensors; all or nothing.
+
+    Args:
+        base: the base's fingerprint, noted in the tensors' file.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # tied modules may share memory, safetensors can't
     stored = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     content = {
-        folder / WEIGHTS: save_tensors(stored, metadata={"format": "pt"}),
+        folder / WEIGHTS: save_tensors(stored, metadata={"format": "pt", **({KEY: base} if base else {})}),
         folder / CONFIG: (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(),
     }
-    _replace_files(content)
+    replace_files(content)
 
 
-def _replace_files(contents: dict[Path, bytes]) -> None:
+def replace_files(contents: dict[Path, bytes]) -> None:
     """Write beside the targets, then rename: a full disk leaves the old files, and no file is ever half of one."""
     temporary: dict[Path, Path] = {}
     try:

@@ -224,6 +224,34 @@ def convert(
 
 
 @app.command()
+def fold(
+    adapter: Source,
+    output: Annotated[Path, typer.Argument(help="The merged model's folder.")],
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="The base model; default: the one the adapter names.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into its base model's weights and save that model; NaN and infinity are refused."""
+    from fxpeft.checkpoint import read
+    from fxpeft.empty_model import loaded_model
+    from fxpeft.state import state_of
+
+    base = model or read(adapter).config.base_model_name_or_path
+    if base is None:
+        raise AdapterError(f"{adapter}: names no base model; say which with --model")
+    if output.is_dir() and any(output.iterdir()):
+        raise AdapterError(f"{output}: expected a new or an empty folder")
+    whole = loaded_model(base)
+    fxpeft.load_adapter(whole, adapter)
+    sites = list(state_of(whole).get("default").plan.sites)
+    fxpeft.merge_and_unload(whole, safe=True)
+    whole.save_pretrained(output)
+    content = {"output": str(output), "base": base, "sites": sites}
+    _print(as_json, content, f"{output}: {base} with {len(sites)} sites folded")
+
+
+@app.command()
 def diff(before: Source, after: Source, as_json: Json = False) -> None:
     """Compare two adapters: configs, sites, and how far their updates are apart. Exit code 1 where they differ."""
     from fxpeft.adapter_file import diff_files

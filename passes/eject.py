@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from fxpeft.passes.base import GraphPass, Report, RewriteResult, Skip, attribute
 from fxpeft.passes.inject import Origin, reroute
-from fxpeft.passes.match import SITE, TARGET, Target
+from fxpeft.passes.match import OPERAND, SITE, TARGET, Target, read_path
 from fxpeft.passes.redirect import REDIRECT
 
 
@@ -45,14 +45,15 @@ class EjectPass(GraphPass):
             matched.append(target.site)
         modified = bool(matched)
         for node in list(graph.nodes):
-            if REDIRECT in node.meta:
+            if REDIRECT in node.meta and node.users:
                 old = next(n for n in graph.nodes if n.name == node.meta[REDIRECT])
-                site = str(old.target).rpartition(".")[0]
+                site = str(read_path(old)).rpartition(".")[0]
                 if self.select(site):
                     node.replace_all_uses_with(old)
-                    graph.erase_node(node)
-                    gone.add(str(node.target))
                     modified = True
+                    if node.op == "get_attr":
+                        graph.erase_node(node)
+                        gone.add(str(node.target))
         _prune(graph_module, gone)
         report = Report(self.name, tuple(matched), tuple(skipped), before, len(graph.nodes))
         return RewriteResult(graph_module, modified, report)
@@ -70,9 +71,11 @@ def _restore(gm: GraphModule, node: Node, target: Target, origin: Origin) -> set
         node.update_arg(target.input, source)
     else:
         node.update_kwarg("input", source)
+    # what a rewrite reads of the target itself stays: a called module's weight, for instance
+    gone = _paths(n for n in new if OPERAND in n.meta or n.op == "call_module")
     for made_node in reversed(new):
         gm.graph.erase_node(made_node)
-    return _paths(new)
+    return gone
 
 
 def _paths(nodes: Iterable[Node]) -> set[str]:

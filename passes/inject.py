@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, Skip, attribute, join
-from fxpeft.passes.match import SITE, TARGET, Target, operands
+from fxpeft.passes.match import OPERAND, REWRITE, SITE, TARGET, Target, operands
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _rewrite_site(gm: GraphModule, node: Node, target: Target, rewrites: Sequenc
     names = tuple(rewrite.name for rewrite in rewrites)
     for made in new:
         made.meta[SITE] = node.name
-        made.meta["fxpeft.rewrite"] = names
+        made.meta[REWRITE] = names
     if result.node is not node:
         reroute(node, result.node, new)
     node.meta[SITE] = Origin(names, source.name, result.node.name)
@@ -168,7 +168,9 @@ def _operand(gm: GraphModule, path: str, value: Any, tracer: GraphAppendingTrace
     install(gm, path, value)
     if isinstance(value, nn.Module):
         return lambda *args: Proxy(tracer.graph.call_module(path, tuple(a.node for a in args)), tracer)
-    return Proxy(get_attr(tracer.graph, path), tracer)
+    read = get_attr(tracer.graph, path)
+    read.meta[OPERAND] = True
+    return Proxy(read, tracer)
 
 
 def get_attr(graph: Graph, path: str) -> Node:

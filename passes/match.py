@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +20,16 @@ from fxpeft.passes.terms import Pattern, Subject
 
 TARGET = "fxpeft.target"  # node.meta key of the annotation
 ROLE = "fxpeft.role"  # node.meta key of a role, from RolePass
+REWRITE = "fxpeft.rewrite"  # node.meta key: on a node that inject made, the names of its site's rewrites
+OPERAND = "fxpeft.operand"  # node.meta key: on a read that inject or redirect made, of an operand of the adapter's
+READS = "fxpeft.reads"  # node.meta key: on a placeholder, the dotted name of the parameter or buffer that it carries
 SITE = "fxpeft.site"  # node.meta key: on a node that inject made, the base node's name; on a base node, its Origin
 
 aten = torch.ops.aten
 _TRANSPOSES = {aten.t.default, aten.numpy_T.default, torch.t}
 _SWAPS = {aten.transpose.int, aten.permute.default, torch.transpose, torch.permute}
 _TRANSPOSE_METHODS = {"t", "transpose", "permute"}
+_ROOT = re.compile(r"^[LG]\[['\"]\w+['\"]\](\.|$)")  # Dynamo's name for the root module
 
 
 @dataclass(frozen=True)
@@ -96,24 +101,42 @@ def _arg(node: Node, index: int, name: str, default: Any = None) -> Any:
 def _weight(graph_module: GraphModule, value: Any) -> tuple[str, torch.Size, bool]:
     """Site, shape and whether the graph transposes it, of a weight operand."""
     node, transposed = node_of(value), False
-    while node is not None and node.op != "get_attr":
+    while node is not None and read_path(node) is None:
         known = node.target in _TRANSPOSES or node.target in _SWAPS
         if not known and not (node.op == "call_method" and node.target in _TRANSPOSE_METHODS):
             break
         node, transposed = node_of(node.args[0]), not transposed
-    if node is None or node.op != "get_attr":
+    path = None if node is None else read_path(node)
+    if node is None or path is None:
         raise Unsupported("its weight is computed in the graph, not read from a module")
-    path = str(node.target)
-    return path.rpartition(".")[0], attribute(graph_module, path).shape, transposed
+    return path.rpartition(".")[0], value_of(graph_module, node).shape, transposed
+
+
+def read_path(node: Node) -> str | None:
+    """The dotted name of the attribute that a node reads or, as a placeholder, carries; ``None`` for any other."""
+    path: str | None = node.meta.get(READS)
+    return str(node.target) if path is None and node.op == "get_attr" else path
+
+
+def value_of(graph_module: GraphModule, node: Node) -> Any:
+    """The attribute that a node reads, or the example that stands for a placeholder's."""
+    if node.op == "get_attr":
+        return attribute(graph_module, str(node.target))
+    return node.meta["val"] if "val" in node.meta else node.meta["example_value"]
 
 
 def _owner(node: Node, site: str) -> str:
     """The calling module where the graph recorded it: with tied weights the weight's name is another's."""
+    path = calling_module(node)
+    # a module that reads the weight of one below it, without calling it, is not the weight's owner
+    return site if not path or site.startswith(f"{path}.") else path
+
+
+def calling_module(node: Node) -> str:
+    """Dotted name of the innermost module whose forward made a node, as far as the graph recorded it."""
     stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return site
-    path = str(list(stack.values())[-1][0])
-    return path.removeprefix("L['self']").removeprefix(".") or site
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    return _ROOT.sub("", path)
 
 
 def _read_linear(graph_module: GraphModule, node: Node) -> Target:

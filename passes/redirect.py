@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, join
 from fxpeft.passes.inject import get_attr, install
+from fxpeft.passes.match import OPERAND, read_path
 
 REDIRECT = "fxpeft.redirect"  # node.meta key: on a new read, the name of the read it stands in for
 
@@ -40,18 +41,20 @@ class RedirectPass(GraphPass):
                 wanted, path = join(site, attribute), join(self.container, site, operand)
                 if any(n.meta.get(REDIRECT) and n.target == path for n in graph.nodes):
                     continue
-                reads = [n for n in graph.nodes if n.op == "get_attr" and n.target == wanted]
+                reads = [n for n in graph.nodes if read_path(n) == wanted]
                 if not reads:
                     raise PassError(
                         f"site {site!r}: the graph doesn't read {attribute!r} on its own, so an adapter can't bring "
                         f"its own {attribute!r} here; use bias='none' or leave this site out"
                     )
                 install(graph_module, path, value)
+                first = next(n for n in graph.nodes if n.op != "placeholder")
                 for read in reads:
-                    with graph.inserting_after(read):
+                    place = graph.inserting_before(first) if read.op == "placeholder" else graph.inserting_after(read)
+                    with place:
                         new = get_attr(graph, path)
                     read.replace_all_uses_with(new)
-                    new.meta[REDIRECT] = read.name
+                    new.meta |= {REDIRECT: read.name, OPERAND: True}
                 matched.append(wanted)
         report = Report(self.name, tuple(matched), (), before, len(graph.nodes))
         return RewriteResult(graph_module, bool(matched), report)

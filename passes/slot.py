@@ -12,7 +12,8 @@ is symbolic in a compiled graph, so one graph serves every rank and does only th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from fxpeft.passes.kinds import Kind
 from fxpeft.passes.live import Container
 
 FEATURES = {"g_in": ("in_features", 1.0), "g_out": ("out_features", 1.0), "shift": ("out_features", 0.0)}
+NEUTRAL = {"d": 0, "shift": 0, "g_in": 1, "g_out": 1}  # what is in a slot that holds nothing
+CARRIER = ".carrier"  # where a program's slots read the active rank, in the place of an ActiveRank
 LEAST = 2  # Dynamo specialises sizes 0 and 1, so ranks start at 2; rank 1 is padded
 
 
@@ -59,6 +62,8 @@ class Slot(Container):
         kind: the site's kind.
         rank: the model's active rank, or ``None`` for static mode.
         features: which of ``g_in`` [in], ``g_out`` [out] and ``shift`` [out] the slot has.
+
+    ``idle`` says that it holds nothing, so that a graph without it may run; whoever writes slots keeps it true.
     """
 
     a: Tensor
@@ -81,7 +86,7 @@ class Slot(Container):
     ) -> None:
         super().__init__()
         Slot.generation += 1
-        self.kind, self.rank = kind, rank
+        self.kind, self.rank, self.idle = kind, rank, False
         self.windows: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}  # views, kept by the swap
         for name, shape in (("a", kind.a_shape(max_rank)), ("b", (max_rank, kind.out_features))):
             self.register_buffer(name, torch.zeros(shape, device=device, dtype=dtype), persistent=False)
@@ -93,6 +98,16 @@ class Slot(Container):
             if name in self.features:
                 value = torch.full((getattr(kind, size),), neutral, device=device)
                 self.register_buffer(name, value, persistent=False)
+        self._announce()
+
+    def _announce(self) -> None:
+        """Let :func:`slot_of` find the slot by its tensors."""
+        for buffer in self._buffers.values():
+            _slots[id(buffer)] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._announce()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
         exact = {name: buffer for name, buffer in self._buffers.items() if name in ("d", *FEATURES)}
@@ -100,6 +115,7 @@ class Slot(Container):
         for name, buffer in exact.items():
             assert buffer is not None
             self._buffers[name] = buffer.to(self.a.device)
+        self._announce()
         Slot.generation += 1
         return self
 
@@ -107,12 +123,27 @@ class Slot(Container):
         # a pickled view would come back as a tensor of its own, and swaps would write beside the slot
         return {**vars(self), "windows": {}}
 
-    def rewrite(self) -> Rewrite:
-        """The site's rewrite; its operands are reachable at ``slot.<name>``."""
+    def rewrite(self, carrier: Tensor | None = None) -> Rewrite:
+        """The site's rewrite; its operands are reachable at ``slot.<name>``.
+
+        Args:
+            carrier: for a graph that holds tensors only: the tensor whose size is the active rank.
+        """
         operands: dict[str, Any] = {n: self._buffers[n] for n in ("a", "b", "d", *FEATURES) if n in self._buffers}
+        if carrier is not None:
+            return Rewrite("slot", slot_of_carrier, {**operands, CARRIER[1:]: carrier}, container="slot")
         if self.rank is not None:
             operands["rank"] = self.rank
         return Rewrite("slot", slot, operands, container="slot")
+
+
+_slots: WeakValueDictionary[int, Slot] = WeakValueDictionary()
+
+
+def slot_of(tensor: Tensor) -> Slot | None:
+    """The slot that a tensor is a placeholder of, or ``None``."""
+    found = _slots.get(id(tensor))  # ids are used again, and ``.to`` replaces tensors
+    return found if found is not None and any(b is tensor for b in found._buffers.values()) else None
 
 
 def slot(
@@ -141,3 +172,14 @@ def slot(
     if shift is not None:
         out = out + kind.per_output(shift)
     return out.type_as(y)
+
+
+def slot_of_carrier(
+    kind: Kind, base: Callable[[Tensor], Tensor], x: Tensor, *, carrier: Tensor, **operands: Tensor
+) -> Tensor:
+    """:func:`slot`, the active rank being the size of a tensor that the graph reads itself."""
+    return slot(kind, base, x, rank=_Carried(carrier), **operands)  # type: ignore[arg-type]
+
+
+class _Carried(NamedTuple):
+    carrier: Tensor

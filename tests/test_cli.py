@@ -246,3 +246,19 @@ def test_bench_measures_without_recompiling(folder: Path) -> None:
         run("bench", folder / "base", "--rank", 9, "--max-rank", 4)
     with pytest.raises(AdapterError, match="expected a model's folder or hub id"):
         run("bench", folder / "nowhere")
+
+
+def test_fold_saves_a_model_with_the_adapter_in_its_weights(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "merged"
+    with pytest.raises(AdapterError, match=r"names no base model"):
+        run("fold", folder / "b", output)
+    found = told("fold", folder / "b", output, "--model", folder / "base")
+    assert "model.embed_tokens" in found["sites"]
+    model = tiny_llama()
+    fxpeft.load_adapter(model, folder / "b")
+    merged = type(model).from_pretrained(output).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(token_ids()).logits, model(token_ids()).logits, rtol=0, atol=1e-5)
+        assert not torch.allclose(merged(token_ids()).logits, tiny_llama()(token_ids()).logits, atol=1e-3)
+    with pytest.raises(AdapterError, match="new or an empty folder"):
+        run("fold", folder / "b", output, "--model", folder / "base")

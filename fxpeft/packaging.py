@@ -1,0 +1,181 @@
+"""A packaged model: one compiled ``.pt2`` with slots in it, made here and opened in :mod:`fxpeft.packaged`."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from fxpeft.config import AdapterConfig
+from fxpeft.errors import AdapterError, listing
+from fxpeft.exported import USER
+from fxpeft.fingerprint import fingerprint
+from fxpeft.methods import slot_needs
+from fxpeft.methods.lora import LoraConfig
+from fxpeft.passes.base import PassError
+from fxpeft.passes.live import kind_of
+from fxpeft.passes.slot import LEAST
+from fxpeft.programs import Slots, rewrite
+from fxpeft.sites import base_modules, make_plan
+from fxpeft.skeleton import kind_to_json
+from fxpeft.state import find_state, placement, unwrap
+
+MANIFEST = "fxpeft.json"
+VERSION = 1
+
+
+def package(
+    model: nn.Module,
+    path: str | Path,
+    example_inputs: Mapping[str, Any] | Sequence[Any],
+    *,
+    max_rank: int = 64,
+    targets: str | Collection[str] | AdapterConfig | None = None,
+    methods: Sequence[str] = ("lora",),
+    rank: Literal["dynamic", "static"] = "dynamic",
+    dynamic_shapes: Any = None,
+    options: Mapping[str, Any] | None = None,
+) -> Path:
+    """Export a bare model, give its targets slots, compile it with AOTInductor and write one ``.pt2``.
+
+    :func:`fxpeft.open_package` runs it and swaps adapters in it, without the model's code.
+
+    Args:
+        path: ends in ``.pt2``; written beside it first, then renamed.
+        example_inputs: positional or keyword arguments of a forward, tensors with the devices and dtypes to come.
+        targets: as in :func:`fxpeft.prepare_hotswap`, or a config whose targets are taken.
+        methods: any of those of ``prepare_hotswap`` but ``dora``, whose gains can be computed from the
+            base's weights only, which a package holds compiled.
+        rank: ``"dynamic"``: a step pays for the rank in use; ``"static"``: for ``max_rank``.
+        dynamic_shapes: as in ``torch.export.export``.
+        options: Inductor's, as in ``torch._inductor.aoti_compile_and_package``.
+
+    Raises:
+        AdapterError: the model has adapters, or something is declared that can't be packaged.
+    """
+    model, path = unwrap(model), Path(path)
+    known = [name for name in slot_needs() if name != "dora"]
+    if isinstance(methods, str) or any(m not in known for m in methods):
+        raise AdapterError(f"methods: expected a sequence of some of {', '.join(known)}, found {methods!r}")
+    if path.suffix != ".pt2":
+        raise AdapterError(f"path: expected a name that ends in .pt2, found {path}")
+    if find_state(model) is not None:
+        raise AdapterError("the model has adapters: package the bare model (fxpeft.remove), then load them into it")
+    if model.training:
+        raise AdapterError("the model is in training mode, and a package serves: call model.eval() first")
+    if torch._inductor.config.freezing or (options or {}).get("freezing"):
+        raise AdapterError("Inductor's freezing folds slots into constants, so swaps would have no effect")
+    sites = _sites(model, targets, max_rank)
+    args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+    with torch.no_grad():
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        slotted = rewrite(program, Slots(pattern_of(sites), max_rank, tuple(methods), rank))
+        content = manifest(model, sites, max_rank, methods, rank)
+        content |= {"inputs": _inputs(program), "outputs": _outputs(program)}
+        _write(path, slotted, content, dict(options or {}))
+    return path
+
+
+def _sites(model: nn.Module, targets: str | Collection[str] | AdapterConfig | None, max_rank: int) -> list[str]:
+    if max_rank < LEAST:
+        raise AdapterError(f"max_rank: expected at least {LEAST}, found {max_rank}")
+    if isinstance(targets, AdapterConfig):
+        return list(make_plan(model, targets).sites)
+    groups = [g for m in model.modules() if isinstance(g := getattr(m, "groups", None), int)]
+    wanted = LoraConfig(r=math.lcm(*groups), target_modules="all-linear" if targets is None else targets)
+    return list(make_plan(model, wanted).sites)
+
+
+def manifest(
+    model: nn.Module, sites: Collection[str], max_rank: int, methods: Sequence[str], rank: str
+) -> dict[str, Any]:
+    """What a package says of itself: enough to plan and check any adapter without the model.
+
+    ``modules`` has every module that could be a target, so that a target that has no slot is noticed.
+    """
+    modules = {}
+    for name, module in base_modules(model):
+        try:
+            kind = kind_of(module)
+        except PassError:
+            continue
+        if name:
+            dtype = placement(module, model, autocast=False)[1]
+            bias = isinstance(getattr(module, "bias", None), Tensor)
+            modules[name] = {**kind_to_json(kind), "dtype": str(dtype).removeprefix("torch."), "bias": bias}
+    return {
+        "version": VERSION,
+        "model": type(model).__name__,
+        "fingerprint": fingerprint(model),
+        "max_rank": max_rank,
+        "methods": list(methods),
+        "rank": rank,
+        "device": str(next(model.parameters()).device),
+        "sites": list(sites),
+        "modules": modules,
+    }
+
+
+def pattern_of(sites: Collection[str]) -> str:
+    """A regular expression for exactly these names: a list would take names that end in one of them too."""
+    return "|".join(re.escape(site) for site in sites)
+
+
+def _inputs(program: ExportedProgram) -> list[dict[str, Any]]:
+    """The inputs, for the check that a compiled program doesn't make: a size, or a symbol with its range."""
+    found = []
+    names = {s.arg.name for s in program.graph_signature.input_specs if s.kind is USER}
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and node.name in names and isinstance(value, Tensor):
+            shape = [_size(program, size) for size in value.shape]
+            found.append({"name": node.name, "dtype": str(value.dtype).removeprefix("torch."), "shape": shape})
+    return found
+
+
+def _size(program: ExportedProgram, size: Any) -> Any:
+    if not isinstance(size, torch.SymInt):
+        return size
+    bounds = program.range_constraints.get(size.node.expr)
+    if bounds is None:
+        return None  # an expression of other sizes
+    finite = [int(b) if b.is_Integer else None for b in (bounds.lower, bounds.upper)]
+    return {"symbol": str(size.node.expr), "min": finite[0], "max": finite[1]}
+
+
+def _outputs(program: ExportedProgram) -> list[str]:
+    """A name for each output tensor: its key where the output is a dict or a dataclass."""
+    root = program.module_call_graph[0].signature
+    assert root is not None
+    tree = pytree.tree_unflatten(list(range(root.out_spec.num_leaves)), root.out_spec)
+    return [pytree.keystr(path).strip("[]'.") for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def _write(path: Path, program: ExportedProgram, content: Mapping[str, Any], options: dict[str, Any]) -> None:
+    from torch._inductor import aot_compile
+    from torch.export.pt2_archive._package import load_pt2, package_pt2
+
+    # Inductor writes one-dimensional constants of up to 8 numbers into the code, where no swap reaches them
+    options = {**options, "aot_inductor.package": True, "always_keep_tensor_constants": True}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert program.example_inputs is not None
+    args, kwargs = program.example_inputs
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        unfinished = Path(folder) / path.name
+        files: Any = aot_compile(program.module(check_guards=False), args, kwargs, options=options)
+        text = json.dumps(content, indent=1, sort_keys=True)
+        package_pt2(str(unfinished), aoti_files={"model": files}, extra_files={MANIFEST: text})
+        held = set(load_pt2(str(unfinished)).aoti_runners["model"].get_constant_fqns())
+        lost = [name for name in program.constants if name.startswith("slot.") and name not in held]
+        if lost:
+            raise AdapterError(f"Inductor folded slots into the code, where no swap reaches them:\n{listing(lost)}")
+        unfinished.replace(path)
