@@ -20,7 +20,6 @@ if _TYPE_CHECKING:
         save_adapter,
         set_adapter,
         set_scale,
-        trainable_parameters,
     )
     from fxpeft.allocator import AdaLoraCallback, RankAllocator
     from fxpeft.backend import compile
@@ -40,6 +39,7 @@ if _TYPE_CHECKING:
     from fxpeft.methods.prompt_tuning import PromptTuningConfig
     from fxpeft.packaged import Package, open_package
     from fxpeft.packaging import package
+    from fxpeft.parameters import trainable_parameters
     from fxpeft.passes.patterns import pattern
     from fxpeft.planner import Plan, apply, plan
     from fxpeft.programs import Slots, adapter_inputs, eject, rewrite
@@ -128,6 +128,7 @@ _MODULES = {
     "PromptEncoderConfig": "fxpeft.methods.p_tuning",
     "PromptTuningConfig": "fxpeft.methods.prompt_tuning",
     "register": "fxpeft.methods",
+    "trainable_parameters": "fxpeft.parameters",
 }
 
 
