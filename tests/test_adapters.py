@@ -196,7 +196,7 @@ def test_state_dict_has_pefts_keys_and_shares_memory() -> None:
 def test_trainable_parameters_are_counted_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_llama()
     base = sum(p.numel() for p in model.parameters())
-    assert fxpeft.trainable_parameters(model, show=False) == ParameterCount(base, base)
+    assert fxpeft.trainable_parameters(model, show=False) == fxpeft.parameters.ParameterCount(base, base)
     assert capsys.readouterr().out == ""
     add(model, "a", 1, r=3, lora_alpha=7, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 5})
     count = 2 * (3 * (32 + 32) + 5 * (32 + 16))
