@@ -266,9 +266,8 @@ def assign(
         return tensor
 
     for site, site_plan in plan.sites.items():
-        keys = {n: _short(method.key(site, site_plan, n), method.prefix) for n in method.shapes(config, site_plan)}
-        shapes = method.shapes(config, site_plan)
-        taken = {n: take(keys[n], s) for n, s in shapes.items() if n not in method.frozen(config)}
+        shapes = {n: s for n, s in method.shapes(config, site_plan).items() if n not in method.frozen(config)}
+        taken = {n: take(_short(method.key(site, site_plan, n), method.prefix), s) for n, s in shapes.items()}
         values.sites[site] = {n: t for n, t in taken.items() if t is not None}
     for path in plan.saved:
         own = base_state(model.get_submodule(path))

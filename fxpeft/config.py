@@ -105,7 +105,7 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The config as PEFT writes it to ``adapter_config.json``."""
-        own = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        own = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         for name in ("target_modules", "exclude_modules"):
             if isinstance(own[name], Pattern):  # not resolved yet; "& name:**" marks a text of bare names as one
                 text = str(own[name])
@@ -169,6 +169,12 @@ class RankConfig(AdapterConfig):
         for where, rank in (("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
             if rank <= 0:
                 raise AdapterError(f"{where}: expected a positive integer, found {rank}")
+
+
+def _plain(value: Any) -> Any:
+    """A copy that JSON can hold; patterns are left to their own text."""
+    nested = dataclasses.is_dataclass(value) and not isinstance(value, type | Pattern)
+    return dataclasses.asdict(value) if nested else copy.deepcopy(value)
 
 
 def _check_pattern(name: str, text: str) -> None:
