@@ -202,6 +202,8 @@ class Package:
 def open_package(path: str | Path, *, num_runners: int = 1) -> Package:
     """Open a ``.pt2`` that :func:`fxpeft.package` wrote: a callable with slots for adapters.
 
+    A package is machine code, as any AOTInductor package: open files that you trust.
+
     Args:
         num_runners: how many calls can run at a time; others wait.
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from fxpeft import checkpoint
 from fxpeft.adapters import fresh_values, placed
@@ -21,20 +21,21 @@ from fxpeft.exported import KEYWORDS, close_program, eject_program, lower_to_ate
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.base import SiteAdapter
 from fxpeft.methods.lora import LoraConfig
-from fxpeft.passes.base import PassError, attribute
+from fxpeft.passes.base import PassError
 from fxpeft.passes.dynamo import annotate_sources, name_operands
 from fxpeft.passes.eject import EjectPass
 from fxpeft.passes.inject import InjectPass, Origin, Rewrite
 from fxpeft.passes.kinds import Conv, Kind
 from fxpeft.passes.lift import drop_unused, hand_in, lift_bodies
-from fxpeft.passes.match import SITE, TARGET, MatchPass, Target, calling_module, operands, read_path
+from fxpeft.passes.match import SITE, read_path
 from fxpeft.passes.names import matches
 from fxpeft.passes.pipeline import Pipeline
 from fxpeft.passes.redirect import RedirectPass
 from fxpeft.passes.slot import LEAST, Slot
 from fxpeft.passes.subgraphs import annotate_bodies, copy_graph_module, own_bodies, share_bodies, walk
+from fxpeft.program_sites import Attributes, Found, match_sites
 from fxpeft.sites import AdapterPlan, make_plan
-from fxpeft.skeleton import Outline, skeleton
+from fxpeft.skeleton import skeleton
 
 P = TypeVar("P", bound=ExportedProgram | GraphModule)
 
@@ -128,7 +129,7 @@ def _rewrite(
     graph_module, tensors = _open(program)
     own_bodies(graph_module)
     annotate_bodies(graph_module)
-    found = _match(graph_module, tensors)
+    found = match_sites(graph_module, tensors)
     try:
         rewrites, redirects, carrier, limit = _rewrites(
             adapter, found, name=name, state_dict=state_dict, training=training or not exported,
@@ -173,7 +174,7 @@ def _open(program: ExportedProgram | GraphModule) -> tuple[GraphModule, Any]:
     if isinstance(program, ExportedProgram):
         return open_program(program), tensors_of(program)
     graph_module = copy_graph_module(program)
-    return graph_module, _Attributes(graph_module, annotate_sources(graph_module))
+    return graph_module, Attributes(graph_module, annotate_sources(graph_module))
 
 
 def eject(program: P, targets: str | Collection[str] | None = None) -> P:
@@ -218,76 +219,13 @@ def adapter_inputs(program: ExportedProgram | GraphModule) -> dict[str, Tensor]:
     return dict(found)
 
 
-class _Attributes:
-    """The tensors of a graph module by dotted name."""
-
-    def __init__(self, graph_module: GraphModule, examples: Mapping[str, Tensor]) -> None:
-        self.graph_module = graph_module
-        self.examples = examples
-
-    def __getitem__(self, path: str) -> Any:
-        return self.examples[path] if path in self.examples else attribute(self.graph_module, path)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A matched node: its graph, its target and its weight and bias."""
-
-    graph_module: GraphModule
-    node: Node
-    target: Target
-    outline: Outline
-
-
-def _match(graph_module: GraphModule, tensors: Any) -> tuple[dict[str, list[_Found]], list[str]]:
-    """Every target of the program, in all its graphs, and what was left out with the reason."""
-    found: dict[str, list[_Found]] = {}
-    skipped = []
-    for _, each in walk(graph_module):
-        result = MatchPass(lambda site: True)(each)
-        skipped += [f"{s.site or '(root)'}: {s.reason}" for s in result.report.skipped]
-        for node in each.graph.nodes:
-            target: Target | None = node.meta.get(TARGET)
-            if target is None or isinstance(node.meta.get(SITE), str) or node.op == "output":
-                continue
-            if isinstance(target.kind, Conv) and _pads_itself(node, target):
-                skipped.append(f"{target.site}: it pads its input itself, and the adapter's A would see the padding")
-                continue
-            found.setdefault(target.site, []).append(_Found(each, node, target, _outline(each, node, target, tensors)))
-    return found, skipped
-
-
-def _pads_itself(node: Node, target: Target) -> bool:
-    source = node.args[target.input] if len(node.args) > target.input else None
-    return isinstance(source, Node) and source.op == "call_function" and calling_module(source) == target.site != ""
-
-
-def _outline(gm: GraphModule, node: Node, target: Target, tensors: Any) -> Outline:
-    weight, flip, bias = operands(gm, node)
-    while isinstance(weight, Node) and read_path(weight) is None:
-        weight, flip = weight.all_input_nodes[0], not flip
-    value = _tensor(gm, weight, tensors)
-    own = None if bias is None else _tensor(gm, bias, tensors)
-    return Outline(target.kind, (value.t() if flip else value).detach(), None if own is None else own.detach())
-
-
-def _tensor(gm: GraphModule, read: Node | str, tensors: Any) -> Tensor:
-    """A weight by the node that reads it, or by its name where a module is called."""
-    if isinstance(read, str):
-        found: Tensor = attribute(gm, read)
-        return found
-    if read.op == "get_attr" and hasattr(gm, str(read.target).partition(".")[0]):
-        return attribute(gm, str(read.target))  # type: ignore[no-any-return]
-    return tensors[read_path(read)]  # type: ignore[no-any-return]
-
-
 Rewrites = dict[str, list[Rewrite]]
 Redirects = dict[str, dict[str, tuple[str, Any]]]
 
 
 def _rewrites(
     adapter: AdapterConfig | AdapterPlan | Slots | str | Path,
-    matched: tuple[dict[str, list[_Found]], list[str]],
+    matched: tuple[dict[str, list[Found]], list[str]],
     *,
     name: str,
     state_dict: Mapping[str, Tensor] | None,
@@ -355,7 +293,7 @@ def _plan(model: nn.Module, config: AdapterConfig, skipped: list[str]) -> Adapte
         raise AdapterError(f"{error}{left}") from None
 
 
-def _check_plan(plan: AdapterPlan, found: Mapping[str, list[_Found]], skipped: list[str]) -> None:
+def _check_plan(plan: AdapterPlan, found: Mapping[str, list[Found]], skipped: list[str]) -> None:
     """A plan may come from a model: each of its sites has to be in the program, as the same kind."""
     if plan.saved:
         raise AdapterError(f"modules_to_save: a program has no modules to copy:\n{listing(plan.saved)}")
@@ -379,7 +317,7 @@ def _form(kind: Kind) -> tuple[Any, ...]:
 
 
 def _slots(
-    slots: Slots, model: nn.Module, found: Mapping[str, list[_Found]], exported: bool
+    slots: Slots, model: nn.Module, found: Mapping[str, list[Found]], exported: bool
 ) -> tuple[Rewrites, Redirects, Tensor | None, int]:
     features = slots.features()
     plan = _plan(model, LoraConfig(r=_ranks(found), target_modules=slots.targets), [])
@@ -397,13 +335,13 @@ def _slots(
     return rewrites, {}, carrier, slots.max_rank
 
 
-def _ranks(found: Mapping[str, list[_Found]]) -> int:
+def _ranks(found: Mapping[str, list[Found]]) -> int:
     """A rank that every grouped convolution allows: only the sites of the plan are used."""
     kinds = [each.target.kind for nodes in found.values() for each in nodes]
     return math.lcm(*(kind.groups for kind in kinds if isinstance(kind, Conv)))
 
 
-def _is_new(matched: tuple[dict[str, list[_Found]], list[str]], rewrites: Rewrites) -> bool:
+def _is_new(matched: tuple[dict[str, list[Found]], list[str]], rewrites: Rewrites) -> bool:
     """Whether there is something to do; ``False``: this very adapter is there already.
 
     Raises:

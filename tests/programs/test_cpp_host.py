@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_package import CONFIGS, IDS, SHIFT, live, packaged, saved
+from test_packaging import CONFIGS, IDS, SHIFT, live, packaged, saved
 
 import fxpeft
 
