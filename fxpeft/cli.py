@@ -10,9 +10,10 @@ import dataclasses
 import json
 import math
 import sys
+import warnings
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,6 +23,9 @@ from rich.text import Text
 import fxpeft
 from fxpeft.errors import AdapterError
 
+if TYPE_CHECKING:
+    from fxpeft.checkpoint import Checkpoint
+
 app = typer.Typer(
     name="fxpeft", help=fxpeft.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -30,6 +34,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Source = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder or hub id.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or hub id.")]
 Base = Annotated[str, typer.Option("--model", metavar="MODEL", help="The base model's folder or hub id.")]
+Folded = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="The base; default: the one that the adapter names.")
+]
 Target = Annotated[
     list[str] | None, typer.Option("--target", help="A pattern or name, repeatable; default: the architecture's.")
 ]
@@ -40,6 +47,12 @@ class Method(str, Enum):
 
     lora = "lora"
     dora = "dora"
+
+
+class To(str, Enum):
+    """What methods can be converted to."""
+
+    lora = "lora"
 
 
 class Dtype(str, Enum):
@@ -197,19 +210,23 @@ def convert(
     output: Annotated[Path, typer.Argument(help="The new adapter's folder.")],
     dtype: Annotated[Dtype | None, typer.Option(help="Of the new tensors.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="The most ranks of a site: truncated SVD.")] = None,
+    to: Annotated[To | None, typer.Option(help="Another method; it reads the base model.")] = None,
+    model: Folded = None,
     as_json: Json = False,
 ) -> None:
-    """Write an adapter in another dtype, or at a smaller rank with the error stated; PEFT's format either way."""
+    """Write an adapter in another dtype, at a smaller rank or as plain LoRA, errors stated; in PEFT's format."""
     import torch
 
     from fxpeft.adapter_file import cast, shrink
     from fxpeft.checkpoint import read, write_files
 
-    if dtype is None and rank is None:
-        raise AdapterError("convert: say what to: --dtype or --rank")
+    if dtype is None and rank is None and to is None:
+        raise AdapterError("convert: say what to: --dtype, --rank or --to")
     found = read(adapter)
     errors: dict[str, float] = {}
-    if rank is not None:
+    if to is not None:
+        found = _as_lora(adapter, model, rank, output)
+    elif rank is not None:
         found, errors = shrink(found, rank)
     if dtype is not None:
         found = cast(found, getattr(torch, dtype.value))
@@ -223,27 +240,47 @@ def convert(
     _print(as_json, content, f"{output}: {count:,} parameters", *([table, f"worst: {worst:.3g}"] if errors else []))
 
 
+def _adapted(adapter: str, base: str | None) -> tuple[Any, str]:
+    """The base model with the adapter on it, and where it came from."""
+    from fxpeft.checkpoint import read
+    from fxpeft.empty_model import loaded_model
+
+    base = base or read(adapter).config.base_model_name_or_path
+    if base is None:
+        raise AdapterError(f"{adapter}: names no base model; say which with --model")
+    whole = loaded_model(base)
+    fxpeft.load_adapter(whole, adapter)
+    return whole, base
+
+
+def _as_lora(adapter: str, base: str | None, rank: int | None, output: Path) -> Checkpoint:
+    """The adapter as plain LoRA; how far off that is goes to stderr."""
+    from fxpeft.checkpoint import read
+
+    whole, _ = _adapted(adapter, base)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fxpeft.convert(whole, "default", new_name="converted", rank=rank)
+    for warning in told:
+        if "approximates" in str(warning.message):
+            print(f"warning: {warning.message}", file=sys.stderr)
+    fxpeft.save_adapter(whole, output, "converted")
+    return read(output)
+
+
 @app.command()
 def fold(
     adapter: Source,
     output: Annotated[Path, typer.Argument(help="The merged model's folder.")],
-    model: Annotated[
-        str | None, typer.Option("--model", metavar="MODEL", help="The base model; default: the one the adapter names.")
-    ] = None,
+    model: Folded = None,
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base model's weights and save that model; NaN and infinity are refused."""
-    from fxpeft.checkpoint import read
-    from fxpeft.empty_model import loaded_model
     from fxpeft.state import state_of
 
-    base = model or read(adapter).config.base_model_name_or_path
-    if base is None:
-        raise AdapterError(f"{adapter}: names no base model; say which with --model")
     if output.is_dir() and any(output.iterdir()):
         raise AdapterError(f"{output}: expected a new or an empty folder")
-    whole = loaded_model(base)
-    fxpeft.load_adapter(whole, adapter)
+    whole, base = _adapted(adapter, model)
     sites = list(state_of(whole).get("default").plan.sites)
     fxpeft.merge_and_unload(whole, safe=True)
     whole.save_pretrained(output)

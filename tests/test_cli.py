@@ -262,3 +262,17 @@ def test_fold_saves_a_model_with_the_adapter_in_its_weights(folder: Path, tmp_pa
         assert not torch.allclose(merged(token_ids()).logits, tiny_llama()(token_ids()).logits, atol=1e-3)
     with pytest.raises(AdapterError, match="new or an empty folder"):
         run("fold", folder / "b", output, "--model", folder / "base")
+
+
+def test_convert_makes_a_plain_lora_of_another_method(folder: Path, tmp_path: Path) -> None:
+    model = tiny_llama()
+    fxpeft.add_adapter(model, fxpeft.AdaLoraConfig(init_r=4, lora_alpha=6, total_step=9, target_modules=["q_proj"]))
+    randomise(fxpeft.adapter_state_dict(model).values())
+    fxpeft.save_adapter(model, tmp_path / "adalora")
+    told("convert", tmp_path / "adalora", tmp_path / "lora", "--to", "lora", "--model", folder / "base")
+    assert isinstance(read(tmp_path / "lora").config, LoraConfig)
+    plain = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "lora")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(token_ids()).logits, model(token_ids()).logits, rtol=0, atol=1e-5)
+    with pytest.raises(AdapterError, match="--dtype, --rank or --to"):
+        run("convert", tmp_path / "adalora", tmp_path / "other")
