@@ -199,10 +199,19 @@ def write_files(
     # tied modules may share memory, safetensors can't
     stored = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     content = {
-        folder / WEIGHTS: save_tensors(stored, metadata={"format": "pt", **({KEY: base} if base else {})}),
+        folder / WEIGHTS: _in_order(save_tensors(stored, metadata={"format": "pt", **({KEY: base} if base else {})})),
         folder / CONFIG: (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(),
     }
     replace_files(content)
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same file, its metadata in order: safetensors writes them in any, and equal adapters are equal files."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+    return data[:8] + text + data[8 + size :] if len(text) == size else data
 
 
 def replace_files(contents: dict[Path, bytes]) -> None:
@@ -305,6 +314,8 @@ def assign(
 def _restore(model: nn.Module, plan: AdapterPlan, values: Values, source: str) -> None:
     """Work out what no file holds, from the base's weights."""
     method, config = method_of(plan.config), plan.config
+    if not plan.weights and not method.frozen(config):
+        return
     for path in plan.weights:
         values.tensors[path] = attribute(model, path).detach().clone()
     for site, site_plan in plan.sites.items():

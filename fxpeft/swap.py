@@ -93,7 +93,7 @@ def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
     lowered: dict[str, SlotValues] = {}
     problems += prompts_serving.lower(serving.prompts, adapter)
     for site, parameters in values.sites.items() if not method.whole else ():
-        plan, base = adapter.plan.sites[site], Base(model.get_submodule(site), values.own(site))
+        plan, base = adapter.plan.sites[site], Base(model, values.own(site), site)
         try:
             lowered[site] = method.lower(plan.scaled(adapter.strength), parameters, base)
         except PassError as error:
@@ -119,7 +119,7 @@ def settle(adapter: Adapter) -> Adapter:
     method, values = method_of(adapter.config), adapter.values
     own: dict[str, SlotValues] = {}
     for site, v in adapter.lowered.items():
-        a, b = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (v.a, v.b))
+        a, b = v.a.new_empty(v.a.shape), v.b.new_empty(v.b.shape)
         own[site] = v._replace(a=a, b=b)
     Copies(pair for site, v in adapter.lowered.items() for pair in zip(own[site][:2], v[:2], strict=True)).run()
     sites = {site: method.keep(adapter.plan.sites[site], values.sites[site], own[site]) for site in own}

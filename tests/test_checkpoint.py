@@ -301,3 +301,14 @@ def test_embeddings_of_another_vocabulary_say_what_to_do(tmp_path: Path) -> None
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)
     with pytest.raises(CheckpointError, match=r"(?s)expected \[40, 32\], found \[42, 32\].*resize_token_embeddings"):
         fxpeft.load_adapter(tiny_llama(), tmp_path)
+
+
+def test_equal_adapters_are_equal_files(tmp_path: Path) -> None:
+    model = tiny_llama()
+    fxpeft.add_adapter(model, fxpeft.LoraConfig(r=2, target_modules=["q_proj"]))
+    contents = set()
+    for i in range(12):  # safetensors alone writes one of two orders each time
+        fxpeft.save_adapter(model, tmp_path / str(i))
+        contents.add((tmp_path / str(i) / "adapter_model.safetensors").read_bytes())
+    assert len(contents) == 1
+    assert load_file(tmp_path / "0" / "adapter_model.safetensors").keys() == fxpeft.adapter_state_dict(model).keys()

@@ -197,7 +197,10 @@ def test_convert_dtypes(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [((), "say what to: --dtype, --rank or --to"), (("--rank", 2), "only a plain LoRA can be given a smaller rank; .*dora")],
+    [
+        ((), "say what to: --dtype, --rank or --to"),
+        (("--rank", 2), "only a plain LoRA can be given a smaller rank; .*dora"),
+    ],
 )
 def test_what_cannot_be_converted(folder: Path, tmp_path: Path, options: tuple[Any, ...], message: str) -> None:
     model = tiny_llama()

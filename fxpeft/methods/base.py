@@ -116,11 +116,18 @@ class Base:
     """What a method may read of the base at a site.
 
     Args:
-        module: the site's module. own: parameter name -> the adapter's own value for it (``bias``, ``weight``).
+        root: the site's module, or a model that has it at ``path``; looked up where a method asks for it.
+        own: parameter name -> the adapter's own value for it (``bias``, ``weight``).
     """
 
-    module: nn.Module
+    root: nn.Module
     own: Mapping[str, Tensor] = field(default_factory=dict)
+    path: str = ""
+
+    @property
+    def module(self) -> nn.Module:
+        """The site's module."""
+        return self.root.get_submodule(self.path)
 
     def weight(self) -> Tensor:
         """``[out, in, ...]`` in float32, however it is stored.
