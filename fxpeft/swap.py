@@ -204,7 +204,9 @@ def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
     _show_copies(model, serving, adapters)
     prompts_serving.show(model, serving.prompts, adapters)
     for site, slot in serving.slots.items():
-        slot.idle = not used.get(site) and not any((site, name) in serving.featured for name in slot.features)
+        idle = not used.get(site) and not any((site, name) in serving.featured for name in slot.features)
+        if slot.idle is not idle:  # setting an attribute of a module costs more than all the rest here
+            slot.idle = idle
     if serving.rank is not None and serving.rank.rank != active:
         serving.rank.set(active)
 
