@@ -37,6 +37,7 @@ from fxpeft.state import (
     find_state,
     home,
     hosts,
+    is_prepared,
     placement,
     rebind,
     set_trainable,
@@ -102,9 +103,7 @@ def load_adapter(
     found.config.inference_mode = not trainable
     plan = make_plan(model, found.config, heads=False)
     values = checkpoint.assign(model, plan, found, check_finite=check_finite)
-    state = find_state(model)
-    prepared = state is not None and state.serving is not None
-    autocast = autocast_adapter_dtype and not prepared  # slots have the base's dtype: nothing to gain
+    autocast = autocast_adapter_dtype and not is_prepared(model)  # slots have the base's dtype: nothing to gain
     install_adapter(model, Adapter(name, plan, placed(model, values, autocast=autocast)))
 
 

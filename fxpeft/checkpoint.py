@@ -86,13 +86,23 @@ def read(
             f"{pickled}: unpickling a file can run any code in it. Convert it to {WEIGHTS}, or pass allow_pickle=True "
             "if you trust where it comes from"
         )
+    return Checkpoint(str(source), config, read_pickle(pickled, weights_only=False))
+
+
+def read_pickle(path: Path, *, weights_only: bool) -> dict[str, Tensor]:
+    """A pickled file's tensors; ``CheckpointError`` where it holds something else or is damaged.
+
+    Args:
+        weights_only: build tensors and plain values alone; otherwise the file can run any code.
+    """
     try:
-        tensors = torch.load(pickled, map_location="cpu", weights_only=False)
+        tensors = torch.load(path, map_location="cpu", weights_only=weights_only)
     except Exception as error:
-        raise CheckpointError(f"{pickled}: can't be unpickled: {error}") from error
+        what = "read as a pickled state_dict of tensors" if weights_only else "unpickled"
+        raise CheckpointError(f"{path}: can't be {what}: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
-        raise CheckpointError(f"{pickled}: expected a dict of tensors, found {type(tensors).__name__}")
-    return Checkpoint(str(source), config, tensors)
+        raise CheckpointError(f"{path}: expected a dict of tensors, found {type(tensors).__name__}")
+    return tensors
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -101,6 +111,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged or cut short, can't be read as safetensors: {error}") from error
+
+
 def base_of(folder: str | Path) -> str | None:
     """The fingerprint of the base that a folder's adapter was saved from; ``None`` where PEFT wrote it."""
     path = Path(folder) / WEIGHTS

@@ -59,7 +59,7 @@ def convert(
     for site in in_order(model, [adapter]):
         module = model.get_submodule(site)
         plan = adapter.plan.sites[site].scaled(adapter.strength)
-        own = {p.rpartition(".")[2]: v for p, v in current.tensors.items() if p.rpartition(".")[0] == site}
+        own = current.own(site)
         dtype = next(iter(current.sites[site].values())).dtype
         base = Base(module, own)
         try:

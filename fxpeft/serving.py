@@ -34,6 +34,7 @@ from fxpeft.state import (
     ensure_state,
     find_state,
     hosts,
+    is_prepared,
     placement,
     rebind,
     set_trainable,
@@ -89,7 +90,7 @@ def prepare_hotswap(
     if torch._inductor.config.freezing:
         raise AdapterError("torch._inductor.config.freezing folds slots into constants, so swaps would have no effect")
     existing = find_state(model)
-    if existing is not None and existing.serving is not None:
+    if is_prepared(model):
         raise AdapterError("the model is prepared already; call release_hotswap first to prepare it differently")
     adapters = list(existing.adapters.values()) if existing is not None else []
     serving = Serving(

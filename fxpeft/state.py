@@ -145,6 +145,12 @@ def find_state(model: nn.Module) -> ModelState | None:
     return vars(unwrap(model)).get(STATE)
 
 
+def is_prepared(model: nn.Module) -> bool:
+    """Whether the model's adapters are served from slots."""
+    state = find_state(model)
+    return state is not None and state.serving is not None
+
+
 def state_of(model: nn.Module) -> ModelState:
     """The model's state.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -53,7 +54,7 @@ class Serving:
     plans: dict[str, AdapterPlan] = field(default_factory=dict)
     lock: SwapLock = field(default_factory=SwapLock)
 
-    @property
+    @functools.cached_property
     def features(self) -> frozenset[str]:
         """The optional placeholders that the declared methods need."""
         needs = slot_needs()
@@ -79,9 +80,10 @@ def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
             method that the slots were not declared for; all are named.
     """
     method, values = method_of(adapter.config), adapter.values
+    sites = {} if method.whole else values.sites
     biases, weights = ([p for p in values.tensors if p.endswith(".bias") is b] for b in (True, False))
     places: list[tuple[str, Iterable[str], Collection[str]]] = [
-        ("declare it in targets", () if method.whole else values.sites, serving.kinds),
+        ("declare it in targets", sites, serving.kinds),
         ("declare it in modules_to_save", values.saved, serving.saved),
         ("declare it in bias", biases, serving.tensors),
         ("an adapter with a weight of its own has to be there before prepare_hotswap", weights, serving.tensors),
@@ -92,7 +94,7 @@ def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
         problems.append(f"its method, {needed}: declare methods={(*serving.methods, needed)}")
     lowered: dict[str, SlotValues] = {}
     problems += prompts_serving.lower(serving.prompts, adapter)
-    for site, parameters in values.sites.items() if not method.whole else ():
+    for site, parameters in sites.items():
         plan, base = adapter.plan.sites[site], Base(model, values.own(site), site)
         try:
             lowered[site] = method.lower(plan.scaled(adapter.strength), parameters, base)

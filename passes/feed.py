@@ -14,7 +14,7 @@ from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, join
 from fxpeft.passes.inject import get_attr, install
 
 CALL = "fxpeft.call"  # node.meta key: the call of the whole model; its value is the feed's name once it has one
-LEAF = "base_forward"
+LEAF = "base_forward"  # a module's own forward, where a graph calls it and torch.fx doesn't look inside
 
 
 @dataclass(frozen=True)

@@ -18,24 +18,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from fxpeft.passes.base import PassError, attribute
-from fxpeft.passes.feed import Feed, FeedPass, call_graph
+from fxpeft.passes.feed import LEAF, Feed, FeedPass, call_graph
 from fxpeft.passes.inject import InjectPass, Rewrite
 from fxpeft.passes.kinds import Kind
-from fxpeft.passes.match import TARGET, MatchPass, Target, Unsupported, module_kind, operands, read_target
+from fxpeft.passes.match import TARGET, MatchPass, Target, Unsupported, module_kind, read_target, stored_weight
 from fxpeft.passes.pipeline import Pipeline, graph_text
 from fxpeft.passes.redirect import RedirectPass
 from fxpeft.passes.torch_private import import_block
-
-LEAF = "base_forward"  # the target's own forward, where torch.fx can't look inside it
 
 _NOT_TRACED = frozenset(
     {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training", "_old_forward", "_hf_hook", LEAF}
 )
 _sources: dict[tuple[Any, ...], str] = {}
 _kinds: dict[tuple[Any, ...], Kind] = {}
+_weights: dict[tuple[Any, ...], tuple[str, bool]] = {}  # a weight's name, and whether it is stored [in, out]
 _classes: dict[tuple[type, str, type | None], type[nn.Module]] = {}
 _number = itertools.count()
 
@@ -100,15 +99,18 @@ def base_weight(module: nn.Module) -> Tensor:
     Raises:
         PassError: the module is no target, or its weight is not plain: quantised, for instance.
     """
-    traced = trace_module(module)
-    node = next(node for node in traced.graph.nodes if TARGET in node.meta)
-    found, flip, _ = operands(traced, node)
-    while isinstance(found, Node) and found.op != "get_attr":
-        found, flip = found.all_input_nodes[0], not flip  # the graph transposes it itself
-    weight = attribute(traced, found if isinstance(found, str) else str(found.target))
-    kind: Kind = node.meta[TARGET].kind
-    view: Tensor = weight.t() if flip else weight
-    if type(weight) not in (Tensor, nn.Parameter) or tuple(view.shape[:1]) != (kind.out_features,):
+    key = signature(module)
+    where = _weights.get(key) if key else None
+    if where is None:
+        traced = trace_module(module)
+        node = next(node for node in traced.graph.nodes if TARGET in node.meta)
+        found, flip = stored_weight(traced, node)
+        where = str(found if isinstance(found, str) else found.target).removeprefix(f"{LEAF}."), flip
+        if key:
+            _weights[key] = where
+    weight = attribute(module, where[0])
+    view: Tensor = weight.t() if where[1] else weight
+    if type(weight) not in (Tensor, nn.Parameter) or tuple(view.shape[:1]) != (kind_of(module).out_features,):
         found_type = f"{base_class(module).__name__}.weight is a {type(weight).__name__}"
         raise PassError(f"expected a plain tensor as weight: {found_type} {tuple(weight.shape)}")
     return view.detach()

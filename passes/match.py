@@ -231,6 +231,14 @@ def _subject(graph_module: GraphModule, node: Node, target: Target, layer: tuple
     return Subject(target.site, target.kind, tuple(dict.fromkeys(classes)), (role,) if role else (), layer)
 
 
+def stored_weight(graph_module: GraphModule, node: Node) -> tuple[Node | str, bool]:
+    """Where a target's weight is read, as in :func:`operands`, and whether it is stored ``[in, out]``."""
+    found, flip, _ = operands(graph_module, node)
+    while isinstance(found, Node) and found.op != "get_attr":
+        found, flip = found.all_input_nodes[0], not flip  # the graph transposes it itself
+    return found, flip
+
+
 class MatchPass(GraphPass):
     """Annotate the target nodes that ``select`` takes: ``node.meta[TARGET]`` becomes a :class:`Target`.
 

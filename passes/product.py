@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from fxpeft.passes.base import PassError
 from fxpeft.passes.kinds import Conv, Embedding, Kind
 from fxpeft.passes.live import base_class, given_forward, signature, trace_module
-from fxpeft.passes.match import TARGET, operands
+from fxpeft.passes.match import TARGET, operands, stored_weight
 
 # forwards that torch.fx may not look into and that are nothing but the product of their kind
 _STOCK = {c.forward for c in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
@@ -61,10 +61,8 @@ def _read(module: nn.Module) -> Product:
     if node.op == "call_module" and (given_forward(module) or base_class(module).forward not in _STOCK):
         name = base_class(module).__name__
         raise PassError(f"torch.fx can't look into {name}.forward, which may do more with its weight than one product")
-    found, flip, bias = operands(traced, node)
-    while isinstance(found, Node) and found.op != "get_attr":
-        found, flip = found.all_input_nodes[0], not flip  # the graph transposes it itself
-    weight = _own_name(module, traced, found)
+    found, flip = stored_weight(traced, node)
+    weight, bias = _own_name(module, traced, found), operands(traced, node)[2]
     return Product(node.meta[TARGET].kind, weight, flip, None if bias is None else _own_name(module, traced, bias))
 
 

@@ -67,6 +67,18 @@ class ConvNet(nn.Module):
         return self.space(h).flatten(1)
 
 
+class Layer(nn.Module):
+    """Two linear modules around a tanh, with a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Takes ``[..., 6]``."""
+        return x + self.down(torch.tanh(self.up(x)))
+
+
 def conv_net() -> ConvNet:
     """The net above."""
     torch.manual_seed(0)

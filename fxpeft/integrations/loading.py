@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -118,18 +117,10 @@ def _read_tensors(
         path = cached_file(source, name, **download, _raise_exceptions_for_missing_entries=False)
         if path is None:
             continue
-        return checkpoint.read_safetensors(Path(path)) if name == checkpoint.WEIGHTS else _read_pickle(path)
+        if name == checkpoint.WEIGHTS:
+            return checkpoint.read_safetensors(Path(path))
+        return checkpoint.read_pickle(Path(path), weights_only=True)
     raise OSError(f"Could not download either a .bin or a .safetensors adapter file: {source} has neither.")
-
-
-def _read_pickle(path: str) -> dict[str, Tensor]:
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path}: can't be read as a pickled state_dict of tensors: {error}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
-        raise CheckpointError(f"{path}: expected a dict of tensors, found {type(tensors).__name__}")
-    return tensors
 
 
 @dataclass

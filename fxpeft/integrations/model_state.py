@@ -12,7 +12,7 @@ from fxpeft import adapters, serving
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SiteAdapter
 from fxpeft.passes.slot import LEAST
-from fxpeft.state import Adapter, Values, find_state, set_trainable, state_of
+from fxpeft.state import Adapter, Values, find_state, is_prepared, set_trainable, state_of
 
 logger = logging.getLogger("transformers.fxpeft")  # below Transformers' own, whose verbosity users set
 
@@ -67,12 +67,6 @@ PROPERTIES = {
 
 
 # --- into the model ---
-
-
-def is_prepared(model: PreTrainedModel) -> bool:
-    """Whether the model's adapters are served from slots."""
-    state = find_state(model)
-    return state is not None and state.serving is not None
 
 
 def prepare(model: PreTrainedModel) -> None:

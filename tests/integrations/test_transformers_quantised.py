@@ -119,15 +119,22 @@ def test_training_on_a_quantised_base(base: str, kind: str) -> None:
     assert loss.item() < losses[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_save_load_swap(base: str, kind: str, tmp_path: Path) -> None:
+def saved_pair(base: str, kind: str, folder: Path) -> dict[str, Tensor]:
+    """Adapters ``a`` and ``b`` saved below a folder, and what each of them gives."""
     expected = {}
     for seed, name in enumerate(("a", "b")):
         model = quantised(base, kind)
         model.add_adapter(fxpeft.LoraConfig(**{**CONFIG, "r": 4 + seed}))
         randomise(model.get_adapter_state_dict().values(), seed)
         expected[name] = logits(model.eval())
-        model.save_pretrained(tmp_path / name)
+        model.save_pretrained(folder / name)
+    return expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_load_swap(base: str, kind: str, tmp_path: Path) -> None:
+    expected = saved_pair(base, kind, tmp_path)
+    for name in expected:
         files = sorted(path.name for path in (tmp_path / name).iterdir())
         assert files == ["adapter_config.json", "adapter_model.safetensors"]
     loaded = AutoModelForCausalLM.from_pretrained(
@@ -151,13 +158,7 @@ def test_save_load_swap(base: str, kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_compiled_swaps(base: str, kind: str, tmp_path: Path) -> None:
-    expected = {}
-    for seed, name in enumerate(("a", "b")):
-        model = quantised(base, kind)
-        model.add_adapter(fxpeft.LoraConfig(**{**CONFIG, "r": 4 + seed}))
-        randomise(model.get_adapter_state_dict().values(), seed)
-        expected[name] = logits(model.eval())
-        model.save_pretrained(tmp_path / name)
+    expected = saved_pair(base, kind, tmp_path)
     model = quantised(base, kind)
     model.enable_peft_hotswap(target_rank=8)
     model.load_adapter(str(tmp_path / "a"), "default")

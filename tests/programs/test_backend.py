@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import randomise
+from tiny import Layer, randomise
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
@@ -23,15 +23,6 @@ from fxpeft.passes.slot import Slot, slot_of
 from fxpeft.testing import no_recompiles
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(3))
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
 
 
 class Net(nn.Module):

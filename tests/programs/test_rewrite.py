@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import randomise, tiny_gpt2, tiny_llama, token_ids
+from tiny import Layer, randomise, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.utils.checkpoint import checkpoint
@@ -242,15 +242,6 @@ def test_a_fresh_adapter_changes_nothing_and_its_parameters_are_named() -> None:
 
 
 # --- the bodies of higher-order operators ---
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
 
 
 class Nested(nn.Module):
