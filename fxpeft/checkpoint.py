@@ -106,9 +106,9 @@ def read_pickle(path: Path, *, weights_only: bool) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file's tensors; ``CheckpointError`` where it is damaged."""
+    """A safetensors file's tensors, in memory of their own; ``CheckpointError`` where it is damaged."""
     try:
-        return load_file(path)
+        return load_file(path, backend="pread")  # a mapped file that is written over changes the tensors
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged or cut short, can't be read as safetensors: {error}") from error
 

@@ -229,16 +229,22 @@ def hotswap(
         )  # fmt: skip
     plan = plan_for(model, serving, found.config)
     values = checkpoint.assign(model, plan, found, check_finite=check_finite)
-    replace_adapter(model, state, Adapter(name, plan, values, old.strength))
+    replace_adapter(model, state, Adapter(name, plan, values, old.strength), owned=not isinstance(source, Mapping))
 
 
-def replace_adapter(model: nn.Module, state: ModelState, adapter: Adapter) -> None:
-    """Put an adapter in the place of the one of its name in a prepared model, active where that is."""
-    new = settle(lower(model, serving_of(state), adapter))
+def replace_adapter(model: nn.Module, state: ModelState, adapter: Adapter, *, owned: bool) -> None:
+    """Put an adapter in the place of the one of its name in a prepared model, active where that is.
+
+    Args:
+        owned: nobody else can write to its values' memory.
+    """
+    new = lower(model, serving_of(state), adapter)
+    if not owned:
+        settle(new)
     active = [new if n == new.name else state.adapters[n] for n in state.active]
     check_together(active)
     if state.enabled and new.name in state.active:
-        activate(model, state, active)
+        activate(model, state, active, fresh=new)
     state.adapters[new.name] = new
 
 

@@ -64,6 +64,7 @@ class Adapter:
         strength: factor on the adapter's own scale; see :func:`fxpeft.set_scale`.
         parts: while attached: host module's name -> what is registered there as ``adapters.<name>``.
         lowered: on a prepared model: site -> slot values. prompt: there, the finished prompt of a prompt method.
+        settled: whether the slot values are contiguous, so that showing them is a plain copy.
         copies: ``Slot.generation`` and how to show the adapter alone in the slots of that time.
     """
 
@@ -74,6 +75,7 @@ class Adapter:
     parts: dict[str, nn.Module] = field(default_factory=dict)
     lowered: dict[str, SlotValues] = field(default_factory=dict)
     prompt: Tensor | None = None
+    settled: bool = False
     copies: tuple[int, Copies] | None = field(default=None, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:

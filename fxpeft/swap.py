@@ -126,16 +126,22 @@ def settle(adapter: Adapter) -> Adapter:
     Copies(pair for site, v in adapter.lowered.items() for pair in zip(own[site][:2], v[:2], strict=True)).run()
     sites = {site: method.keep(adapter.plan.sites[site], values.sites[site], own[site]) for site in own}
     adapter.values = values.clone() if method.whole else replace(values.clone(sites=False), sites=sites)
-    adapter.lowered, adapter.copies = own, None
+    adapter.lowered, adapter.copies, adapter.settled = own, None, True
     return adapter
 
 
-def activate(model: nn.Module, state: ModelState, adapters: list[Adapter]) -> None:
+def activate(model: nn.Module, state: ModelState, adapters: list[Adapter], *, fresh: Adapter | None = None) -> None:
     """Put lowered adapters into the slots, side by side along the rank; none: the bare model.
 
     On any error the slots hold what they held before.
+
+    Args:
+        fresh: the one that is shown for the first time and may be the last: it is settled when it comes again.
     """
     serving = serving_of(state)
+    for adapter in adapters:
+        if not adapter.settled and adapter is not fresh:
+            settle(adapter)
     check_together(adapters)
     check_ranks(serving, adapters)
     check_gains(adapters)

@@ -645,9 +645,11 @@ def test_forwards_of_other_threads_see_one_adapter_whole() -> None:
 
     thread = threading.Thread(target=forward)
     thread.start()
-    for name in ("a", "b") * 10:
-        fxpeft.refold(model, name)
+    swaps = 0
+    while swaps < 20 or (len(seen) < 4 and thread.is_alive()):  # a busy machine may give the thread few turns
+        fxpeft.refold(model, "ab"[swaps % 2])
         fxpeft.unfold(model)
+        swaps += 1
     done.set()
     thread.join()
     assert not failed

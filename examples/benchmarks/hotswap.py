@@ -184,6 +184,9 @@ def swaps(base: nn.Module, folders: list[str], seconds: float) -> dict[str, floa
     fxpeft.prepare_hotswap(model, MAX_RANK, targets=TARGETS)
     for i, folder in enumerate(folders[:2]):
         fxpeft.load_adapter(model, folder, f"a{i}")
+    swapped = copy.deepcopy(base)
+    fxpeft.prepare_hotswap(swapped, MAX_RANK, targets=TARGETS)
+    fxpeft.load_adapter(swapped, folders[0])
     turn = iter(range(10**9))
 
     def copy_file() -> None:
@@ -200,7 +203,7 @@ def swaps(base: nn.Module, folders: list[str], seconds: float) -> dict[str, floa
             "floor: copy its tensors one by one": copy_tensors,
             "fxpeft set_adapter, 2 loaded": lambda: fxpeft.set_adapter(model, f"a{next(turn) % 2}"),
             "floor: safetensors load and copy": copy_file,
-            "fxpeft hotswap from a folder": lambda: fxpeft.hotswap(model, folders[next(turn) % 2]),
+            "fxpeft hotswap from a folder": lambda: fxpeft.hotswap(swapped, folders[next(turn) % 2]),
             "PEFT hotswap from a folder": lambda: hotswap_adapter(padded, folders[next(turn) % 2], "default"),
         },
         seconds,

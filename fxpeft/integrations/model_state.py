@@ -114,7 +114,7 @@ def swap(model: PreTrainedModel, new: Adapter) -> None:
     if getattr(model, "_hotswap_enabled", False) and new.config.inference_mode and not is_prepared(model):
         prepare(model)
     if is_prepared(model):
-        serving.replace_adapter(model, state, new)
+        serving.replace_adapter(model, state, new, owned=True)  # fit copied them
     elif _same_places(old, new):
         overwrite(old, new.values)
         old.plan = new.plan
