@@ -7,11 +7,14 @@ code was told to read. So everything that works on a prepared model works here, 
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -19,7 +22,7 @@ from torch.utils import _pytree as pytree
 from fxpeft import adapters, checkpoint, serving
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, CheckpointError
-from fxpeft.packaging import MANIFEST, VERSION, pattern_of
+from fxpeft.packaging import MANIFEST, VERSION, WEIGHTS, pattern_of
 from fxpeft.passes.slot import FEATURES
 from fxpeft.skeleton import Outline, kind_from_json, skeleton
 from fxpeft.state import state_of
@@ -40,10 +43,14 @@ class Package:
         self.manifest, self._runner = _load(self.path, num_runners)
         modules = self.manifest["modules"]
         device, source = self.manifest["device"], f"{self.path}: {MANIFEST}"
+        weights = _weights(self.path, self.manifest) if "dora" in self.manifest["methods"] else {}
         outlines = {
-            name: Outline(kind_from_json(m, source), device=device, dtype=getattr(torch, m["dtype"]), biased=m["bias"])
+            name: Outline(
+                kind_from_json(m, source), *(_on(device, weights.get(f"{name}.{leaf}")) for leaf in ("weight", "bias")),
+                device=device, dtype=getattr(torch, m["dtype"]), biased=m["bias"],
+            )
             for name, m in modules.items()
-        }
+        }  # fmt: skip
         self._model = skeleton(outlines)
         serving.prepare_hotswap(
             self._model, self.manifest["max_rank"], targets=pattern_of(self.manifest["sites"]),
@@ -233,6 +240,24 @@ def _load(path: Path, num_runners: int) -> tuple[dict[str, Any], Any]:
     if version != VERSION:
         raise AdapterError(f"{path}: expected manifest version {VERSION}, found {version}; open it with that fxpeft")
     return manifest, content.aoti_runners["model"]
+
+
+def _weights(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The sites' own weights and biases, which a package for DoRA holds."""
+    with zipfile.ZipFile(path) as archive:
+        member = next((name for name in archive.namelist() if name.partition("/")[2] == WEIGHTS), None)
+        try:
+            tensors = load_tensors(archive.read(member)) if member else {}
+        except (SafetensorError, zipfile.BadZipFile) as error:
+            raise AdapterError(f"{path}: {WEIGHTS} is damaged: {error}") from error
+    missing = [site for site in manifest["sites"] if f"{site}.weight" not in tensors]
+    if missing:
+        raise AdapterError(f"{path}: damaged: {WEIGHTS} has no weight of {', '.join(missing[:5])}")
+    return tensors
+
+
+def _on(device: str, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
 
 
 def _specs(call_spec: Sequence[str]) -> tuple[Any, Any]:

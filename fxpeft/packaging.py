@@ -6,11 +6,13 @@ import json
 import math
 import re
 import tempfile
+import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -22,14 +24,16 @@ from fxpeft.fingerprint import fingerprint
 from fxpeft.methods import slot_needs
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.base import PassError
-from fxpeft.passes.live import kind_of
+from fxpeft.passes.live import base_weight, kind_of
 from fxpeft.passes.slot import LEAST
 from fxpeft.programs import Slots, rewrite
+from fxpeft.prompts_serving import PROMPT_METHODS
 from fxpeft.sites import base_modules, make_plan
 from fxpeft.skeleton import kind_to_json
 from fxpeft.state import find_state, placement, unwrap
 
 MANIFEST = "fxpeft.json"
+WEIGHTS = "fxpeft/weights.safetensors"  # in the archive, below its root: the sites' weights and biases, for DoRA
 VERSION = 1
 
 
@@ -53,8 +57,8 @@ def package(
         path: ends in ``.pt2``; written beside it first, then renamed.
         example_inputs: positional or keyword arguments of a forward, tensors with the devices and dtypes to come.
         targets: as in :func:`fxpeft.prepare_hotswap`, or a config whose targets are taken.
-        methods: any of those of ``prepare_hotswap`` but ``dora``, whose gains can be computed from the
-            base's weights only, which a package holds compiled.
+        methods: any of those of ``prepare_hotswap`` but prompts. With ``dora``, whose gains are computed from the base's
+            weights, the file holds those of the sites twice: compiled, and to be read.
         rank: ``"dynamic"``: a step pays for the rank in use; ``"static"``: for ``max_rank``.
         dynamic_shapes: as in ``torch.export.export``.
         options: Inductor's, as in ``torch._inductor.aoti_compile_and_package``.
@@ -63,7 +67,7 @@ def package(
         AdapterError: the model has adapters, or something is declared that can't be packaged.
     """
     model, path = unwrap(model), Path(path)
-    known = [name for name in slot_needs() if name != "dora"]
+    known = [name for name in slot_needs() if name not in PROMPT_METHODS]
     if isinstance(methods, str) or any(m not in known for m in methods):
         raise AdapterError(f"methods: expected a sequence of some of {', '.join(known)}, found {methods!r}")
     if path.suffix != ".pt2":
@@ -81,7 +85,8 @@ def package(
         slotted = rewrite(program, Slots(pattern_of(sites), max_rank, tuple(methods), rank))
         content = manifest(model, sites, max_rank, methods, rank)
         content |= {"inputs": _inputs(program), "outputs": _outputs(program)}
-        _write(path, slotted, content, dict(options or {}))
+        weights = _weights(model, sites) if "dora" in methods else {}
+        _write(path, slotted, content, weights, dict(options or {}))
     return path
 
 
@@ -130,6 +135,20 @@ def pattern_of(sites: Collection[str]) -> str:
     return "|".join(re.escape(site) for site in sites)
 
 
+def _weights(model: nn.Module, sites: Collection[str]) -> dict[str, Tensor]:
+    """What the sites' gains are computed from: each weight, ``[out, in, ...]``, and bias."""
+    tensors = {}
+    for site in sites:
+        module = model.get_submodule(site)
+        try:
+            tensors[f"{site}.weight"] = base_weight(module).cpu().clone(memory_format=torch.contiguous_format)
+        except PassError as error:
+            raise AdapterError(f"{site}: it can't serve dora, whose gains need its weight: {error}") from None
+        if isinstance(bias := getattr(module, "bias", None), Tensor):
+            tensors[f"{site}.bias"] = bias.detach().cpu().clone()
+    return tensors
+
+
 def _inputs(program: ExportedProgram) -> list[dict[str, Any]]:
     """The inputs, for the check that a compiled program doesn't make: a size, or a symbol with its range."""
     found = []
@@ -160,7 +179,13 @@ def _outputs(program: ExportedProgram) -> list[str]:
     return [pytree.keystr(path).strip("[]'.") for path, _ in pytree.tree_flatten_with_path(tree)[0]]
 
 
-def _write(path: Path, program: ExportedProgram, content: Mapping[str, Any], options: dict[str, Any]) -> None:
+def _write(
+    path: Path,
+    program: ExportedProgram,
+    content: Mapping[str, Any],
+    weights: dict[str, Tensor],
+    options: dict[str, Any],
+) -> None:
     from torch._inductor import aot_compile
     from torch.export.pt2_archive._package import load_pt2, package_pt2
 
@@ -174,6 +199,10 @@ def _write(path: Path, program: ExportedProgram, content: Mapping[str, Any], opt
         files: Any = aot_compile(program.module(check_guards=False), args, kwargs, options=options)
         text = json.dumps(content, indent=1, sort_keys=True)
         package_pt2(str(unfinished), aoti_files={"model": files}, extra_files={MANIFEST: text})
+        if weights:
+            with zipfile.ZipFile(unfinished, "a") as archive:  # package_pt2 takes text only
+                root = archive.namelist()[0].partition("/")[0]
+                archive.writestr(f"{root}/{WEIGHTS}", save_tensors(weights))
         held = set(load_pt2(str(unfinished)).aoti_runners["model"].get_constant_fqns())
         lost = [name for name in program.constants if name.startswith("slot.") and name not in held]
         if lost:

@@ -7,6 +7,8 @@ import json
 import shutil
 import tempfile
 import threading
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,9 @@ from torch.export import Dim
 import fxpeft
 from fxpeft import AdaLoraConfig, AdapterError, IA3Config, LoraConfig, Package
 from fxpeft.fingerprint import fingerprint
-from fxpeft.packaging import manifest
+from fxpeft.packaging import MANIFEST, WEIGHTS, manifest
 
-METHODS = ("lora", "lora_bias", "ia3", "adalora")
+METHODS = ("lora", "lora_bias", "ia3", "adalora", "dora")
 TARGETS = ["words", "up", "down", "head"]
 
 
@@ -53,6 +55,7 @@ CONFIGS: dict[str, Any] = {
     "bias": LoraConfig(r=2, lora_alpha=3, target_modules=["down", "head"], lora_bias=True),
     "ia3": IA3Config(target_modules=["up", "down"], feedforward_modules=["down"]),
     "adalora": AdaLoraConfig(init_r=5, lora_alpha=7, total_step=10, target_modules=["up", "head"]),
+    "dora": LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, rank_pattern={"up": 5}, use_dora=True),
     "full": LoraConfig(r=8, lora_alpha=4, target_modules=["up", "down"]),
 }
 
@@ -64,7 +67,7 @@ def saved(folder: Path, config: Any, seed: int = 0, model: nn.Module | None = No
     tensors = fxpeft.adapter_state_dict(live)
     randomise(tensors.values(), seed)
     for key, value in tensors.items():
-        if "ia3" in key:
+        if "ia3" in key or "magnitude" in key:
             value.data.add_(1)
     fxpeft.save_adapter(live, folder)
     return folder
@@ -116,7 +119,7 @@ def test_every_adapter_equals_the_live_model(opened: Package, folders: dict[str,
         assert (wanted - live()).abs().max() > 0.01
         opened.load_adapter(folder, name)
         close(opened(IDS, SHIFT), wanted)
-    for name in ("full", "one", "ia3", "lora", "adalora", "bias", "one"):
+    for name in ("full", "dora", "one", "ia3", "lora", "adalora", "dora", "bias", "one"):
         opened.set_adapter(name)
         close(opened(IDS, SHIFT), live(folders[name]))
     assert opened.active_adapters() == ["one"]
@@ -171,7 +174,6 @@ def test_scales_sums_and_state_dicts(opened: Package, folders: dict[str, Path]) 
     [
         (LoraConfig(r=9, target_modules=["up"]), r"up: rank 9 is above max_rank 8"),
         (LoraConfig(r=2, target_modules=["up", "free"]), r"free: has no slot"),
-        (LoraConfig(r=2, target_modules=["up"], use_dora=True), r"its method, dora"),
         (LoraConfig(r=2, target_modules=["up"], modules_to_save=["free"]), r"free: has no slot"),
         (LoraConfig(r=2, target_modules=["up"], bias="lora_only"), r"up.bias: has no slot"),
     ],
@@ -265,12 +267,46 @@ def test_damaged_packages_are_refused(path: Path, tmp_path: Path) -> None:
         fxpeft.open_package(plain)
 
 
+def edited(path: Path, to: Path, change: Callable[[str, bytes], bytes | None]) -> Path:
+    """A package whose members ``change`` has gone over; it drops those that it gives nothing for."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(to, "w") as new:
+        for name in old.namelist():
+            content = change(name.partition("/")[2], old.read(name))
+            if content is not None:
+                new.writestr(name, content)
+    return to
+
+
+def test_a_package_for_dora_needs_its_weights(path: Path, tmp_path: Path) -> None:
+    for number, (new, message) in enumerate(((None, "has no weight of words, up, down, head"), (b"x", "is damaged"))):
+
+        def change(name: str, content: bytes, new: bytes | None = new) -> bytes | None:
+            return new if name == WEIGHTS else content
+
+        with pytest.raises(AdapterError, match=message):
+            fxpeft.open_package(edited(path, tmp_path / f"{number}.pt2", change))
+
+
+def test_dora_is_refused_where_it_was_not_declared(path: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+    def change(name: str, content: bytes) -> bytes | None:
+        if name == WEIGHTS:
+            return None
+        return content.replace(b'"dora"', b'"lora"') if name.endswith(MANIFEST) else content
+
+    opened = fxpeft.open_package(edited(path, tmp_path / "net.pt2", change))
+    opened.load_adapter(folders["lora"])
+    with pytest.raises(AdapterError, match=r"(?s)its method, dora"):
+        opened.hotswap(folders["dora"])
+    close(opened(IDS, SHIFT), live(folders["lora"]))
+
+
 def test_what_cannot_be_packaged_is_refused(tmp_path: Path) -> None:
     to = tmp_path / "net.pt2"
     adapted = net()
     fxpeft.add_adapter(adapted, CONFIGS["lora"])
     for model, more, message in (
-        (net(), {"methods": ("lora", "dora")}, "methods: expected a sequence of some of"),
+        (net(), {"methods": ("lora", "dorra")}, "methods: expected a sequence of some of"),
+        (net(), {"methods": ("prompt_tuning",)}, "methods: expected a sequence of some of ia3, lora"),
         (net(), {"max_rank": 1}, "max_rank: expected at least 2, found 1"),
         (net(), {"options": {"freezing": True}}, "freezing folds slots"),
         (net().train(), {}, "call model.eval"),
