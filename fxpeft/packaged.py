@@ -46,8 +46,8 @@ class Package:
         weights = _weights(self.path, self.manifest) if "dora" in self.manifest["methods"] else {}
         outlines = {
             name: Outline(
-                kind_from_json(m, source), *(_on(device, weights.get(f"{name}.{leaf}")) for leaf in ("weight", "bias")),
-                device=device, dtype=getattr(torch, m["dtype"]), biased=m["bias"],
+                kind_from_json(m, source), weights.get(f"{name}.weight"), weights.get(f"{name}.bias"),
+                dtype=getattr(torch, m["dtype"]), device=device, biased=m["bias"],
             )
             for name, m in modules.items()
         }  # fmt: skip
@@ -253,11 +253,7 @@ def _weights(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
     missing = [site for site in manifest["sites"] if f"{site}.weight" not in tensors]
     if missing:
         raise AdapterError(f"{path}: damaged: {WEIGHTS} has no weight of {', '.join(missing[:5])}")
-    return tensors
-
-
-def _on(device: str, tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
+    return {name: tensor.to(manifest["device"]) for name, tensor in tensors.items()}
 
 
 def _specs(call_spec: Sequence[str]) -> tuple[Any, Any]:

@@ -57,8 +57,8 @@ def package(
         path: ends in ``.pt2``; written beside it first, then renamed.
         example_inputs: positional or keyword arguments of a forward, tensors with the devices and dtypes to come.
         targets: as in :func:`fxpeft.prepare_hotswap`, or a config whose targets are taken.
-        methods: any of those of ``prepare_hotswap`` but prompts. With ``dora``, whose gains are computed from the base's
-            weights, the file holds those of the sites twice: compiled, and to be read.
+        methods: any of those of ``prepare_hotswap`` but prompts. With ``dora``, whose gains are computed from the
+            base's weights, the file holds those of the sites twice: compiled, and to be read.
         rank: ``"dynamic"``: a step pays for the rank in use; ``"static"``: for ``max_rank``.
         dynamic_shapes: as in ``torch.export.export``.
         options: Inductor's, as in ``torch._inductor.aoti_compile_and_package``.
