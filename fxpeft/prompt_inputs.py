@@ -7,7 +7,9 @@ the attention mask has to cover them, and that is all.
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,10 +19,21 @@ from transformers import DynamicCache, EncoderDecoderCache
 from fxpeft.errors import AdapterError
 
 IGNORED = -100  # a label that no loss counts
+# what forwards and generate call the cache: since transformers 5.24, before, and a state-space model's before
+CACHES = ("cache", "past_key_values", "cache_params")
+
+
+def cache_argument(arguments: Mapping[str, inspect.Parameter]) -> str:
+    """The name under which a forward takes a ``Cache``, or ``""``."""
+    for name in CACHES:
+        # XLM's ``cache`` is no such: its forward takes as many tokens off the input as the cache is long
+        if name in arguments and not str(arguments[name].annotation).startswith("dict["):
+            return name
+    return ""
 
 
 def embed_prompt(
-    inputs: dict[str, Any], *, prompt: Tensor, embed: nn.Module, virtual: int, task: str
+    inputs: dict[str, Any], *, prompt: Tensor, embed: nn.Module, virtual: int, task: str, cache: str
 ) -> dict[str, Any]:
     """Prompt tuning and p-tuning: put virtual tokens before the embeddings.
 
@@ -29,12 +42,14 @@ def embed_prompt(
         prompt: ``[rows, hidden]``; the first ``virtual`` rows are used.
         embed: the model's input embeddings.
         task: PEFT's task type; it says what becomes of labels and token types.
+        cache: the forward's name of its cache; see :func:`cache_argument`.
 
     Returns:
         The arguments with ``inputs_embeds [batch, virtual + tokens, hidden]`` in place of ``input_ids``.
     """
     if inputs.get("encoder_outputs") is not None:
         return inputs  # the encoder has seen the prompt, and generate has extended its mask
+    inputs = _renamed(inputs, cache)
     out = dict(inputs)
     _drop(out, "position_ids", "they are counted with the virtual tokens")
     if task in ("SEQ_CLS", "TOKEN_CLS"):
@@ -42,8 +57,9 @@ def embed_prompt(
     else:
         _drop(out, "token_type_ids", "virtual tokens have no type")
     mask = out.get("attention_mask")
-    if task != "SEQ_2_SEQ_LM" and _is_filled(out.get("past_key_values"), mask):
-        out["attention_mask"] = mask if _is_complete(mask) else _extended(mask, virtual, 1)
+    if task != "SEQ_2_SEQ_LM" and _is_filled(out.get(cache), mask):
+        alone = _is_complete(mask) or _is_state(out[cache])
+        out["attention_mask"] = mask if alone else _extended(mask, virtual, 1)
         return _known(out, inputs)
     _check_mask(mask)
     out["attention_mask"] = _extended(mask, virtual, 1)
@@ -60,7 +76,7 @@ def embed_prompt(
 
 def cache_prompt(
     inputs: dict[str, Any], *, prompt: Tensor, embed: nn.Module, virtual: int, layers: int, heads: int, task: str,
-    layer: nn.Module | None = None,
+    cache: str, layer: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Prefix tuning: begin each layer's keys and values with virtual ones.
 
@@ -68,6 +84,7 @@ def cache_prompt(
         inputs: the forward's arguments by name.
         prompt: ``[virtual, layers * 2 * heads * head_dim]``.
         embed: the model's input embeddings; their dtype is the cache's.
+        cache: the forward's name of its cache; see :func:`cache_argument`.
         layer: one of the model's layers, asked whether it is checkpointed.
 
     Returns:
@@ -82,19 +99,20 @@ def cache_prompt(
             "prefix tuning doesn't work with gradient checkpointing, under which layers get no cache: call "
             "model.gradient_checkpointing_disable(), or use prompt tuning"
         )
+    inputs = _renamed(inputs, cache)
     out = dict(inputs)
     decoder = task == "SEQ_2_SEQ_LM"
     mask_key = "decoder_attention_mask" if decoder else "attention_mask"
-    mask, cache = out.get(mask_key), out.get("past_key_values")
+    mask, given = out.get(mask_key), out.get(cache)
     if out.get("position_ids") is not None:
         out["position_ids"] = out["position_ids"] + virtual
     if task not in ("SEQ_CLS", "TOKEN_CLS"):
         _drop(out, "token_type_ids", "virtual tokens have no type")
-    filled = _is_filled(cache, mask)
+    filled = _is_filled(given, mask)
     if not filled:
         _check_mask(mask)
         weight: Any = embed.weight
-        out["past_key_values"] = _with_prefix(cache, prompt.to(weight.dtype), layers, heads, _batch(out), decoder)
+        out[cache] = _with_prefix(given, prompt.to(weight.dtype), layers, heads, _batch(out), decoder)
     if not _is_complete(mask):
         out[mask_key] = _extended(mask, virtual, 1)
     return _known(out, inputs)
@@ -148,22 +166,24 @@ class PromptGeneration(FedModel):
         virtual, key = _decoder_virtual(self)
         if not virtual:
             return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
-        if kwargs.get("use_cache") is False:
-            kwargs["past_key_values"] = None  # a step gives back the prefix's cache, the next begins one of its own
-        mask, cache = kwargs.get(key), kwargs.get("past_key_values")
+        name = next((n for n in CACHES if n in kwargs), CACHES[0])
+        if kwargs.get("use_cache") is False and name in kwargs:
+            kwargs[name] = None  # a step gives back the prefix's cache, the next begins one of its own
+        mask, cache = kwargs.get(key), kwargs.get(name)
         if cache is None and kwargs.get("use_cache") and not kwargs.get("is_first_iteration"):
             raise AdapterError(
-                f"generate: {type(self).__name__} keeps no past_key_values, so that every step would begin with the "
+                f"generate: {type(self).__name__} keeps no cache of its past, so that every step would begin with the "
                 "prompt again; pass use_cache=False"
             )
         filled = _is_filled(cache, mask)
         if filled and kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is not None:
             kwargs["next_sequence_length"] += virtual  # generate took the cache's length from that of the tokens
-        if filled and cache is not None and cache.is_compileable:
+        if filled and cache is not None and cache.is_compileable and not _is_state(cache):
             kwargs[key] = _extended(mask, virtual, 1)
         made = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         if not _is_complete(made.get(key)):
-            made[key] = mask
+            if not (filled and _is_state(cache)):
+                made[key] = mask
         elif not filled:
             _check_mask(mask)
             made[key] = mask
@@ -210,13 +230,35 @@ def _is_prefix(model: Any) -> bool:
     return bool(_running(model)[0].prefix)
 
 
+def _renamed(inputs: dict[str, Any], cache: str) -> dict[str, Any]:
+    """The arguments with a cache under the forward's own name, where it came under one that it had before."""
+    old = [name for name in CACHES[1:] if name != cache and name in inputs]
+    if cache != CACHES[0] or not old:
+        return inputs
+    out = {name: value for name, value in inputs.items() if name not in old}
+    for name in old:
+        if not torch.compiler.is_compiling():
+            warnings.warn(f"{name} is deprecated in transformers: use {cache}", FutureWarning, stacklevel=4)
+        if out.get(cache) is None:
+            out[cache] = inputs[name]
+    return out
+
+
 def _is_filled(cache: Any, mask: Any) -> bool:
     """Whether a forward continues a cache, so that the virtual tokens are in it."""
     if cache is None:
         return False
+    if _is_state(cache):
+        return bool(cache.has_previous_state())
     if torch.compiler.is_compiling() and cache.is_compileable and _is_complete(mask):
         return True  # a step of generate: its first is never compiled. The length, a tensor, is not asked
     return bool(cache.get_seq_length())
+
+
+def _is_state(cache: Any) -> bool:
+    """Whether a cache holds states without a length in all layers; masks are then of the new tokens alone."""
+    linear = list(getattr(cache, "is_linear", ()))
+    return bool(linear) and all(linear)
 
 
 def _is_complete(mask: Any) -> bool:

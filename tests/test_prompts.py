@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,13 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     StaticCache,
     Trainer,
     TrainingArguments,
+    XLMConfig,
+    XLMWithLMHeadModel,
 )
 
 import fxpeft
@@ -30,6 +36,9 @@ from fxpeft import AdapterError, LoraConfig, PrefixTuningConfig, PromptEncoderCo
 
 IDS = token_ids()
 VIRTUAL = 4
+# the argument's names: transformers 5.24 renamed it, and still takes the older one
+NAMES = [n for n in ("past_key_values", "cache") if n == "past_key_values" or n in inspect.signature(
+    LlamaForCausalLM.forward).parameters]  # fmt: skip
 CONFIGS: dict[str, Any] = {
     "prompt": lambda **v: PromptTuningConfig(num_virtual_tokens=VIRTUAL, **v),
     "prefix": lambda **v: PrefixTuningConfig(num_virtual_tokens=VIRTUAL, **v),
@@ -278,34 +287,50 @@ def test_gradient_checkpointing() -> None:
 # --- caches ---
 
 
+@pytest.mark.parametrize("argument", NAMES)
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
-def test_a_loop_of_ones_own(name: str, static: bool) -> None:
+@pytest.mark.filterwarnings("ignore:past_key_values is deprecated:FutureWarning")
+def test_a_loop_of_ones_own(name: str, static: bool, argument: str) -> None:
     """A forward that continues a cache adds no second prompt."""
     model = prompted(name)
     wanted = logits(model)[:, -6:]
     cache = StaticCache(config=model.config, max_cache_len=16) if static else DynamicCache(config=model.config)
     with torch.no_grad():
         mask = torch.ones(2, 4, dtype=torch.long)
-        parts = [model(IDS[:, :4], attention_mask=mask, past_key_values=cache).logits[:, -4:]]
+        parts = [model(IDS[:, :4], attention_mask=mask, **{argument: cache}).logits[:, -4:]]
         for end in (5, 6):
             mask = torch.ones(2, end, dtype=torch.long)
-            parts.append(model(IDS[:, end - 1 : end], attention_mask=mask, past_key_values=cache).logits)
+            parts.append(model(IDS[:, end - 1 : end], attention_mask=mask, **{argument: cache}).logits)
     assert int(cache.get_seq_length()) == 6 + VIRTUAL
     torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
-def test_generate_goes_on_from_a_cache(name: str) -> None:
+def test_the_older_name_of_a_cache_warns_as_without_a_prompt(name: str) -> None:
+    for model in (tiny_llama(), prompted(name)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(IDS, past_key_values=DynamicCache(config=model.config))
+        said = [str(w.message) for w in caught if "past_key_values" in str(w.message)]
+        assert len(said) == len(NAMES) - 1
+        assert all("deprecated" in s for s in said)
+        model(IDS, **{NAMES[-1]: DynamicCache(config=model.config)})
+
+
+@pytest.mark.parametrize("argument", NAMES)
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_generate_goes_on_from_a_cache(name: str, argument: str) -> None:
     model = prompted(name)
     model.generation_config.eos_token_id = None
     options = {"do_sample": False, "pad_token_id": 0}
     mask = torch.ones_like(IDS)
     wanted = model.generate(IDS, attention_mask=mask, max_new_tokens=6, **options)
     cache = DynamicCache(config=model.config)
-    first = model.generate(IDS, attention_mask=mask, past_key_values=cache, max_new_tokens=3, **options)
+    first = model.generate(IDS, attention_mask=mask, **{argument: cache}, max_new_tokens=3, **options)
     found = model.generate(
-        first, attention_mask=torch.ones_like(first), past_key_values=cache, max_new_tokens=3, **options
+        first, attention_mask=torch.ones_like(first), **{argument: cache}, max_new_tokens=3, **options
     )
     assert torch.equal(found, wanted)
 
@@ -377,8 +402,23 @@ def test_an_ignored_number_of_layers_is_said() -> None:
 
 
 def mamba() -> MambaForCausalLM:
-    return MambaForCausalLM(
+    """Weights large enough that what came before a token shows in its logits."""
+    model = MambaForCausalLM(
         MambaConfig(vocab_size=40, hidden_size=16, state_size=4, num_hidden_layers=1, intermediate_size=32)
+    )
+    for parameter in model.backbone.layers.parameters():
+        parameter.data.mul_(8 if parameter.dim() > 1 else 1)
+    return model
+
+
+def xlm() -> XLMWithLMHeadModel:
+    """Its forward has an argument ``cache`` in all versions of transformers, with a meaning of its own."""
+    return XLMWithLMHeadModel(XLMConfig(vocab_size=40, emb_dim=16, n_layers=1, n_heads=2))
+
+
+def rwkv() -> RwkvForCausalLM:
+    return RwkvForCausalLM(
+        RwkvConfig(vocab_size=40, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2, context_length=32)
     )
 
 
@@ -395,7 +435,8 @@ MISFITS: dict[str, tuple[Any, Any, str]] = {
     "other layers": (tiny_llama, CONFIGS["prefix"](num_layers=7), "num_layers: expected 2.* found 7"),
     "no encoder": (tiny_llama, CONFIGS["prompt"](task_type="SEQ_2_SEQ_LM"), "SEQ_2_SEQ_LM doesn't fit LlamaFor"),
     "two submodules": (tiny_llama, CONFIGS["prompt"](num_transformer_submodules=2), "expected 1 for a model without"),
-    "no cache": (mamba, CONFIGS["prefix"](), "takes no past_key_values"),
+    "no keys": (mamba, CONFIGS["prefix"](), "MambaForCausalLM has layers without keys and values"),
+    "no cache": (xlm, CONFIGS["prefix"](), "XLMWithLMHeadModel.forward takes no cache of keys and values"),
     "several devices": (split, CONFIGS["prefix"](), "split over 2 devices"),
     "no such module": (tiny_llama, CONFIGS["prompt"](modules_to_save=["hed"]), "modules_to_save.*\n.*hed"),
     "no tokenizer": (
@@ -421,13 +462,44 @@ def test_models_that_take_no_such_prompt(case: str) -> None:
 
 
 def test_generate_without_keys_and_values() -> None:
-    """A state-space model has a cache of another kind, which doesn't tell whether the prompt is in it."""
-    model = prompted(model=mamba().eval(), num_attention_heads=1)
-    with pytest.raises(AdapterError, match="MambaForCausalLM keeps no past_key_values"):
+    """RWKV's state is a list, which doesn't tell whether the prompt is in it."""
+    model = prompted(model=rwkv().eval(), num_attention_heads=1)
+    with pytest.raises(AdapterError, match="RwkvForCausalLM keeps no cache of its past"):
         model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0)
     found = model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0, use_cache=False)
     with torch.no_grad():
         assert torch.equal(found[:, -1], model(found[:, :-1]).logits[:, -1].argmax(-1))
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate_from_a_state(beams: int) -> None:
+    """A state-space model's cache has no length; with it or without, padded rows and all, tokens are the same."""
+    model = prompted(model=mamba().eval(), num_attention_heads=1)
+    mask = torch.ones_like(IDS)
+    mask[1, :2] = 0
+
+    def generated(**options: Any) -> tuple[Tensor, Tensor]:
+        found = model.generate(
+            IDS, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0, num_beams=beams,
+            output_logits=True, return_dict_in_generate=True, **options,
+        )  # fmt: skip
+        return found.sequences, torch.stack(found.logits)
+
+    (tokens, scores), (others, wanted) = generated(), generated(use_cache=False)
+    assert torch.equal(tokens, others)
+    torch.testing.assert_close(scores, wanted, atol=1e-5, rtol=1e-5)
+    with fxpeft.disabled(model):
+        assert not torch.allclose(generated()[1][0], scores[0], atol=1e-3)
+
+
+def test_a_loop_of_ones_own_from_a_state() -> None:
+    model = prompted(model=mamba().eval(), num_attention_heads=1)
+    name = "cache" if "cache" in inspect.signature(MambaForCausalLM.forward).parameters else "cache_params"
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        parts = [model(IDS[:, :4], **{name: cache}, use_cache=True).logits[:, -4:]]
+        parts += [model(IDS[:, i : i + 1], **{name: cache}, use_cache=True).logits for i in (4, 5)]
+    torch.testing.assert_close(torch.cat(parts, 1), logits(model)[:, -6:], atol=1e-5, rtol=1e-5)
 
 
 def test_files_that_do_not_fit(tmp_path: Path) -> None:

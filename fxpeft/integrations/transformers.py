@@ -26,7 +26,8 @@ def install() -> None:
     ``set_adapter``, ``enable_peft_hotswap`` and the others; ``from_pretrained`` and ``pipeline``
     take an adapter's folder or id, ``save_pretrained`` and ``push_to_hub`` write the adapter alone,
     and ``Trainer`` resumes from it. Signatures, return values and errors are those of transformers
-    5.23. Calling it twice is calling it once. Models that PEFT itself has adapted are left to PEFT.
+    5.23 and 5.24, whose integrations differ in the PEFT that they ask for alone. Calling it twice is
+    calling it once. Models that PEFT itself has adapted are left to PEFT.
     """
     if _before:
         return

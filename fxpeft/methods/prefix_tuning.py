@@ -22,6 +22,7 @@ from fxpeft.methods.prompts import (
     forward_arguments,
 )
 from fxpeft.passes.live import base_class
+from fxpeft.prompt_inputs import cache_argument
 
 
 @dataclass
@@ -74,12 +75,17 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
             parameters[name].zero_()
 
     def site(self, model: PreTrainedModel) -> str:
+        kinds = {str(k) for k in getattr(model.config.get_text_config(), "layer_types", None) or ()}
+        if any(not k.endswith("attention") or "linear" in k for k in kinds):
+            raise AdapterError(f"{base_class(model).__name__} has layers without keys and values: {sorted(kinds)}")
         backbone = model.base_model_prefix
         for name in ("", backbone):
             host = model.get_submodule(name) if name == "" or name in model._modules else None
-            if host is not None and {"past_key_values", "inputs_embeds"} <= set(forward_arguments(host)):
+            if host is None or "inputs_embeds" not in (arguments := forward_arguments(host)):
+                continue
+            if cache_argument(arguments) in ("cache", "past_key_values"):
                 return name
-        raise AdapterError(f"{base_class(model).__name__}.forward takes no past_key_values, so no prefix")
+        raise AdapterError(f"{base_class(model).__name__}.forward takes no cache of keys and values, so no prefix")
 
     def resolved(self, model: PreTrainedModel, config: PrefixTuningConfig) -> PrefixTuningConfig:
         resolved = super().resolved(model, config)
@@ -96,8 +102,7 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
         return resolved
 
     def check(self, model: PreTrainedModel, config: PrefixTuningConfig) -> None:
-        own = model.config.get_text_config()
-        said = own.to_dict()
+        said = model.config.get_text_config().to_dict()
         shapes = ("head_dim", "num_key_value_heads")
         unlike = any(k in layer for layer in (said.get("per_layer_config") or {}).values() for k in shapes)
         if unlike or said.get("global_head_dim") or said.get("num_kv_shared_layers"):
@@ -115,9 +120,6 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
         if config.task_type == "SEQ_2_SEQ_LM" and decoder not in (None, config.num_layers):
             raise AdapterError(f"num_layers: the decoder has {decoder}, but PEFT's format takes the encoder's number, "
                                f"{config.num_layers}")  # fmt: skip
-        kinds = {str(k) for k in getattr(own, "layer_types", None) or ()}
-        if any(not k.endswith("attention") or "linear" in k for k in kinds):
-            raise AdapterError(f"{base_class(model).__name__} has layers without keys and values: {sorted(kinds)}")
 
 
 def _key_values(model: PreTrainedModel) -> dict[str, int]:

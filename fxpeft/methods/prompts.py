@@ -23,7 +23,7 @@ from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.passes.feed import Feed
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.live import base_class
-from fxpeft.prompt_inputs import FedModel, PromptGeneration, cache_prompt, embed_prompt
+from fxpeft.prompt_inputs import FedModel, PromptGeneration, cache_argument, cache_prompt, embed_prompt
 
 WHOLE_MODEL = Kind(0, 0)  # no target: a forward as a whole has no linear algebra of its own
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -86,6 +86,7 @@ class PromptPlan(SitePlan):
         embed: the input embeddings' name, seen from the site.
         generates: the site has ``generate``.
         layer: one of its layers that can be checkpointed, or ``""``.
+        cache: the argument in which the site's forward takes a cache, or ``""``.
     """
 
     rows: int
@@ -97,6 +98,7 @@ class PromptPlan(SitePlan):
     heads: int
     generates: bool
     layer: str
+    cache: str
 
     def feed(self, name: str, path: str, value: Any, container: str = "adapters") -> Feed:
         """How the site's forward gets the prompt that lies at ``container.path``.
@@ -104,7 +106,7 @@ class PromptPlan(SitePlan):
         Args:
             value: a tensor ``[rows, width]``, or a module that gives it.
         """
-        constants: dict[str, Any] = {"virtual": self.rank, "task": self.task}
+        constants: dict[str, Any] = {"virtual": self.rank, "task": self.task, "cache": self.cache}
         reads = {"embed": self.embed}
         if self.prefix:
             constants |= {"layers": self.layers, "heads": self.heads}
@@ -235,6 +237,7 @@ class PromptMethod(Method[P]):
             _embeddings_name(host), config.num_layers, config.num_attention_heads,
             site == "" and bool(base_class(model).can_generate()),  # type: ignore[attr-defined]
             next((n for n, m in host.named_modules() if isinstance(m, GradientCheckpointingLayer)), ""),
+            cache_argument(forward_arguments(host)),
         )  # fmt: skip
         return config, {site: plan}
 

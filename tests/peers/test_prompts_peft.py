@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -18,6 +20,7 @@ from transformers import (
     BertForQuestionAnswering,
     BertForTokenClassification,
     BertModel,
+    GenerationMixin,
     LlamaForSequenceClassification,
     PreTrainedModel,
     Qwen3Config,
@@ -29,6 +32,35 @@ from transformers import (
 import fxpeft
 
 VIRTUAL = 5
+
+
+@pytest.fixture(autouse=True)
+def _peft_knows_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let PEFT 0.21 go on calling the cache ``past_key_values``, which transformers 5.24 renamed ``cache``.
+
+    Without this it raises for prefixes below a head and repeats its prompt in every step of generate.
+    Its mathematics is not touched: forwards take the older name still, here their signatures and the
+    inputs that generate prepares have it too.
+    """
+    if "cache" not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
+        return
+
+    def signature(function: Any) -> inspect.Signature:
+        found = inspect.signature(function)
+        own = [p.replace(name="past_key_values") if n == "cache" else p for n, p in found.parameters.items()]
+        return found.replace(parameters=own)
+
+    def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = type(self.base_model).prepare_inputs_for_generation(self.base_model, *args, **kwargs)
+        return {"past_key_values" if name == "cache" else name: value for name, value in made.items()}
+
+    monkeypatch.setattr(peft.peft_model, "inspect", SimpleNamespace(signature=signature))
+    for cls in (peft.PeftModelForCausalLM, peft.PeftModelForSeq2SeqLM):
+        # a property of the class comes before what __init__ puts into the instance
+        monkeypatch.setattr(
+            cls, "base_model_prepare_inputs_for_generation",
+            property(lambda self: lambda *a, **k: prepare(self, *a, **k), lambda self, value: None), raising=False,
+        )  # fmt: skip
 
 
 def tiny_qwen() -> Qwen3ForCausalLM:
