@@ -85,7 +85,8 @@ def backend(
     names = [n.name for n in graph_module.graph.nodes if n.op == "placeholder"]
     stacks = {names.index(g.place): [names.index(member) for member in g.members] for g in group.groups}
     placeholders = (n for n in active.graph.nodes if n.op == "placeholder")
-    given = [n.meta["example_value"] if GROUPED in n.meta else v for n, v in zip(placeholders, example_inputs, strict=True)]
+    pairs = zip(placeholders, example_inputs, strict=True)
+    given = [n.meta["example_value"] if GROUPED in n.meta else value for n, value in pairs]
     full = lower(active, given, **more)
     if stacks:
         full = _with_stacks(full, stacks)

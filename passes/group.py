@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
@@ -18,9 +17,11 @@ from fxpeft.passes.subgraphs import calls
 
 GROUPED = "fxpeft.grouped"  # node.meta key: on a placeholder, those whose A's are stacked in what it takes now
 _STATEFUL = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
-_INPLACE = (operator.setitem, operator.delitem, *(getattr(operator, name) for name in (
-    "iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor"
-)))  # fmt: skip
+_INPLACE = {
+    operator.setitem, operator.delitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow,
+    operator.imatmul, operator.ifloordiv, operator.imod, operator.iand, operator.ior, operator.ixor, operator.ilshift,
+    operator.irshift,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ class GroupPass(GraphPass):
             grouped.update(members)
         self.groups = tuple(made)
         skipped = tuple(Skip(self._site(p), r) for p, r in reasons.items() if r is not None and p not in grouped)
-        report = Report(self.name, tuple(self._site(p) for p in places if p in grouped), skipped, before, len(graph.nodes))
+        matched = tuple(self._site(p) for p in places if p in grouped)
+        report = Report(self.name, matched, skipped, before, len(graph.nodes))
         return RewriteResult(graph_module, bool(made), report)
 
     def _site(self, place: Node) -> str:

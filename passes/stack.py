@@ -28,7 +28,8 @@ class Stack:
         self.sources = tuple(sources)
         first = sources[0]
         with torch.inference_mode(False):  # outside of it nothing could be copied into a tensor made inside
-            self.tensor = torch.zeros(first.shape[0], len(sources), *first.shape[1:], dtype=first.dtype, device=first.device)
+            shape = (first.shape[0], len(sources), *first.shape[1:])
+            self.tensor = torch.zeros(shape, dtype=first.dtype, device=first.device)
         self._holds: tuple[tuple[int, ...], int] = (), 0  # the versions that were copied, and of how many ranks
 
     def of(self, sources: Sequence[Tensor]) -> bool:
