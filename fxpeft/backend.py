@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from fxpeft.passes.fold_inactive import FoldInactivePass
 from fxpeft.passes.group import GROUPED, GroupPass
 from fxpeft.passes.pipeline import Pipeline
 from fxpeft.passes.slot import NEUTRAL, Slot, slot_of
-from fxpeft.passes.stack import stack_of
+from fxpeft.passes.stack import Stack, stack_of
 from fxpeft.passes.subgraphs import copy_graph_module
 
 PASSES = ("fold_inactive", "group", "clean")
@@ -81,7 +83,8 @@ def backend(
             idle = lower(folded, example_inputs, **more)
     group = GroupPass(*_stackable(graph_module, slots))
     pipeline = Pipeline([*([group] if "group" in passes else []), *clean], dump=folder and f"{folder}-active")
-    active = pipeline(_copy(graph_module))
+    changed = pipeline(_copy(graph_module)) if pipeline.passes else graph_module
+    active = changed if any(report.matched for report in pipeline.reports) else graph_module
     names = [n.name for n in graph_module.graph.nodes if n.op == "placeholder"]
     stacks = {names.index(g.place): [names.index(member) for member in g.members] for g in group.groups}
     placeholders = (n for n in active.graph.nodes if n.op == "placeholder")
@@ -114,10 +117,12 @@ def _choose(idle: Callable[..., Any], full: Callable[..., Any], places: Sequence
 def _with_stacks(grouped: Callable[..., Any], stacks: Mapping[int, Sequence[int]]) -> Callable[..., Any]:
     """Hand in stacks: argument -> the arguments whose A's it takes; again those of the call's own slots."""
 
+    known = [(place, itemgetter(*members), WeakValueDictionary[int, Stack]()) for place, members in stacks.items()]
+
     def run(*args: Any) -> Any:
         given = list(args)
-        for place, members in stacks.items():
-            given[place] = stack_of([args[member] for member in members])
+        for place, sources, before in known:
+            given[place] = stack_of(sources(args), before)
         return grouped(*given)
 
     return run
@@ -163,7 +168,7 @@ def _copy(graph_module: GraphModule) -> GraphModule:
 
 def _next_folder(root: Path) -> Path:
     """A name for the next graph's dumps: every graph break makes one more graph."""
-    number = 1 + max((int(p.name.split("-")[1]) for p in root.glob("graph-*-active")), default=0)
+    number = 1 + max((int(p.name.split("-")[1]) for p in root.glob("graph-*")), default=0)
     return root / f"graph-{number:02d}"
 
 

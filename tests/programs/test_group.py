@@ -417,7 +417,7 @@ def test_nothing_is_made_that_is_not_read() -> None:
 
 def test_tensors_without_a_slot_are_stacked_each_time() -> None:
     a, b = torch.randn(3, 4), torch.randn(3, 4)
-    assert torch.equal(stack_of([a, b]), torch.stack([a, b], 1))
+    assert torch.equal(stack_of([a, b], {}), torch.stack([a, b], 1))
 
 
 def test_a_forward_on_a_thread_sees_one_adapter_whole() -> None:
