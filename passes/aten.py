@@ -112,7 +112,7 @@ def _inline(gm: GraphModule, node: Node, traced: GraphModule, inputs: list[Node]
         elif n.users or n.is_impure():
             with gm.graph.inserting_before(node):
                 new = made[n] = gm.graph.node_copy(n, made.__getitem__)
-            new.target = _OUT_OF_PLACE.get(new.target, new.target)
+            new.target = _OUT_OF_PLACE.get(new.target, new.target)  # type: ignore[call-overload]
             new.meta = {k: n.meta[k] for k in ("val", "tensor_meta") if k in n.meta}
             new.meta |= {k: base.meta[k] for k in ("nn_module_stack", "stack_trace") if k in base.meta}
             new.meta |= {SITE: node.meta[SITE], REWRITE: node.meta[REWRITE]}

@@ -179,7 +179,7 @@ def _may_write(node: Node) -> bool:
     if isinstance(target, OpOverload):
         return bool(target._schema.is_mutable)
     if isinstance(target, OpOverloadPacket):
-        return any(getattr(target, overload)._schema.is_mutable for overload in target.overloads())
+        return any(getattr(target, overload)._schema.is_mutable for overload in target.overloads())  # type: ignore[no-untyped-call]
     if isinstance(target, HigherOrderOperator):
         return True
     # an activation's ``inplace`` may be any of its arguments; a group is lost at most where it was another one

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxpeft
 from fxpeft import AdapterError, IA3Config, LoraConfig
+from fxpeft.backend import PASSES
 from fxpeft.passes.slot import Slot, slot_of
 from fxpeft.testing import no_recompiles
 
@@ -194,7 +195,7 @@ def test_golden_graph(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3)).eval()
     fxpeft.prepare_hotswap(model, 4, targets=["0"], rank="static")
-    eager(fxpeft.compile(model, inner="eager", dump=tmp_path), X[:, :4])
+    eager(fxpeft.compile(model, inner="eager", dump=tmp_path, passes=PASSES), X[:, :4])
     names = {p.name: sorted(f.name for f in p.iterdir()) for p in tmp_path.iterdir()}
     assert names == {
         f"graph-01-{way}": [f"{n}-{w}.py" for n in passes for w in ("after", "before")]

@@ -7,7 +7,7 @@ import gc
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 import fxpeft
 from fxpeft import IA3Config, LoraConfig
-from fxpeft.backend import backend
+from fxpeft.backend import DEFAULT, PASSES, backend
 from fxpeft.passes.slot import Slot
 from fxpeft.passes.stack import Stack, stack_of
 from fxpeft.testing import no_recompiles
@@ -109,6 +109,11 @@ def _off(model: nn.Module) -> Tensor:
     return output
 
 
+def grouped(model: nn.Module, *, passes: Collection[str] = PASSES, **options: Any) -> Any:
+    """``fxpeft.compile`` with every pass on."""
+    return fxpeft.compile(model, passes=passes, **options)
+
+
 class Recorder:
     """An inner backend that runs graphs as they are, and keeps them."""
 
@@ -157,16 +162,16 @@ def _fresh() -> Iterator[None]:
 
 @pytest.mark.parametrize("rank", ["dynamic", "static"])
 def test_one_product_per_input(rank: str, reports: Callable[[], list[str]]) -> None:
-    model, grouped, plain = prepared(rank=rank), Recorder(), Recorder()
-    compiled = fxpeft.compile(model, inner=grouped, passes=("group", "clean"), fullgraph=True)
+    model, recorder, plain = prepared(rank=rank), Recorder(), Recorder()
+    compiled = grouped(model, inner=recorder, passes=("group", "clean"), fullgraph=True)
     with no_recompiles() as counted:
         walk(model, compiled)
     assert counted.graphs == 1
     with torch.no_grad():
-        fxpeft.compile(model, inner=plain, passes=(), fullgraph=True)(X)
+        grouped(model, inner=plain, passes=(), fullgraph=True)(X)
     linear = torch.nn.functional.linear
     assert plain.count(linear) == [2 * (7 + 6)]  # each layer's own, and an A for each of its sites
-    assert grouped.count(linear) == [2 * (7 + 3)]
+    assert recorder.count(linear) == [2 * (7 + 3)]
     (report,) = reports()
     assert report.startswith("group: 10 matched, 2 skipped")
     assert [line.strip() for line in report.splitlines()[1:]] == [
@@ -181,7 +186,7 @@ def test_one_product_per_input(rank: str, reports: Callable[[], list[str]]) -> N
 def test_no_rank_recompiles_through_inductor(options: dict[str, Any]) -> None:
     """The rank of the stack, its largest one and a length that equals a rank among them."""
     model = prepared(layers=1)
-    compiled = fxpeft.compile(model, fullgraph=True, **options)
+    compiled = grouped(model, fullgraph=True, **options)
     with no_recompiles():
         walk(model, compiled)
     assert len(stacks_of(model)) == 2
@@ -190,7 +195,7 @@ def test_no_rank_recompiles_through_inductor(options: dict[str, Any]) -> None:
 def test_layers_that_share_code_have_stacks_of_their_own() -> None:
     model, recorder = prepared(layers=3), Recorder()
     for layer in model:
-        layer.compile(backend=backend, options={"inner": recorder}, fullgraph=True)
+        layer.compile(backend=backend, options={"inner": recorder, "passes": PASSES}, fullgraph=True)
     wanted = prepared(layers=3)
     with no_recompiles() as counted, torch.no_grad():
         for name in (*ADAPTERS, *reversed(ADAPTERS)):
@@ -204,7 +209,7 @@ def test_layers_that_share_code_have_stacks_of_their_own() -> None:
 
 def test_a_graph_break_parts_a_group(reports: Callable[[], list[str]]) -> None:
     model = prepared("break", layers=1)
-    walk(model, fxpeft.compile(model, inner="eager"))
+    walk(model, grouped(model, inner="eager"))
     found = reports()
     assert [r.partition(",")[0] for r in found] == ["group: 0 matched", "group: 4 matched"]  # k and v, gate and up
     assert found[0].splitlines()[1].strip() == "skipped q: shares its input with no other site"
@@ -212,7 +217,7 @@ def test_a_graph_break_parts_a_group(reports: Callable[[], list[str]]) -> None:
 
 def test_a_module_called_twice(reports: Callable[[], list[str]]) -> None:
     model, recorder = prepared("reuse", layers=1), Recorder()
-    compiled = fxpeft.compile(model, inner=recorder, passes=("group", "clean"), fullgraph=True)
+    compiled = grouped(model, inner=recorder, passes=("group", "clean"), fullgraph=True)
     with no_recompiles():
         walk(model, compiled)
     # q twice on h, with k and v: one product; k once more, on x
@@ -222,7 +227,7 @@ def test_a_module_called_twice(reports: Callable[[], list[str]]) -> None:
 
 def test_an_input_that_is_written_in_between_is_not_shared(reports: Callable[[], list[str]]) -> None:
     model = prepared("write", layers=1)
-    walk(model, fxpeft.compile(model, inner="eager", fullgraph=True))
+    walk(model, grouped(model, inner="eager", fullgraph=True))
     (report,) = reports()
     assert report.startswith("group: 2 matched, 4 skipped")
     assert report.count("mul_ may change their input between the sites that share it") == 3
@@ -254,7 +259,7 @@ def test_what_is_left_alone_says_why(reports: Callable[[], list[str]]) -> None:
         fxpeft.prepare_hotswap(model, 4, targets=["a", "b", "c", "d"])
         change(model)
         with torch.no_grad():
-            torch.testing.assert_close(fxpeft.compile(model, inner="eager", passes=("group",))(x), bare(x))
+            torch.testing.assert_close(grouped(model, inner="eager", passes=("group",))(x), bare(x))
         (report,) = reports()
         assert all(f"skipped {site}: {why}" in report for site, why in reason.items()), report
 
@@ -266,7 +271,7 @@ def test_a_gain_on_the_input_makes_inputs_differ(reports: Callable[[], list[str]
     randomise(fxpeft.adapter_state_dict(model, "gains").values())
     fxpeft.prepare_hotswap(model, 4, targets=TARGETS, methods=("lora", "ia3"))
     with torch.no_grad():
-        found = fxpeft.compile(model, inner="eager")(X)
+        found = grouped(model, inner="eager")(X)
         torch.testing.assert_close(found, model(X), rtol=0, atol=1e-5)
     (report,) = reports()
     assert report.startswith("group: 0 matched, 6 skipped")
@@ -284,7 +289,7 @@ def test_dora_is_grouped_and_half_precision_too() -> None:
         randomise((v for k, v in own if "magnitude" not in k), scale=0.2)
         fxpeft.prepare_hotswap(model, 4, targets=TARGETS, methods=("lora", "dora"))
         with torch.no_grad():
-            found = fxpeft.compile(model, inner="aot_eager")(X.to(dtype))
+            found = grouped(model, inner="aot_eager")(X.to(dtype))
             torch.testing.assert_close(found, model(X.to(dtype)), rtol=0, atol=atol)
         assert [s.tensor.dtype for s in stacks_of(model)] == [slots_of(model)[0].a.dtype] * 2
 
@@ -292,7 +297,7 @@ def test_dora_is_grouped_and_half_precision_too() -> None:
 def test_gradients_of_the_input() -> None:
     model = prepared(layers=1).requires_grad_(False)
     found = []
-    for call in (model, fxpeft.compile(model, inner="aot_eager", passes=("group", "clean"))):
+    for call in (model, grouped(model, inner="aot_eager", passes=("group", "clean"))):
         x = X.clone().requires_grad_()
         call(x).square().sum().backward()
         found.append(x.grad)
@@ -305,7 +310,7 @@ def test_gradients_of_the_input() -> None:
 
 def compiled_and_warm(**options: Any) -> tuple[nn.Module, Any]:
     model = prepared(layers=1)
-    compiled = fxpeft.compile(model, inner="eager", fullgraph=True, **options)
+    compiled = grouped(model, inner="eager", fullgraph=True, **options)
     with torch.no_grad():
         compiled(X)
     assert len(stacks_of(model)) == 2
@@ -371,11 +376,11 @@ def test_slots_that_moved_and_copies_of_a_model() -> None:
     assert not stacks_of(twin)
     fxpeft.set_adapter(twin, "two")
     check(model, compiled)
-    check(twin, fxpeft.compile(twin, inner="eager", fullgraph=True))
+    check(twin, grouped(twin, inner="eager", fullgraph=True))
     assert {id(s) for s in stacks_of(twin)}.isdisjoint(id(s) for s in stacks_of(model))
     model.to(torch.float64)
     assert not stacks_of(model)
-    again = fxpeft.compile(model, inner="eager", fullgraph=True)
+    again = grouped(model, inner="eager", fullgraph=True)
     for name in ("full", "some"):
         fxpeft.set_adapter(model, name)
         check(model, again, X.double())
@@ -383,13 +388,13 @@ def test_slots_that_moved_and_copies_of_a_model() -> None:
     model[0].k.to(torch.float64)  # one of the group alone
     model[0].k.slot._buffers["a"] = model[0].k.slot.a.clone()
     model[0].k.slot._announce()
-    check(model, fxpeft.compile(model, inner="eager", fullgraph=True), X.double())
+    check(model, grouped(model, inner="eager", fullgraph=True), X.double())
     assert len(stacks_of(model)) == 2  # the one of the old tensor is gone
 
 
 def test_made_in_inference_mode_and_read_outside() -> None:
     model = prepared(layers=1)
-    compiled = fxpeft.compile(model, inner="eager", fullgraph=True)
+    compiled = grouped(model, inner="eager", fullgraph=True)
     with torch.inference_mode():
         compiled(X)
     for name in ("two", "full"):
@@ -400,7 +405,7 @@ def test_made_in_inference_mode_and_read_outside() -> None:
 def test_nothing_is_made_that_is_not_read() -> None:
     model = prepared(layers=1)
     fxpeft.disable_adapters(model)
-    compiled = fxpeft.compile(model, inner="eager", fullgraph=True)
+    compiled = grouped(model, inner="eager", fullgraph=True)
     with torch.no_grad():
         compiled(X)
         assert not stacks_of(model)
