@@ -86,7 +86,7 @@ def rewrite(
 
     The program that is given stays as it is; the result is another one of the same sort, whose base
     parameters are the same tensors. The bodies of higher-order operators (checkpoint, cond, map,
-    scan, while_loop, invoke_subgraph) are entered.
+    scan, while_loop, flex_attention, invoke_subgraph) are entered.
 
     Args:
         program: an ``ExportedProgram`` in training or inference IR, with static or dynamic shapes,
@@ -103,8 +103,8 @@ def rewrite(
         dump: folder for the graphs before and after each pass.
 
     Raises:
-        AdapterError: no target was found, an adapter doesn't fit, or another one is there; the
-            targets that were left out are named with the reason.
+        AdapterError: no target was found, one is in a body that can't be entered, the adapter doesn't fit, or another
+            one is there; the targets that were left out are named with the reason.
     """
     if adapters not in ("attributes", "inputs"):
         raise AdapterError(f"adapters: expected 'attributes' or 'inputs', found {adapters!r}")

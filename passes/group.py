@@ -10,7 +10,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from fxpeft.passes.base import GraphPass, Report, RewriteResult, Skip, node_of
 from fxpeft.passes.subgraphs import calls
@@ -85,7 +86,8 @@ class GroupPass(GraphPass):
             found.sort(key=lambda p: order[p.node])
             members = tuple(dict.fromkeys(p.place for p in found))
             reason = None if len(members) > 1 else "shares its input with no other site"
-            if reason is None and (between := _write(found[0].cast, found[-1].node)) is not None:
+            first = min((p.cast for p in found), key=order.__getitem__)
+            if reason is None and (between := _write(first, found[-1].node)) is not None:
                 reason = f"{between.name} may change their input between the sites that share it"
             if reason is None:
                 stacks.setdefault(members, []).append(found)
@@ -98,9 +100,9 @@ class GroupPass(GraphPass):
             if not free:
                 reasons.update(dict.fromkeys(members, "every A of the group is read elsewhere too"))
                 continue
+            _stack(free[0], members)
             for found in several:
                 _rewrite(graph_module, free[0], members, found)
-            _stack(free[0], members)
             made.append(Group(free[0].name, tuple(m.name for m in members)))
             grouped.update(members)
         self.groups = tuple(made)
@@ -194,16 +196,25 @@ def _rewrite(gm: GraphModule, place: Node, members: tuple[Node, ...], found: lis
     assert value is not None
     with graph.inserting_before(first.node):
         rank = value.shape[0] if first.rank is None else first.rank
-        active = place if first.rank is None else graph.call_method("narrow", (place, 0, 0, rank))
-        rows = graph.call_method("flatten", (active, 0, 1))
-        reduced = graph.call_function(F.linear, (first.cast, rows))
-        parts = graph.call_method("unflatten", (reduced, -1, (rank, count)))
+        active = place if first.rank is None else _emit(graph, "narrow", place, 0, 0, rank)
+        rows = _emit(graph, "flatten", active, 0, 1)
+        reduced = _emit(graph, F.linear, first.cast, rows)
+        parts = _emit(graph, "unflatten", reduced, -1, (rank, count))
     for product in found:
         with graph.inserting_before(product.node):
-            part = graph.call_method("select", (parts, -1, members.index(product.place)))
-        part.meta = {k: v for k, v in product.node.meta.items() if k in ("example_value", "val", "stack_trace")}
+            part = _emit(graph, "select", parts, -1, members.index(product.place))
+        part.meta |= {k: v for k, v in product.node.meta.items() if k in ("stack_trace", "nn_module_stack")}
         product.node.replace_all_uses_with(part)
         graph.erase_node(product.node)
+
+
+def _emit(graph: Graph, target: Any, *args: Any) -> Node:
+    """A new node with its value: torch caches no graph with a method of what it doesn't know to be a tensor."""
+    node = graph.create_node("call_method" if isinstance(target, str) else "call_function", target, args)
+    values = map_arg(args, lambda n: n.meta.get("example_value", n.meta.get("val")))
+    run = getattr(Tensor, target) if isinstance(target, str) else target
+    node.meta["example_value"] = run(*values)
+    return node
 
 
 def _stack(place: Node, members: tuple[Node, ...]) -> None:

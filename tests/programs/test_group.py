@@ -15,6 +15,7 @@ import torch
 from tiny import randomise
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
 
 import fxpeft
 from fxpeft import IA3Config, LoraConfig
@@ -64,6 +65,15 @@ class Net(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self:
             x = layer(x)
+        return x
+
+
+class Checkpointed(Net):
+    """Each layer in a checkpoint: a higher-order operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = checkpoint(layer, x, use_reentrant=False)
         return x
 
 
@@ -231,6 +241,39 @@ def test_an_input_that_is_written_in_between_is_not_shared(reports: Callable[[],
     (report,) = reports()
     assert report.startswith("group: 2 matched, 4 skipped")
     assert report.count("mul_ may change their input between the sites that share it") == 3
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [(), ("clean",), ("group",), ("fold_inactive",), ("group", "clean"), ("fold_inactive", "group"), DEFAULT, PASSES],
+    ids="+".join,
+)
+def test_passes_are_on_by_name(passes: tuple[str, ...]) -> None:
+    model, recorder = prepared(), Recorder()
+    compiled = grouped(model, inner=recorder, passes=passes, fullgraph=True)
+    with no_recompiles() as counted:
+        walk(model, compiled)
+    assert counted.graphs == 1
+    assert len(recorder.graphs) == (2 if "fold_inactive" in passes else 1)
+    assert len(stacks_of(model)) == (4 if "group" in passes else 0)
+    dead = [sum(n.op.startswith("call") and not n.users for n in g.graph.nodes) for g in recorder.graphs]
+    left = [True] * ("fold_inactive" in passes) + ["group" in passes]  # what these leave, clean takes away
+    assert [count > 0 for count in dead] == ([False] * len(left) if "clean" in passes else left)
+    if passes == DEFAULT:
+        recorder.graphs.clear()
+        torch._dynamo.reset()
+        with torch.no_grad():
+            fxpeft.compile(model, inner=recorder)(X)
+        assert len(recorder.graphs) == 2
+
+
+def test_a_checkpoint_is_left_alone(reports: Callable[[], list[str]]) -> None:
+    model = prepared()
+    model.__class__ = Checkpointed
+    walk(model, grouped(model, inner="eager", fullgraph=True))
+    (report,) = reports()
+    assert report.startswith("group: 0 matched, 12 skipped")
+    assert report.count("is read in the body of a higher-order operator") == 12
 
 
 class Others(nn.Module):
