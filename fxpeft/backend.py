@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +14,22 @@ from torch.fx import GraphModule
 
 from fxpeft.errors import AdapterError
 from fxpeft.passes.clean import CleanPass
+from fxpeft.passes.dynamo import parameter_path, source_name
 from fxpeft.passes.fold_inactive import FoldInactivePass
+from fxpeft.passes.group import GROUPED, GroupPass
 from fxpeft.passes.pipeline import Pipeline
 from fxpeft.passes.slot import NEUTRAL, Slot, slot_of
+from fxpeft.passes.stack import Stack, stack_of
 from fxpeft.passes.subgraphs import copy_graph_module
 
-PASSES = ("fold_inactive",)
+PASSES = ("fold_inactive", "group", "clean")
+DEFAULT = ("fold_inactive", "clean")  # group: no size was measured to gain, and the grouped A's are there twice
 
 
 def compile(
     model: nn.Module,
     *,
-    passes: Collection[str] = PASSES,
+    passes: Collection[str] = DEFAULT,
     inner: str | Callable[..., Any] = "inductor",
     dump: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
@@ -32,11 +38,17 @@ def compile(
     """``torch.compile`` of a prepared model with fxpeft's graph passes.
 
     Args:
-        passes: ``"fold_inactive"``: each graph is compiled a second time for slots that hold nothing, and a
+        passes: those that are named are on; all but ``"group"`` by default.
+            ``"fold_inactive"``: each graph is compiled a second time for slots that hold nothing, and a
             call runs the one that fits. An adapter that is off costs what the bare model costs, and one that
             comes back compiles nothing; the first compile takes about twice as long.
+            ``"group"``: slots that read one input share one product with a stack of their A's, which is
+            kept beside them: the A's of grouped sites are there twice. Two products of three are saved, and
+            the first forward after a swap copies the A's in use.
+            ``"clean"``: what the other passes left without a reader is not in the graphs. Inductor drops it
+            anyway; an inner backend that runs graphs as they are would compute it.
         inner: the backend that gets the graphs.
-        dump: folder for the graphs before and after each pass.
+        dump: folder for the graphs before and after each pass, in ``graph-<number>-idle`` and ``-active``.
         options: the inner backend's options.
         torch_options: ``fullgraph``, ``dynamic`` and so on, as in ``torch.compile``.
 
@@ -53,24 +65,38 @@ def backend(
 ) -> Callable[..., Any]:
     """The backend that the entry point ``fxpeft`` names; ``options`` are those of :func:`compile`."""
     own = dict(options or {})
-    passes, inner = own.pop("passes", PASSES), own.pop("inner", "inductor")
+    passes, inner = own.pop("passes", DEFAULT), own.pop("inner", "inductor")
     dump, inner_options = own.pop("dump", None), {**own.pop("options", {}), **own}
     _check(passes)
     lower = torch._dynamo.lookup_backend(inner) if isinstance(inner, str) else inner
     if inner_options:
         more = {**more, "options": inner_options}
     slots = _slots(graph_module)
+    if not slots:
+        return lower(graph_module, example_inputs, **more)
+    clean = [CleanPass(set(slots))] if "clean" in passes else []
+    folder = None if dump is None else _next_folder(Path(dump))
     idle = None
-    if slots and "fold_inactive" in passes:
+    if "fold_inactive" in passes:
         known = {name: value for name, (_, value) in slots.items() if value is not None}
-        pipeline = Pipeline([FoldInactivePass(known), CleanPass(set(slots))], dump=dump)
-        folded = pipeline(copy_graph_module(graph_module))
+        pipeline = Pipeline([FoldInactivePass(known), *clean], dump=folder and f"{folder}-idle")
+        folded = pipeline(_copy(graph_module))
         if pipeline.reports[0].matched:
             idle = lower(folded, example_inputs, **more)
-    full = lower(graph_module, example_inputs, **more)
+    group = GroupPass(*_stackable(graph_module, slots))
+    pipeline = Pipeline([*([group] if "group" in passes else []), *clean], dump=folder and f"{folder}-active")
+    changed = pipeline(_copy(graph_module)) if pipeline.passes else graph_module
+    active = changed if any(report.matched for report in pipeline.reports) else graph_module
+    names = [n.name for n in graph_module.graph.nodes if n.op == "placeholder"]
+    stacks = {names.index(g.place): [names.index(member) for member in g.members] for g in group.groups}
+    placeholders = (n for n in active.graph.nodes if n.op == "placeholder")
+    pairs = zip(placeholders, example_inputs, strict=True)
+    given = [n.meta["example_value"] if GROUPED in n.meta else value for n, value in pairs]
+    full = lower(active, given, **more)
+    if stacks:
+        full = _with_stacks(full, stacks)
     if idle is None:
         return full
-    names = [n.name for n in graph_module.graph.nodes if n.op == "placeholder"]
     return _choose(idle, full, [i for i, name in enumerate(names) if slots.get(name, ("", 0))[0] == "d"])
 
 
@@ -88,6 +114,64 @@ def _choose(idle: Callable[..., Any], full: Callable[..., Any], places: Sequence
         return idle(*args)
 
     return run
+
+
+def _with_stacks(grouped: Callable[..., Any], stacks: Mapping[int, Sequence[int]]) -> Callable[..., Any]:
+    """Hand in stacks: argument -> the arguments whose A's it takes; again those of the call's own slots."""
+
+    known = [(place, itemgetter(*members), WeakValueDictionary[int, Stack]()) for place, members in stacks.items()]
+
+    def run(*args: Any) -> Any:
+        given = list(args)
+        for place, sources, before in known:
+            given[place] = stack_of(sources(args), before)
+        return grouped(*given)
+
+    return run
+
+
+def _stackable(
+    graph_module: GraphModule, slots: Mapping[str, tuple[str, int | None]]
+) -> tuple[dict[str, str | None], dict[str, str]]:
+    """The placeholders that carry an A -> why it can't be stacked, if so, and -> its site's name."""
+    why: dict[str, str | None] = {}
+    names = {}
+    for node in graph_module.graph.nodes:
+        if slots.get(node.name, ("", None))[0] != "a":
+            continue
+        a = node.meta["grapharg"].example
+        slot = slot_of(a)
+        assert slot is not None
+        why[node.name] = None
+        if "g_in" in slot.features:
+            why[node.name] = "multiplies its input by a gain of its own"
+        elif a.requires_grad:
+            why[node.name] = "its A is trained"
+        elif a.is_inference():
+            why[node.name] = "its slot was made in inference mode, where torch counts no writes"
+        elif type(a) is not Tensor:
+            why[node.name] = f"its A is a {type(a).__name__}"
+        source = source_name(node)
+        path = None if source is None else parameter_path(source)
+        names[node.name] = node.name if path is None else path.removesuffix(".slot.a")
+    return why, names
+
+
+def _copy(graph_module: GraphModule) -> GraphModule:
+    """A graph of Dynamo's that passes can change, still known as such: AOTAutograd asks where inputs come from."""
+    copied = copy_graph_module(graph_module)
+    if hasattr(graph_module, "_param_name_to_source"):
+        copied._param_name_to_source = graph_module._param_name_to_source
+    for old, new in zip(graph_module.graph.nodes, copied.graph.nodes, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    return copied
+
+
+def _next_folder(root: Path) -> Path:
+    """A name for the next graph's dumps: every graph break makes one more graph."""
+    number = 1 + max((int(p.name.split("-")[1]) for p in root.glob("graph-*")), default=0)
+    return root / f"graph-{number:02d}"
 
 
 def _slots(graph_module: GraphModule) -> dict[str, tuple[str, int | None]]:

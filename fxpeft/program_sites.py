@@ -11,8 +11,18 @@ from torch.fx import GraphModule, Node
 
 from fxpeft.passes.base import attribute
 from fxpeft.passes.kinds import Conv
-from fxpeft.passes.match import SITE, TARGET, MatchPass, Target, calling_module, operands, read_path
-from fxpeft.passes.subgraphs import walk
+from fxpeft.passes.match import (
+    SITE,
+    TARGET,
+    MatchPass,
+    Target,
+    Unsupported,
+    calling_module,
+    operands,
+    read_path,
+    read_target,
+)
+from fxpeft.passes.subgraphs import closed, walk
 from fxpeft.skeleton import Outline
 
 
@@ -53,6 +63,27 @@ def match_sites(graph_module: GraphModule, tensors: Any) -> tuple[dict[str, list
                 continue
             found.setdefault(target.site, []).append(Found(each, node, target, _outline(each, node, target, tensors)))
     return found, skipped
+
+
+def closed_sites(graph_module: GraphModule) -> dict[str, str]:
+    """Sites with a target in a body that can't be entered -> why not: adapters there would be lost without a word."""
+    found = {}
+    for _, each in walk(graph_module):
+        for node, bodies in closed(each):
+            graphs = [g for body in bodies for g in body.modules() if isinstance(g, GraphModule)]
+            inside = [n for g in graphs for n in g.graph.nodes]
+            if any(_is_target(g, n) for g in graphs for n in g.graph.nodes):
+                paths = (read_path(n) for n in (*node.all_input_nodes, *inside))
+                sites = {p.rpartition(".")[0] for p in paths if p and p.rpartition(".")[2] == "weight"}
+                found.update(dict.fromkeys(sites, f"is used in a body of {node.target} that can't be entered"))
+    return found
+
+
+def _is_target(gm: GraphModule, node: Node) -> bool:
+    try:
+        return read_target(gm, node) is not None
+    except Unsupported:
+        return True
 
 
 def _pads_itself(node: Node, target: Target) -> bool:

@@ -29,11 +29,13 @@ from fxpeft.passes.kinds import Conv, Kind
 from fxpeft.passes.lift import drop_unused, hand_in, lift_bodies
 from fxpeft.passes.match import SITE, read_path
 from fxpeft.passes.names import matches
+from fxpeft.passes.patterns import from_peft
 from fxpeft.passes.pipeline import Pipeline
 from fxpeft.passes.redirect import RedirectPass
 from fxpeft.passes.slot import LEAST, Slot
 from fxpeft.passes.subgraphs import annotate_bodies, copy_graph_module, own_bodies, share_bodies, walk
-from fxpeft.program_sites import Attributes, Found, match_sites
+from fxpeft.passes.terms import Subject
+from fxpeft.program_sites import Attributes, Found, closed_sites, match_sites
 from fxpeft.sites import AdapterPlan, make_plan
 from fxpeft.skeleton import skeleton
 
@@ -84,7 +86,7 @@ def rewrite(
 
     The program that is given stays as it is; the result is another one of the same sort, whose base
     parameters are the same tensors. The bodies of higher-order operators (checkpoint, cond, map,
-    scan, while_loop, invoke_subgraph) are entered.
+    scan, while_loop, flex_attention, invoke_subgraph) are entered.
 
     Args:
         program: an ``ExportedProgram`` in training or inference IR, with static or dynamic shapes,
@@ -101,8 +103,8 @@ def rewrite(
         dump: folder for the graphs before and after each pass.
 
     Raises:
-        AdapterError: no target was found, an adapter doesn't fit, or another one is there; the
-            targets that were left out are named with the reason.
+        AdapterError: no target was found, one is in a body that can't be entered, the adapter doesn't fit, or another
+            one is there; the targets that were left out are named with the reason.
     """
     if adapters not in ("attributes", "inputs"):
         raise AdapterError(f"adapters: expected 'attributes' or 'inputs', found {adapters!r}")
@@ -129,11 +131,11 @@ def _rewrite(
     graph_module, tensors = _open(program)
     own_bodies(graph_module)
     annotate_bodies(graph_module)
-    found = match_sites(graph_module, tensors)
+    found, closed = match_sites(graph_module, tensors), closed_sites(graph_module)
     try:
         rewrites, redirects, carrier, limit = _rewrites(
             adapter, found, name=name, state_dict=state_dict, training=training or not exported,
-            check_finite=check_finite, exported=exported,
+            check_finite=check_finite, exported=exported, closed=closed,
         )  # fmt: skip
         if not _is_new(found, rewrites):
             return program
@@ -232,20 +234,22 @@ def _rewrites(
     training: bool,
     check_finite: bool,
     exported: bool,
+    closed: Mapping[str, str],
 ) -> tuple[Rewrites, Redirects, Tensor | None, int]:
     """Site -> its rewrites, redirected biases, and of slots the carrier of the rank and its largest size."""
     found, skipped = matched
     outlines = {site: nodes[0].outline for site, nodes in found.items() if site}
     model = skeleton(outlines)
     if isinstance(adapter, Slots):
-        return _slots(adapter, model, found, exported)
+        return _slots(adapter, model, found, exported, closed)
     values = None
     if isinstance(adapter, str | Path):
         read = checkpoint.read(adapter)
-        plan = _plan(model, read.config, skipped)
+        plan = _plan(model, read.config, skipped, closed)
         values = checkpoint.assign(model, plan, read, check_finite=check_finite)
     else:
-        plan = adapter if isinstance(adapter, AdapterPlan) else _plan(model, adapter, skipped)
+        plan = adapter if isinstance(adapter, AdapterPlan) else _plan(model, adapter, skipped, closed)
+        _refuse_closed(plan.config, plan.sites, closed)
         _check_plan(plan, found, skipped)
         if state_dict is not None:
             given = checkpoint.Checkpoint("the state_dict", plan.config, dict(state_dict))
@@ -275,13 +279,14 @@ def _rewrites(
     return rewrites, redirects, None, 0
 
 
-def _plan(model: nn.Module, config: AdapterConfig, skipped: list[str]) -> AdapterPlan:
+def _plan(model: nn.Module, config: AdapterConfig, skipped: list[str], closed: Mapping[str, str]) -> AdapterPlan:
     targets = config.target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         raise AdapterError(
             f"target_modules={targets!r}: what that means is read off a model, and this is a program; name the "
             "modules, or make the plan with the model: fxpeft.plan.make_plan(model, config)"
         )
+    _refuse_closed(config, (), closed)
     if config.modules_to_save or getattr(config, "bias", "none") == "all":
         raise AdapterError(
             "modules_to_save and bias='all' need the live model: add the adapter to it, then capture the program"
@@ -291,6 +296,19 @@ def _plan(model: nn.Module, config: AdapterConfig, skipped: list[str]) -> Adapte
     except AdapterError as error:
         left = f"\ntargets that can't be rewritten:\n{listing(skipped)}" if skipped else ""
         raise AdapterError(f"{error}{left}") from None
+
+
+def _refuse_closed(config: AdapterConfig, sites: Collection[str], closed: Mapping[str, str]) -> None:
+    """Refuse targets that are, or are in one of their uses, where a rewrite can't reach."""
+    wanted, unwanted = from_peft(config.target_modules or ()), from_peft(config.exclude_modules or ())
+    subjects = [Subject(site) for site in closed]
+    lost = [s.name for s in subjects if s.name in sites or (wanted(s) and not unwanted(s))]
+    if lost:
+        lines = listing(f"{site}: {closed[site]}" for site in lost)
+        raise AdapterError(
+            f"the adapter would be missing there; nothing was changed.\n{lines}\nexclude them, or add the "
+            "adapter to the live model, then capture it"
+        )
 
 
 def _check_plan(plan: AdapterPlan, found: Mapping[str, list[Found]], skipped: list[str]) -> None:
@@ -317,10 +335,10 @@ def _form(kind: Kind) -> tuple[Any, ...]:
 
 
 def _slots(
-    slots: Slots, model: nn.Module, found: Mapping[str, list[Found]], exported: bool
+    slots: Slots, model: nn.Module, found: Mapping[str, list[Found]], exported: bool, closed: Mapping[str, str],
 ) -> tuple[Rewrites, Redirects, Tensor | None, int]:
     features = slots.features()
-    plan = _plan(model, LoraConfig(r=_ranks(found), target_modules=slots.targets), [])
+    plan = _plan(model, LoraConfig(r=_ranks(found), target_modules=slots.targets), [], closed)
     carrier = torch.zeros(min(slots.max_rank, 4), dtype=torch.uint8) if slots.rank == "dynamic" else None
     if carrier is not None and not exported:
         raise AdapterError("rank='dynamic': a GraphModule has no inputs to hide; use rank='static', or export")

@@ -6,6 +6,7 @@ from fxpeft.passes.clean import CleanPass
 from fxpeft.passes.eject import EjectPass
 from fxpeft.passes.feed import Feed, FeedPass
 from fxpeft.passes.fold_inactive import FoldInactivePass
+from fxpeft.passes.group import Group, GroupPass
 from fxpeft.passes.inject import InjectPass, Rewrite
 from fxpeft.passes.kinds import Conv, Embedding, Kind, Linear
 from fxpeft.passes.lift import LiftPass
@@ -19,7 +20,7 @@ from fxpeft.passes.terms import Pattern, PatternError
 
 __all__ = [
     "AtenPass", "CleanPass", "Conv", "EjectPass", "Embedding", "Feed", "FeedPass", "FoldInactivePass", "GraphPass",
-    "InjectPass", "Kind", "LiftPass", "Linear", "MatchPass", "NameSelector", "PassError", "Pattern", "PatternError",
-    "Pipeline", "RedirectPass", "Report", "Rewrite", "RewriteResult", "Role", "RolePass", "Skip", "Target",
-    "graph_text", "pattern",
+    "Group", "GroupPass", "InjectPass", "Kind", "LiftPass", "Linear", "MatchPass", "NameSelector", "PassError",
+    "Pattern", "PatternError", "Pipeline", "RedirectPass", "Report", "Rewrite", "RewriteResult", "Role", "RolePass",
+    "Skip", "Target", "graph_text", "pattern",
 ]  # fmt: skip

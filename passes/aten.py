@@ -21,6 +21,9 @@ from fxpeft.passes.match import REWRITE, SITE
 from fxpeft.passes.redirect import REDIRECT
 from fxpeft.passes.slot import LEAST
 
+# decomposed, torch's matmul of a vector squeezes its product in place, and an inference IR knows no such operators
+_OUT_OF_PLACE = {torch.ops.aten.squeeze_.dim: torch.ops.aten.squeeze.dim}
+
 
 class AtenPass(GraphPass):
     """What torch.export's graphs consist of: operators of the ATen library, each with ``meta["val"]``.
@@ -109,6 +112,7 @@ def _inline(gm: GraphModule, node: Node, traced: GraphModule, inputs: list[Node]
         elif n.users or n.is_impure():
             with gm.graph.inserting_before(node):
                 new = made[n] = gm.graph.node_copy(n, made.__getitem__)
+            new.target = _OUT_OF_PLACE.get(new.target, new.target)  # type: ignore[call-overload]
             new.meta = {k: n.meta[k] for k in ("val", "tensor_meta") if k in n.meta}
             new.meta |= {k: base.meta[k] for k in ("nn_module_stack", "stack_trace") if k in base.meta}
             new.meta |= {SITE: node.meta[SITE], REWRITE: node.meta[REWRITE]}

@@ -36,9 +36,7 @@ def _clean(gm: GraphModule, slots: set[Node]) -> list[str]:
     gone = []
     for call in calls(gm):
         for body in call.bodies():
-            placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
-            operands = zip(placeholders, call.operands(), strict=True)
-            inner = _clean(body, {p for p, operand in operands if node_of(operand) in slots})
+            inner = _clean(body, {p for p, operand in call.inputs(body) if node_of(operand) in slots})
             if inner:
                 gone += inner
                 body.recompile()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from fxpeft.passes.base import GraphPass, Report, RewriteResult, node_of
-from fxpeft.passes.subgraphs import calls
+from fxpeft.passes.subgraphs import Call, calls
 
 FOLDED = "fxpeft.folded"  # node.meta key: another node stands for this one now
 _SAME = {"type_as", "narrow", "view", "unsqueeze", "to", "t"}  # of zeros they make zeros, and of ones, ones
@@ -43,11 +42,13 @@ class FoldInactivePass(GraphPass):
 
 def _fold(gm: GraphModule, values: dict[Node, int]) -> list[str]:
     folded: list[str] = []
-    bodies = {call.node: call for call in calls(gm)}
+    bodies: dict[Node, list[Call]] = {}
+    for call in calls(gm):
+        bodies.setdefault(call.node, []).append(call)
     sources: dict[Node, Node] = {}  # a node -> the one that it equals, but for a wider dtype
     for node in gm.graph.nodes:
         if node in bodies:
-            folded += _fold_bodies(bodies[node], values)
+            folded += [name for call in bodies[node] for name in _fold_bodies(call, values)]
         elif node.op in ("call_function", "call_method"):
             value, same = _simplify(node, values)
             if value is not None:
@@ -64,12 +65,11 @@ def _fold(gm: GraphModule, values: dict[Node, int]) -> list[str]:
     return folded
 
 
-def _fold_bodies(call: Any, values: Mapping[Node, int]) -> list[str]:
+def _fold_bodies(call: Call, values: Mapping[Node, int]) -> list[str]:
     folded = []
     for body in call.bodies():
-        placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
-        given = zip(placeholders, call.operands(), strict=True)
-        inner = {p: values[n] for p, operand in given if (n := node_of(operand)) in values and n is not None}
+        given = ((placeholder, node_of(operand)) for placeholder, operand in call.inputs(body))
+        inner = {placeholder: values[n] for placeholder, n in given if n is not None and n in values}
         here = _fold(body, inner)
         if here:
             folded += here

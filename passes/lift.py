@@ -142,7 +142,7 @@ def drop_unused(graph_module: GraphModule) -> list[Node]:
 
 
 def _drop_operands(call: Call) -> None:
-    columns = list(zip(*([n for n in b.graph.nodes if n.op == "placeholder"] for b in call.bodies()), strict=True))
+    columns = list(zip(*([p for p, _ in call.inputs(b)] for b in call.bodies()), strict=True))
     for number in reversed(range(len(columns))):
         if all(LIFTED in n.meta and not n.users for n in columns[number]):
             for placeholder in columns[number]:

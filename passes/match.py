@@ -29,7 +29,7 @@ aten = torch.ops.aten
 _TRANSPOSES = {aten.t.default, aten.numpy_T.default, torch.t}
 _SWAPS = {aten.transpose.int, aten.permute.default, torch.transpose, torch.permute}
 _TRANSPOSE_METHODS = {"t", "transpose", "permute"}
-_ROOT = re.compile(r"^[LG]\[['\"]\w+['\"]\](\.|$)")  # Dynamo's name for the root module
+_ROOT = re.compile(r"^([LG]\[['\"]\w+['\"]\]|_export_root)(\.|$)")  # Dynamo's names for the root module
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ class Slot(Container):
         Slot.generation += 1
         self.kind, self.rank, self.idle = kind, rank, False
         self.windows: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}  # views, kept by the swap
+        self.stacks: tuple[Any, ...] = ()  # what compiled code reads in the place of several slots' A's
         for name, shape in (("a", kind.a_shape(max_rank)), ("b", (max_rank, kind.out_features))):
             self.register_buffer(name, torch.zeros(shape, device=device, dtype=dtype), persistent=False)
         # float32 whatever the model's dtype: alpha / rank in bfloat16 would be off by up to 0.4%
@@ -116,12 +117,13 @@ class Slot(Container):
             assert buffer is not None
             self._buffers[name] = buffer.to(self.a.device)
         self._announce()
+        self.stacks = ()
         Slot.generation += 1
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # a pickled view would come back as a tensor of its own, and swaps would write beside the slot
-        return {**vars(self), "windows": {}}
+        return {**vars(self), "windows": {}, "stacks": ()}
 
     def rewrite(self, carrier: Tensor | None = None) -> Rewrite:
         """The site's rewrite; its operands are reachable at ``slot.<name>``.

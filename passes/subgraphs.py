@@ -26,25 +26,34 @@ BODY = "fxpeft.body"  # on a read of a copied body: the read that it stands in f
 
 @dataclass(frozen=True)
 class _Form:
-    """Which arguments are bodies, which tuples (or, from ``rest`` on, arguments) are their operands."""
+    """Which arguments are bodies, which tuples (or, from ``rest`` on, arguments) are their operands.
+
+    Args:
+        last_of: whether the bodies are the last items of those arguments, tuples.
+        own: how many placeholders of a body, the first ones, the operator fills itself.
+    """
 
     bodies: tuple[int, ...]
     tuples: tuple[int, ...] = ()
     rest: int | None = None
+    last_of: bool = False
+    own: int = 0
 
 
-# flex_attention is not here: its bodies work on single scores, and no target can be in them
+# an operator may have several calls: sets of bodies that take the same operands
 _FORMS = {
-    "cond": _Form((1, 2), (3,)),
-    "while_loop": _Form((0, 1), (2, 3)),
-    "map_impl": _Form((0,), (1, 2)),
-    "scan": _Form((0,), (1, 2, 3)),
-    "tag_activation_checkpoint": _Form((0,), rest=1),
-    "wrap_activation_checkpoint": _Form((0,), rest=1),
-    "wrap": _Form((0,), rest=1),
-    "wrap_with_set_grad_enabled": _Form((1,), rest=2),
-    "wrap_with_autocast": _Form((4,), rest=5),
-    "invoke_subgraph": _Form((0,), rest=2),
+    "cond": (_Form((1, 2), (3,)),),
+    "while_loop": (_Form((0, 1), (2, 3)),),
+    "map_impl": (_Form((0,), (1, 2)),),
+    "scan": (_Form((0,), (1, 2, 3)),),
+    "tag_activation_checkpoint": (_Form((0,), rest=1),),
+    "wrap_activation_checkpoint": (_Form((0,), rest=1),),
+    "wrap": (_Form((0,), rest=1),),
+    "wrap_with_set_grad_enabled": (_Form((1,), rest=2),),
+    "wrap_with_autocast": (_Form((4,), rest=5),),
+    "invoke_subgraph": (_Form((0,), rest=2),),
+    # score_mod(score, batch, head, query, key, *buffers) and, in the block mask, mask_mod(batch, ..., *buffers)
+    "flex_attention": (_Form((3,), (7,), own=5), _Form((4,), (8,), last_of=True, own=4)),
 }
 
 
@@ -58,18 +67,25 @@ class Call:
 
     def reads(self) -> list[Node]:
         """The nodes that read the bodies."""
-        return [n for i in self.form.bodies if (n := node_of(self.node.args[i])) is not None]
+        places = (self.node.args[i] for i in self.form.bodies)
+        found = (node_of(place[-1] if self.form.last_of else place) for place in places)  # type: ignore[index]
+        return [n for n in found if n is not None]
 
     def bodies(self) -> list[GraphModule]:
         """The bodies; all take the same operands."""
         return [attribute(self.graph_module, str(n.target)) for n in self.reads()]
 
     def operands(self) -> list[object]:
-        """What the bodies' placeholders get, in order."""
+        """What the bodies' placeholders get, in order, but for those that the operator fills itself."""
         args = self.node.args
         if self.form.rest is not None:
             return list(args[self.form.rest :])
         return [operand for i in self.form.tuples for operand in args[i]]  # type: ignore[union-attr]
+
+    def inputs(self, body: GraphModule) -> list[tuple[Node, object]]:
+        """A body's placeholders, each with its operand."""
+        placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+        return list(zip(placeholders[self.form.own :], self.operands(), strict=True))
 
     def append(self, operand: Node) -> None:
         """Hand one more operand to the bodies."""
@@ -104,10 +120,24 @@ def calls(graph_module: GraphModule) -> list[Call]:
     found = []
     for node in graph_module.graph.nodes:
         if node.op == "call_function" and isinstance(node.target, HigherOrderOperator):
-            form = _FORMS.get(_name(node))
-            call = Call(graph_module, node, form) if form else None
-            if call and len(call.reads()) == len(call.form.bodies):
-                found.append(call)
+            for form in _FORMS.get(_name(node), ()):
+                call = Call(graph_module, node, form)
+                if len(node.args) > max(form.bodies + form.tuples) and len(call.reads()) == len(form.bodies):
+                    found.append(call)
+    return found
+
+
+def closed(graph_module: GraphModule) -> list[tuple[Node, list[GraphModule]]]:
+    """The calls of higher-order operators with bodies that can't be entered, and these bodies."""
+    entered = {(call.node, read) for call in calls(graph_module) for read in call.reads()}
+    found = []
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
+            continue
+        reads = [n for n in node.all_input_nodes if n.op == "get_attr" and (node, n) not in entered]
+        bodies = [attribute(graph_module, str(n.target)) for n in reads]
+        if bodies := [body for body in bodies if isinstance(body, GraphModule)]:
+            found.append((node, bodies))
     return found
 
 
@@ -177,8 +207,7 @@ def annotate_bodies(graph_module: GraphModule) -> None:
             if _name(call.node) == "invoke_subgraph":  # traced for one caller, whose modules the nodes would name
                 for node in body.graph.nodes:
                     node.meta.pop("nn_module_stack", None)
-            placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
-            for placeholder, operand in zip(placeholders, call.operands(), strict=True):
+            for placeholder, operand in call.inputs(body):
                 given = node_of(operand)
                 path = None if given is None else read_path(given)
                 if given is not None and path is not None:

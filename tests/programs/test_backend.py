@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxpeft
 from fxpeft import AdapterError, IA3Config, LoraConfig
+from fxpeft.backend import PASSES
 from fxpeft.passes.slot import Slot, slot_of
 from fxpeft.testing import no_recompiles
 
@@ -194,10 +195,14 @@ def test_golden_graph(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3)).eval()
     fxpeft.prepare_hotswap(model, 4, targets=["0"], rank="static")
-    eager(fxpeft.compile(model, inner="eager", dump=tmp_path), X[:, :4])
-    names = [p.name for p in sorted(tmp_path.iterdir())]
-    assert names == [f"{n}-{w}.py" for n in ("01-fold_inactive", "02-clean") for w in ("after", "before")]
-    before, after = ((tmp_path / name).read_text() for name in (names[1], names[2]))
+    eager(fxpeft.compile(model, inner="eager", dump=tmp_path, passes=PASSES), X[:, :4])
+    names = {p.name: sorted(f.name for f in p.iterdir()) for p in tmp_path.iterdir()}
+    assert names == {
+        f"graph-01-{way}": [f"{n}-{w}.py" for n in passes for w in ("after", "before")]
+        for way, passes in (("idle", ("01-fold_inactive", "02-clean")), ("active", ("01-group", "02-clean")))
+    }
+    idle = tmp_path / "graph-01-idle"
+    before, after = ((idle / name).read_text() for name in ("01-fold_inactive-before.py", "02-clean-after.py"))
     assert before.count("linear(") == 2
     assert before.count("matmul(") == 1
     assert re.sub(r"L_\w+ : [\w.]+", "_", after).partition("\n")[0] == "def forward(self, _, _, _, _, _, _):"
@@ -212,7 +217,7 @@ def test_passes_are_off_by_name_and_unknown_ones_are_refused() -> None:
     with torch.no_grad():
         fxpeft.compile(model, inner=recorder, passes=())(X)
     assert len(recorder.graphs) == 1
-    with pytest.raises(AdapterError, match="passes: expected some of fold_inactive, found"):
+    with pytest.raises(AdapterError, match="passes: expected some of fold_inactive, group, clean, found"):
         fxpeft.compile(model, passes=("fold", "fold_inactive"))
 
 

@@ -13,17 +13,24 @@ SCRIPT = """
 import json, torch, fxpeft
 from torch import nn
 from torch._dynamo.utils import counters
+class Both(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(4, 6)
+    def forward(self, x):
+        return self.a(x) * self.b(x)
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
-fxpeft.prepare_hotswap(model, 8, targets=["0", "2"], methods=("lora", "dora"))
-fxpeft.add_adapter(model, fxpeft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
-compiled = fxpeft.compile(model)
+model = nn.Sequential(Both(), nn.ReLU(), nn.Linear(6, 3)).eval()
+fxpeft.prepare_hotswap(model, 8, targets=["a", "b", "2"], methods=("lora", "dora"))
+fxpeft.add_adapter(model, fxpeft.LoraConfig(r=2, target_modules=["a", "b"], init_lora_weights=False))
+compiled = fxpeft.compile(model, passes=("fold_inactive", "group", "clean"))
 with torch.no_grad():
     on = compiled(torch.ones(2, 4)).tolist()
     fxpeft.disable_adapters(model)
     off = compiled(torch.ones(2, 4)).tolist()
 found = {name: counters["aot_autograd"][f"autograd_cache_{name}"] for name in ("hit", "miss")}
 found |= {f"fx_{name}": counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss")}
+found["stacks"] = len(model[0].a.slot.stacks)
 print(json.dumps({**found, "on": on, "off": off}))
 """
 
@@ -42,4 +49,5 @@ def test_a_second_process_hits_the_cache(tmp_path: Path) -> None:
     first, second = run(tmp_path), run(tmp_path)
     assert (first["hit"], first["miss"]) == (0, 2)  # the graph with slots and the one without: the counters do count
     assert (second["hit"], second["miss"], second["fx_miss"]) == (2, 0, 0)
+    assert first["stacks"] == second["stacks"] == 1  # the graph with slots is the grouped one
     assert second["on"] == first["on"] != first["off"] == second["off"]
