@@ -9,8 +9,9 @@ parameters of one module are told apart in a file, and what is refused follow
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -23,6 +24,10 @@ from fxpeft.passes.kinds import Kind
 from fxpeft.passes.live import base_class
 from fxpeft.passes.names import matches
 from fxpeft.passes.parameters import ParameterKind, parameter_kind
+from fxpeft.skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from fxpeft.state import Adapter
 
 ONE_REWRITE = (
     "it is a target, or brings a bias or itself as a whole, and one of its parameters is a target (target_parameters); "
@@ -46,6 +51,11 @@ def parameter_sites(
     wanted = getattr(config, "target_parameters", None)
     if not wanted:
         return {}
+    if isinstance(modules.get(""), Skeleton):
+        raise AdapterError(
+            f"target_parameters={wanted!r}: a program or package has no modules whose parameters an adapter could update. "
+            "Serve the live model, or fold the adapter into it before capturing the program"
+        )
     sites: dict[str, SitePlan] = {}
     problems: list[str] = []
     for name, module in modules.items():
@@ -73,6 +83,16 @@ def check_hosts(kinds: Mapping[str, Kind], saved: Collection[str], tensors: Coll
     both = sorted(owners & {kind.host(site) for site, kind in kinds.items() if kind.leaf})
     if both:
         raise AdapterError(listing([f"{name}: {ONE_REWRITE}" for name in both]))
+
+
+def refuse_parameters(adapters: Iterable[Adapter], what: str) -> None:
+    """Refuse adapters with sites that are parameters, for what is defined on modules only."""
+    found = [f"{a.name}: {site}" for a in adapters for site, plan in a.plan.sites.items() if plan.kind.leaf]
+    if found:
+        raise AdapterError(
+            f"{what} takes sites that are modules (target_modules), found parameters (target_parameters):\n"
+            f"{listing(found)}\nActivate the adapters together, or fold them, which both take parameters too."
+        )
 
 
 def _own(module: nn.Module) -> list[str]:
