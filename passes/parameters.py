@@ -151,6 +151,10 @@ class Reading:
             return partial(found.__func__, self)
         return found
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[nn.Module]:  # type: ignore[override]
+        return type(self._module)  # for isinstance and super(), which ask the class where the type doesn't fit
+
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._module, name, value)
 
