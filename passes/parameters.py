@@ -152,8 +152,10 @@ class Reading:
         return found
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type[nn.Module]:  # type: ignore[override]
-        return type(self._module)  # for isinstance and super(), which ask the class where the type doesn't fit
+    def __class__(self) -> type:
+        # isinstance and super() ask this where the type doesn't fit; Dynamo does before there is a module
+        module = vars(self).get("_module")
+        return Reading if module is None else type(module)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._module, name, value)
