@@ -26,7 +26,8 @@ class FileSite:
     """One site in a file.
 
     Args:
-        rank: 0 for a method without one, and for a parameter, whose experts' ranks lie in one tensor. shapes: tensor -> its shape. norm: Frobenius norm of the
+        rank: 0 for a method without one, and for a parameter, whose experts' ranks lie in one tensor.
+        shapes: tensor -> its shape. norm: Frobenius norm of the
             update to the weight, scale and all; of the parameters, for a method that adds none;
             ``None`` for a grouped convolution and a parameter.
     """

@@ -91,8 +91,8 @@ def _sites(model: nn.Module, targets: str | Collection[str] | AdapterConfig | No
     if isinstance(targets, AdapterConfig):
         if wanted := getattr(targets, "target_parameters", None):
             raise AdapterError(
-                f"target_parameters={wanted!r}: a package has slots at modules only; leave them out of targets, and fold "
-                "adapters of parameters into the model before packaging it"
+                f"target_parameters={wanted!r}: a package has slots at modules only; leave them out of targets, and "
+                "fold adapters of parameters into the model before packaging it"
             )
         return list(make_plan(model, targets).sites)
     groups = [g for m in model.modules() if isinstance(g := getattr(m, "groups", None), int)]

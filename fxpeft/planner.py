@@ -200,10 +200,11 @@ def plan(
             )
         )  # fmt: skip
     subjects = [] if method.whole else subjects_of(modules, known)
+    hosts = {site.kind.host(name) for name, site in found.sites.items()}
     skipped = [
         Skip(subject.name, _why_not(config, found.config, subject, modules[subject.name]))
         for subject in subjects
-        if subject.name not in found.sites
+        if subject.name not in hosts
     ]
     notes += _unused(config, subjects) if subjects else []
     return Plan(

@@ -182,7 +182,11 @@ def _site_kind(name: str, modules: dict[str, nn.Module]) -> Any:
     try:
         return kind_of(modules[name])
     except PassError as error:
-        raise AdapterError(f"{name}: {error}; take it out of target_modules or add it to exclude_modules") from None
+        stacks = [leaf for leaf, p in modules[name]._parameters.items() if p is not None and p.ndim == 3]
+        hint = f"; its {' and '.join(stacks)} can be named in target_parameters" if stacks else ""
+        raise AdapterError(
+            f"{name}: {error}; take it out of target_modules or add it to exclude_modules{hint}"
+        ) from None
 
 
 def saved_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:

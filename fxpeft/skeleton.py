@@ -40,7 +40,7 @@ def skeleton(outlines: Mapping[str, Outline]) -> nn.Module:
     """A module tree with a torch module of the right kind at each name; it is never called."""
     root = Skeleton()
     for name in sorted(outlines, key=lambda name: name.count(".")):
-        owner = root
+        owner: nn.Module = root
         *parents, leaf = name.split(".") if name else [""]
         for atom in parents:
             if atom not in owner._modules:

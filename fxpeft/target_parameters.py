@@ -53,8 +53,8 @@ def parameter_sites(
         return {}
     if isinstance(modules.get(""), Skeleton):
         raise AdapterError(
-            f"target_parameters={wanted!r}: a program or package has no modules whose parameters an adapter could update. "
-            "Serve the live model, or fold the adapter into it before capturing the program"
+            f"target_parameters={wanted!r}: a program or package has no modules whose parameters an adapter could "
+            "update. Serve the live model, or fold the adapter into it before capturing the program"
         )
     sites: dict[str, SitePlan] = {}
     problems: list[str] = []
@@ -63,7 +63,8 @@ def parameter_sites(
         own = [site for site in own if matches(wanted, site)]
         for index, site in enumerate(own):
             try:
-                if name in taken or name in saved or (getattr(config, "bias", "none") == "all" and "bias" in _own(module)):
+                biased = getattr(config, "bias", "none") == "all" and module._parameters.get("bias") is not None
+                if name in taken or name in saved or biased:
                     raise PassError(ONE_REWRITE)
                 plan = method_of(config).plan(config, site, _kind(name, module, modules, site.rpartition(".")[2]))
             except PassError as error:
@@ -95,10 +96,6 @@ def refuse_parameters(adapters: Iterable[Adapter], what: str) -> None:
         )
 
 
-def _own(module: nn.Module) -> list[str]:
-    return [leaf for leaf, parameter in module._parameters.items() if parameter is not None]
-
-
 def _kind(name: str, module: nn.Module, modules: Mapping[str, nn.Module], leaf: str) -> ParameterKind:
     if not name:
         raise PassError("it is a parameter of the model itself, which has no module around it to write a file by")
@@ -110,7 +107,8 @@ def _kind(name: str, module: nn.Module, modules: Mapping[str, nn.Module], leaf: 
 
 
 def _nothing_found(wanted: str | Collection[str], modules: Mapping[str, nn.Module]) -> str:
-    stacks, others = [], []
+    stacks: list[str] = []
+    others: list[str] = []
     for module in modules.values():
         for leaf, parameter in module._parameters.items():
             if parameter is not None:

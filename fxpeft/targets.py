@@ -99,8 +99,8 @@ def resolve_parameters(
     more = [s.name for s in subjects if matches(names, s.name) and s.name not in names]
     if more:
         raise AdapterError(
-            f"target_parameters={str(asked)!r}: PEFT reads the names that it selects as ends of names, which would take "
-            f"these too:\n{listing(more)}\nselect them as well, or rename the module"
+            f"target_parameters={str(asked)!r}: PEFT reads the names that it selects as ends of names, which would "
+            f"take these too:\n{listing(more)}\nselect them as well, or rename the module"
         )
     config.target_parameters = names  # type: ignore[attr-defined]
 

@@ -75,13 +75,13 @@ class ParameterKind(Kind):
         return (rank, self.count, self.in_features), (rank, self.count, self.out_features)
 
     def ranks(self, a: Tensor) -> Tensor:
-        return a.unflatten(0, (self.count, -1)).transpose(0, 1)
+        return a.reshape(self.count, -1, self.in_features).transpose(0, 1)
 
     def unranks(self, ranks: Tensor) -> Tensor:
         return ranks.transpose(0, 1).flatten(0, 1)
 
     def rows(self, b: Tensor) -> Tensor:
-        return b.t().unflatten(0, (-1, self.count))
+        return b.t().reshape(-1, self.count, self.out_features)
 
     def unrows(self, rows: Tensor, rank: int) -> Tensor:
         return rows.flatten(0, 1).t()
@@ -108,7 +108,7 @@ def add_product(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """
     given = (weight, left, right)
     if has_torch_function(given):
-        return handle_torch_function(add_product, given, *given)  # type: ignore[no-any-return]
+        return handle_torch_function(add_product, given, *given)
     with torch.autocast(weight.device.type, enabled=False):
         return torch.baddbmm(weight, left.to(weight.dtype), right.to(weight.dtype))
 
@@ -125,7 +125,7 @@ def parameter_kind(module: nn.Module, leaf: str) -> ParameterKind:
     shape = tuple(parameter.shape)
     if type(parameter) is not nn.Parameter or parameter.dtype not in FLOATS or len(shape) not in (2, 3):
         found = f"{type(parameter).__name__} of {str(parameter.dtype).removeprefix('torch.')} {list(shape)}"
-        raise PassError(f"expected a parameter [out, in] or [experts, out, in] of floating-point numbers, found {found}")
+        raise PassError(f"expected a floating-point parameter [out, in] or [experts, out, in], found a {found}")
     if len(shape) == 2:
         return ParameterKind(shape[1], shape[0], leaf)
     transposed = bool(getattr(module, "is_transposed", False))

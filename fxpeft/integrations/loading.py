@@ -242,8 +242,8 @@ def check_experts(model: PreTrainedModel, config: AdapterConfig) -> None:
         if place is not None:
             raise AdapterError(
                 f"target_modules: {target!r} names projections of experts, which {type(model).__name__} holds fused in "
-                f"{place}. Name that parameter in target_parameters to adapt it, and here leave the name out, or select "
-                "dense modules with one regular expression"
+                f"{place}. To adapt that, name it in target_parameters; here leave the name out, or select dense "
+                "modules with one regular expression"
             )
 
 

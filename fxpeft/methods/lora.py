@@ -115,14 +115,15 @@ class LoraConfig(RankConfig):
             self.check_parameters()
 
     def check_parameters(self) -> None:
-        """Refuse what the update of a parameter can't have: it is added to the weight, whatever the input (PEFT's rule)."""
+        """Refuse what the update of a parameter can't have, since it is added to the weight whatever the input."""
         wrong = {name: getattr(self, name) for name in ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora")}
-        wrong["init_lora_weights"] = "" if self.init_lora_weights in (True, False, "gaussian") else self.init_lora_weights
+        start = self.init_lora_weights
+        wrong["init_lora_weights"] = None if start in (True, False, "gaussian") else start
         found = [f"{name}={value!r}" for name, value in wrong.items() if value]
         if found:
             raise AdapterError(
-                f"target_parameters: the update of a parameter can't have {', '.join(found)}, as in PEFT; leave it at its "
-                "default (init_lora_weights: True, False or 'gaussian'), or give the modules an adapter of their own"
+                f"target_parameters: the update of a parameter can't have {', '.join(found)}, as in PEFT; leave it at "
+                "its default (init_lora_weights: True, False or 'gaussian'), or give modules an adapter of their own"
             )
 
 

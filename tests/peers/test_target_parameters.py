@@ -28,7 +28,8 @@ DECODER: dict[str, Any] = {
 
 def mixtral(experts: int = 3, dtype: torch.dtype = torch.float32, implementation: str = "grouped_mm") -> nn.Module:
     torch.manual_seed(0)
-    model = tf.MixtralForCausalLM(tf.MixtralConfig(**{**DECODER, "num_experts_per_tok": min(2, experts)}, num_local_experts=experts))
+    config = {**DECODER, "num_experts_per_tok": min(2, experts), "num_local_experts": experts}
+    model = tf.MixtralForCausalLM(tf.MixtralConfig(**config))
     model.set_experts_implementation(implementation)
     return model.to(dtype).eval()
 
@@ -123,7 +124,10 @@ CASES = {
     ),
     "linear": Case(
         tiny_llama,
-        {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], "target_parameters": ["v_proj.weight", "lm_head.weight"]},
+        {
+            "r": 4, "lora_alpha": 6, "target_modules": ["q_proj"],
+            "target_parameters": ["v_proj.weight", "lm_head.weight"],
+        },
     ),
     "matrices": Case(
         matrices,
