@@ -26,9 +26,10 @@ class FileSite:
     """One site in a file.
 
     Args:
-        rank: 0 for a method without one. shapes: tensor -> its shape. norm: Frobenius norm of the
+        rank: 0 for a method without one, and for a parameter, whose experts' ranks lie in one tensor.
+        shapes: tensor -> its shape. norm: Frobenius norm of the
             update to the weight, scale and all; of the parameters, for a method that adds none;
-            ``None`` for a grouped convolution.
+            ``None`` for a grouped convolution and a parameter.
     """
 
     name: str
@@ -66,9 +67,16 @@ def site_scale(config: AdapterConfig, site: str, rank: int) -> float:
     return float(alpha) / (math.sqrt(rank) if getattr(config, "use_rslora", False) else rank)
 
 
+def of_parameter(config: AdapterConfig, site: str) -> bool:
+    """Whether a site in a file is a module for one of its parameters, which ``target_parameters`` named."""
+    if not getattr(config, "target_parameters", None):
+        return False
+    return config.target_modules is None or not config.selector()(site)
+
+
 def factors(config: AdapterConfig, site: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
     """A ``[rank, in]`` and B ``[out, rank]`` in float64, the scale in B; ``None`` where there are no such two."""
-    if config.peft_type != "LORA" or not {"lora_A", "lora_B"} <= set(tensors):
+    if config.peft_type != "LORA" or of_parameter(config, site) or not {"lora_A", "lora_B"} <= set(tensors):
         return None
     a, b = tensors["lora_A"].double().flatten(1), tensors["lora_B"].double().flatten(1)
     return None if len(a) != b.shape[1] else (a, b * site_scale(config, site, len(a)))
@@ -92,7 +100,8 @@ def inspect_sites(found: Checkpoint) -> list[FileSite]:
             norm = math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
         shapes = {key: list(t.shape) for key, t in tensors.items()}
         count = sum(t.numel() for t in tensors.values())
-        sites.append(FileSite(name, 0 if first is None else len(first), shapes, count, norm))
+        rank = 0 if first is None or of_parameter(found.config, name) else len(first)
+        sites.append(FileSite(name, rank, shapes, count, norm))
     return sites
 
 
@@ -189,6 +198,11 @@ def shrink(found: Checkpoint, rank: int) -> tuple[Checkpoint, dict[str, float]]:
     alphas: dict[str, float] = {}
     for name, own in sites.items():
         pair, old = factors(config, name, own), len(own["lora_A"])
+        if of_parameter(config, name):
+            raise AdapterError(
+                f"{name}: it updates a parameter (target_parameters), and the file doesn't say how many experts share "
+                "its ranks, so it can't be given a smaller one; train it with a smaller r"
+            )
         if pair is None:
             raise AdapterError(f"{name}: a grouped convolution's update can't be given a smaller rank; leave it out")
         ranks[name] = min(rank, old)

@@ -24,7 +24,7 @@ from fxpeft.passes.live import unbind
 from fxpeft.penalty import unwatch_loss, watch_loss
 from fxpeft.plain import has_to_be_plain
 from fxpeft.plain import plain as as_plain
-from fxpeft.sites import AdapterPlan, base_state, base_value, base_values, make_plan
+from fxpeft.sites import AdapterPlan, base_state, base_value, base_values, make_plan, site_module
 from fxpeft.state import (
     Adapter,
     ModelState,
@@ -267,13 +267,14 @@ def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Valu
     for path in (*plan.tensors, *plan.weights):
         values.tensors[path] = base_value(model, path).detach().clone()
     for site, site_plan in plan.sites.items():
-        device, dtype = placement(model.get_submodule(site), model, autocast)
+        module, leaf = site_module(model, site)
+        device, dtype = placement(module, model, autocast, leaf)
         if isinstance(method, PromptMethod):
             values.sites[site] = method.fresh(model, config, site_plan, device)
             continue
         shapes = method.shapes(config, site_plan)
         parameters = {key: torch.empty(shape, device=device, dtype=dtype) for key, shape in shapes.items()}
-        base = Base(model.get_submodule(site), values.own(site))
+        base = Base(module, values.own(site))
         try:
             method.initialise(config, site_plan, parameters, base)
         except PassError as error:
@@ -286,7 +287,8 @@ def placed(model: nn.Module, values: Values, *, autocast: bool) -> Values:
     """A checkpoint's values on the devices of their modules, in memory of their own."""
     out = Values()
     for site, parameters in values.sites.items():
-        device, _ = placement(model.get_submodule(site), model, autocast)
+        module, leaf = site_module(model, site)
+        device, _ = placement(module, model, autocast, leaf)
         out.sites[site] = {key: _cast(value, device, autocast) for key, value in parameters.items()}
     for path, parts in values.saved.items():
         module = model.get_submodule(path)

@@ -17,6 +17,7 @@ from fxpeft.methods import method_of
 from fxpeft.passes.kinds import Conv, Kind
 from fxpeft.passes.product import why_no_delta
 from fxpeft.state import Adapter, state_of, unwrap
+from fxpeft.target_parameters import refuse_parameters
 from fxpeft.task_vectors import PRUNING, Sign, merge
 
 Combination = Literal[
@@ -168,6 +169,7 @@ def _check_arguments(
     if not sources or len(sources) != len(weights) or not all(math.isfinite(w) for w in weights):
         raise AdapterError(f"weights: expected one finite number for each of {len(sources)} adapters, found {weights}")
     unfit = [f"{a.name}: {method_of(a.config).name}" for a in sources if method_of(a.config).name != "lora"]
+    refuse_parameters(sources, "a blend")
     if unfit:
         raise AdapterError(f"only LoRAs can be blended, found\n{listing(unfit)}\nconvert them to LoRA first")
     prunes = combination.removesuffix("_svd") in PRUNING

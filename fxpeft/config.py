@@ -53,18 +53,20 @@ class AdapterConfig:
     layers_pattern: str | list[str] | None = None
 
     peft_type: ClassVar[str]
+    #: fields that select by name or pattern
+    selecting: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules")
     #: fields whose keys are patterns of site names
     patterns: ClassVar[tuple[str, ...]] = ()
     #: fields of PEFT's config that fxpeft knows but doesn't offer yet, with PEFT's default
     unsupported: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
+        for name in self.selecting:
             value = getattr(self, name)
             if isinstance(value, Collection) and all(isinstance(v, str) for v in value) and not isinstance(value, str):
                 setattr(self, name, sorted(set(value)))
         self.check_types()
-        for name in ("target_modules", "exclude_modules"):
+        for name in self.selecting:
             value = getattr(self, name)
             for text in [value] if isinstance(value, str) else value if isinstance(value, list) else ():
                 if isinstance(value, str) or is_pattern(text):
@@ -106,7 +108,7 @@ class AdapterConfig:
     def to_dict(self) -> dict[str, Any]:
         """The config as PEFT writes it to ``adapter_config.json``."""
         own = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        for name in ("target_modules", "exclude_modules"):
+        for name in self.selecting:
             if isinstance(own[name], Pattern):  # not resolved yet; "& name:**" marks a text of bare names as one
                 text = str(own[name])
                 own[name] = text if is_pattern(text) else f"({text}) & name:**"

@@ -19,6 +19,7 @@ from fxpeft.passes.kinds import Conv
 from fxpeft.passes.live import base_weight
 from fxpeft.passes.product import why_no_delta
 from fxpeft.state import Adapter, state_of, unwrap
+from fxpeft.target_parameters import refuse_parameters
 
 
 @torch.no_grad()
@@ -53,6 +54,7 @@ def convert(
         raise AdapterError(f"to: expected 'lora', found {to!r}")
     if rank is not None and rank <= 0:
         raise AdapterError(f"rank: expected a positive integer, found {rank}")
+    refuse_parameters([adapter], "convert")
     values, current = brought([adapter]), adapter.current()
     errors: dict[str, float] = {}
     problems: list[str] = []

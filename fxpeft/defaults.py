@@ -98,6 +98,11 @@ def default_feedforward(model: nn.Module) -> list[str]:
     return [name for name in IA3_TARGETS[model_type] if name in _FEEDFORWARD]
 
 
+def usual_targets(model: nn.Module) -> list[str] | str | None:
+    """LoRA's ``target_modules`` for an architecture of PEFT's table, ``None`` for another."""
+    return TARGETS.get(_model_type(model) or "")
+
+
 def default_targets(model: nn.Module, method: str = "lora") -> list[str] | str:
     """``target_modules`` for a model whose config names none.
 

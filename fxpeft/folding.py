@@ -18,11 +18,20 @@ from torch import Tensor, nn
 
 from fxpeft.adapters import remove, switch
 from fxpeft.errors import AdapterError, listing
-from fxpeft.inplace import Folded, accumulator, check_finite, exchange, first_name, fold_weight, settle_shared
+from fxpeft.inplace import (
+    Folded,
+    accumulator,
+    check_finite,
+    exchange,
+    first_name,
+    fold_weight,
+    product_at,
+    settle_shared,
+)
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.base import Base, SlotValues
 from fxpeft.passes.base import PassError, attribute, join
-from fxpeft.passes.product import Product, product_of, why_no_delta
+from fxpeft.passes.product import Product, why_no_delta
 from fxpeft.state import Adapter, ModelState, check_together, state_of, unwrap
 from fxpeft.swap import activate, lower, settle
 
@@ -260,10 +269,9 @@ def _compute(model: nn.Module, adapters: list[Adapter], bare: Mapping[str, Tenso
     for site in dict.fromkeys(s for values in held.values() for s in values.sites):
         if f"{site}.".startswith(covered):
             continue
-        module = model.get_submodule(site)
         try:
-            product = product_of(module)
-            weight_path, bias_path = join(site, product.weight), join(site, product.bias or "")
+            module, product, weight_path = product_at(model, site)
+            bias_path = join(site, product.bias or "")
             weight = product.view(accumulator(writes.get(weight_path, base(weight_path))))
             bias = None if product.bias is None else accumulator(writes.get(bias_path, base(bias_path)))
             own = _Stored(module, weight_view=weight, bias_value=bias)

@@ -13,8 +13,9 @@ from fxpeft.errors import AdapterError, listing
 from fxpeft.methods.base import SlotValues
 from fxpeft.passes.base import attribute, join
 from fxpeft.passes.kinds import Conv, Kind
-from fxpeft.passes.product import product_of
-from fxpeft.sites import base_modules
+from fxpeft.passes.parameters import parameter_kind
+from fxpeft.passes.product import Product, check_stored, product_of
+from fxpeft.sites import base_modules, site_module
 
 Keep = Literal["original", "delta"]
 
@@ -38,14 +39,27 @@ class Folded:
         writes = dict(self.originals)
         name_of = first_name(model) if self.steps else str
         for site, steps in self.steps.items():
-            module = model.get_submodule(site)
-            product = product_of(module)
+            module, product, path = product_at(model, site)
             stored = getattr(module, product.weight).detach()
             weight = product.view(accumulator(stored))
             for values in reversed(steps):
                 weight = unfold_weight(product.kind, weight, values)
-            writes[name_of(join(site, product.weight))] = product.view(weight).to(stored.dtype)
+            writes[name_of(path)] = product.view(weight).to(stored.dtype)
         return writes
+
+
+def product_at(model: nn.Module, site: str) -> tuple[nn.Module, Product, str]:
+    """A site's module, what its fold changes, and the dotted name of the weight.
+
+    Raises:
+        PassError: as :func:`product_of`.
+    """
+    module, leaf = site_module(model, site)
+    if not leaf:
+        product = product_of(module)
+        return module, product, join(site, product.weight)
+    check_stored(module, leaf)
+    return module, Product(parameter_kind(module, leaf), leaf, False, None), site
 
 
 def fold_weight(kind: Kind, weight: Tensor, values: SlotValues) -> Tensor:

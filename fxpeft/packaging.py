@@ -94,10 +94,15 @@ def _sites(model: nn.Module, targets: str | Collection[str] | AdapterConfig | No
     if max_rank < LEAST:
         raise AdapterError(f"max_rank: expected at least {LEAST}, found {max_rank}")
     if isinstance(targets, AdapterConfig):
+        if wanted := getattr(targets, "target_parameters", None):
+            raise AdapterError(
+                f"target_parameters={wanted!r}: a package has slots at modules only; leave them out of targets, and "
+                "fold adapters of parameters into the model before packaging it"
+            )
         return list(make_plan(model, targets).sites)
     groups = [g for m in model.modules() if isinstance(g := getattr(m, "groups", None), int)]
-    wanted = LoraConfig(r=math.lcm(*groups), target_modules="all-linear" if targets is None else targets)
-    return list(make_plan(model, wanted).sites)
+    linear = LoraConfig(r=math.lcm(*groups), target_modules="all-linear" if targets is None else targets)
+    return list(make_plan(model, linear).sites)
 
 
 def manifest(

@@ -140,7 +140,7 @@ class PlanDiff:
 def diff_plans(before: Plan, after: Plan) -> PlanDiff:
     """Compare two plans, site by site."""
     old, new = before.config.to_dict(), after.config.to_dict()
-    listed = ("target_modules", "exclude_modules")  # sites tell what they come to
+    listed = ("target_modules", "exclude_modules", "target_parameters")  # sites tell what they come to
     config = {k: (old.get(k), new.get(k)) for k in (*old, *(k for k in new if k not in old))}
     sites, others = {s.name: s for s in before.sites}, {s.name: s for s in after.sites}
     changed = {

@@ -184,24 +184,27 @@ def plan(
     known, method = known or {}, method_of(found.config)
     sites = []
     for name, site in found.sites.items():
-        _, dtype = placement(modules[name], model, autocast=True)
+        host = site.kind.host(name)
+        _, dtype = placement(modules[host], model, autocast=True, leaf=site.kind.leaf)
         shapes = method.shapes(found.config, site)
         count = sum(map(math.prod, shapes.values()))
-        flops = 0 if method.whole else _flops(site, shapes.values())  # a prompt adds tokens, not work per token
+        # a prompt adds tokens, not work per token; a parameter is updated once a call, whatever the tokens
+        flops = 0 if method.whole or site.kind.leaf else _flops(site, shapes.values())
         alpha = None
         if hasattr(found.config, "lora_alpha"):
             alpha = pattern_value(getattr(found.config, "alpha_pattern", None) or {}, name, found.config.lora_alpha)
         sites.append(
             PlanSite(
-                name, ", ".join(known.get(name, ())), site.kind.name, site.kind.in_features, site.kind.out_features,
+                name, ", ".join(known.get(host, ())), site.kind.name, site.kind.in_features, site.kind.out_features,
                 site.rank, alpha, site.scaling, count, count * dtype.itemsize, flops,
             )
         )  # fmt: skip
     subjects = [] if method.whole else subjects_of(modules, known)
+    hosts = {site.kind.host(name) for name, site in found.sites.items()}
     skipped = [
         Skip(subject.name, _why_not(config, found.config, subject, modules[subject.name]))
         for subject in subjects
-        if subject.name not in found.sites
+        if subject.name not in hosts
     ]
     notes += _unused(config, subjects) if subjects else []
     return Plan(

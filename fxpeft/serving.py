@@ -20,6 +20,7 @@ from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.base import PassError
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
+from fxpeft.passes.parameters import read_module, slot_rewrite
 from fxpeft.passes.slot import LEAST, ActiveRank, Slot
 from fxpeft.passes.terms import Pattern
 from fxpeft.penalty import unwatch_loss, watch_loss
@@ -42,6 +43,7 @@ from fxpeft.state import (
     unwrap,
 )  # fmt: skip
 from fxpeft.swap import Serving, activate, check_gains, check_ranks, lower, serving_of, settle
+from fxpeft.target_parameters import check_hosts
 
 
 def prepare_hotswap(
@@ -55,6 +57,7 @@ def prepare_hotswap(
     bias: Literal["none", "all", "lora_only"] = "none",
     rank: Literal["dynamic", "static"] = "dynamic",
     num_virtual_tokens: int | None = None,
+    target_parameters: str | Pattern | Collection[str] | None = None,
 ) -> None:
     """Give every target a slot. From then on loading, swapping, mixing and switching off are copies.
 
@@ -69,6 +72,7 @@ def prepare_hotswap(
         methods: what the slots have to serve: ``"lora"``, ``"lora_bias"`` (a bias of B), ``"dora"``,
             ``"ia3"``, ``"adalora"``, ``"prompt_tuning"`` and ``"p_tuning"`` or ``"prefix_tuning"``. Where
             only LoRA is declared, the graph holds no gain and no shift.
+        target_parameters: as in :class:`~fxpeft.LoraConfig`, for adapters of experts and other parameters.
         num_virtual_tokens: length of every prompt to come, for the prompt methods.
         modules_to_save, bias: as in :class:`~fxpeft.LoraConfig`, for adapters that bring them.
         rank: ``"dynamic"``: pay for the rank in use; ``"static"``: pay for ``max_rank``, in a
@@ -95,7 +99,7 @@ def prepare_hotswap(
     adapters = list(existing.adapters.values()) if existing is not None else []
     serving = Serving(
         max_rank, ActiveRank(max_rank) if rank == "dynamic" else None, tuple(methods),
-        *_declare(model, adapters, targets, exclude, modules_to_save, bias, methods),
+        *_declare(model, adapters, targets, exclude, modules_to_save, bias, methods, target_parameters),
     )  # fmt: skip
     prompts = prompts_serving.declare(model, methods, num_virtual_tokens, adapters)
     if prompts is not None:
@@ -136,28 +140,31 @@ def _declare(
     modules_to_save: Sequence[str],
     bias: Literal["none", "all", "lora_only"],
     methods: Sequence[str],
+    parameters: str | Pattern | Collection[str] | None,
 ) -> tuple[dict[str, Any], frozenset[str], frozenset[str]]:
     """Sites, modules and parameters of the adapters that are there and of those that were declared."""
     kinds = {s: p.kind for a in adapters if not method_of(a.config).whole for s, p in a.plan.sites.items()}
     saved = {path for a in adapters for path in a.values.saved}
     tensors = {path for a in adapters for path in a.values.tensors}
-    if targets is None and set(methods) <= set(prompts_serving.PROMPT_METHODS):
+    if targets is None and not parameters and set(methods) <= set(prompts_serving.PROMPT_METHODS):
         if bias != "none":
             raise AdapterError(f"bias: expected 'none' with {', '.join(methods)}: prompts bring none; found {bias!r}")
         saved.update(saved_modules(model, modules_to_save))
         return kinds, frozenset(saved), frozenset(tensors)
     if targets is None and not kinds:
         targets = "all-linear"
-    if targets is not None or modules_to_save or bias != "none":
+    if targets is not None or modules_to_save or bias != "none" or parameters:
         groups = [g for m in model.modules() if isinstance(g := getattr(m, "groups", None), int)]
         wanted = LoraConfig(
-            r=math.lcm(*groups), target_modules=list(kinds) if targets is None else targets, exclude_modules=exclude,
-            modules_to_save=list(modules_to_save) or None, bias=bias,
+            r=math.lcm(*groups), exclude_modules=exclude, modules_to_save=list(modules_to_save) or None, bias=bias,
+            target_modules=[s for s, kind in kinds.items() if not kind.leaf] if targets is None else targets,
+            target_parameters=parameters,
         )  # fmt: skip
         declared = make_plan(model, wanted, heads=False)
         kinds.update({site: plan.kind for site, plan in declared.sites.items()})
         saved.update(declared.saved)
         tensors.update(declared.tensors)
+    check_hosts(kinds, saved, tensors)
     return kinds, frozenset(saved), frozenset(tensors)
 
 
@@ -301,7 +308,8 @@ def _bind_slots(model: nn.Module, serving: Serving) -> None:
         holder.add_module("module", serving.copies[path])
         module.add_module("slot", holder)
         replace_module(module, "slot.module")
-    for site in dict.fromkeys((*serving.kinds, *redirects)):
+    _bind_parameters(model, serving)
+    for site in dict.fromkeys((*(s for s, kind in serving.kinds.items() if not kind.leaf), *redirects)):
         module = model.get_submodule(site)
         unbind(module)
         rewrites, place = [], Container()
@@ -316,6 +324,25 @@ def _bind_slots(model: nn.Module, serving: Serving) -> None:
             place.register_buffer(leaf, value, persistent=False)
         module.add_module("slot", place)
         rewrite_module(module, rewrites, name=site, redirects=redirects.get(site), container="slot")
+
+
+def _bind_parameters(model: nn.Module, serving: Serving) -> None:
+    """Slots of parameters lie side by side in their module's container."""
+    hosts: dict[str, list[str]] = {}
+    for site, kind in serving.kinds.items():
+        if kind.leaf:
+            hosts.setdefault(kind.host(site), []).append(site)
+    for name, sites in hosts.items():
+        module, place, rewrites = model.get_submodule(name), Container(), {}
+        unbind(module)
+        for site in sites:
+            kind = serving.kinds[site]
+            device, dtype = placement(module, model, autocast=False, leaf=kind.leaf)
+            slot = serving.slots[site] = Slot(kind, serving.max_rank, serving.rank, device=device, dtype=dtype)
+            place.add_module(kind.leaf, slot)
+            rewrites[kind.leaf] = [slot_rewrite(slot, kind.leaf)]
+        module.add_module("slot", place)
+        read_module(module, rewrites, name=name)
 
 
 def _transient(module: nn.Module) -> nn.Module:

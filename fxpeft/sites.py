@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fxpeft.config import AdapterConfig
-from fxpeft.defaults import default_targets
+from fxpeft.defaults import default_targets, usual_targets
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SitePlan
@@ -23,7 +23,8 @@ from fxpeft.methods.prompts import PromptMethod
 from fxpeft.passes.base import PassError, join
 from fxpeft.passes.live import Container, kind_of
 from fxpeft.passes.terms import Pattern
-from fxpeft.targets import Roles, resolve_patterns
+from fxpeft.target_parameters import parameter_sites
+from fxpeft.targets import Roles, resolve_parameters, resolve_patterns
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
@@ -89,6 +90,16 @@ def base_value(model: nn.Module, path: str) -> Tensor:
     return base_values(model.get_submodule(owner))[leaf]
 
 
+def site_module(model: nn.Module, site: str) -> tuple[nn.Module, str]:
+    """A site's module and, where the site is a parameter of it, the parameter's name there, else ``""``."""
+    owner, _, leaf = site.rpartition(".")
+    if leaf:
+        module = model.get_submodule(owner)
+        if leaf in module._parameters:
+            return module, leaf
+    return model.get_submodule(site), ""
+
+
 def make_plan(
     model: nn.Module, config: AdapterConfig, *, heads: bool = True, roles: Roles | None = None
 ) -> AdapterPlan:
@@ -113,6 +124,7 @@ def make_plan(
     for name in selector.select(modules):
         sites[name] = method.plan(config, name, _site_kind(name, modules))
     saved = _saved(modules, config)
+    sites |= parameter_sites(modules, config, sites, saved)
     if not sites:
         raise AdapterError(_nothing_found(config, modules))
     _check_patterns(config, sites)
@@ -124,10 +136,13 @@ def _resolve(
     model: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig, heads: bool, roles: Roles | None
 ) -> AdapterConfig:
     config = _with_heads(copy.deepcopy(config), heads)
-    if config.target_modules is None:
+    if config.target_modules is None and getattr(config, "target_parameters", None):
+        config.target_modules = usual_targets(model) or []
+    elif config.target_modules is None:
         config.target_modules = default_targets(model, method_of(config).name)
     elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config.target_modules = all_linear(model, modules, config.task_type)
+    resolve_parameters(model, modules, config, roles)
     resolve_patterns(model, modules, config, roles)
     method_of(config).resolve(config, model)
     return config
@@ -167,7 +182,11 @@ def _site_kind(name: str, modules: dict[str, nn.Module]) -> Any:
     try:
         return kind_of(modules[name])
     except PassError as error:
-        raise AdapterError(f"{name}: {error}; take it out of target_modules or add it to exclude_modules") from None
+        stacks = [leaf for leaf, p in modules[name]._parameters.items() if p is not None and p.ndim == 3]
+        hint = f"; its {' and '.join(stacks)} can be named in target_parameters" if stacks else ""
+        raise AdapterError(
+            f"{name}: {error}; take it out of target_modules or add it to exclude_modules{hint}"
+        ) from None
 
 
 def saved_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:

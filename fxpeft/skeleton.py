@@ -32,11 +32,15 @@ class Outline:
     biased: bool = False
 
 
+class Skeleton(nn.Module):
+    """The root of a model in outline."""
+
+
 def skeleton(outlines: Mapping[str, Outline]) -> nn.Module:
     """A module tree with a torch module of the right kind at each name; it is never called."""
-    root = nn.Module()
+    root = Skeleton()
     for name in sorted(outlines, key=lambda name: name.count(".")):
-        owner = root
+        owner: nn.Module = root
         *parents, leaf = name.split(".") if name else [""]
         for atom in parents:
             if atom not in owner._modules:

@@ -13,12 +13,14 @@ from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SiteAdapter, SlotValues
-from fxpeft.passes.base import attribute, join
+from fxpeft.passes.base import PassError, attribute, join
 from fxpeft.passes.copies import Copies
 from fxpeft.passes.feed import Feed
 from fxpeft.passes.inject import Rewrite
 from fxpeft.passes.live import Container, bare_copy, feed_module, replace_module, rewrite_module, unbind
+from fxpeft.passes.parameters import read_module
 from fxpeft.sites import AdapterPlan, base_modules, base_state
+from fxpeft.target_parameters import ONE_REWRITE
 
 if TYPE_CHECKING:
     from fxpeft.inplace import Folded
@@ -62,7 +64,8 @@ class Adapter:
     Args:
         values: the tensors. While the adapter is attached its modules hold the truth; see :meth:`current`.
         strength: factor on the adapter's own scale; see :func:`fxpeft.set_scale`.
-        parts: while attached: host module's name -> what is registered there as ``adapters.<name>``.
+        parts: while attached: host module's name -> what is registered there as ``adapters.<name>``; site of a
+            parameter -> what is below that.
         lowered: on a prepared model: site -> slot values. prompt: there, the finished prompt of a prompt method.
         settled: whether the slot values are contiguous, so that showing them is a plain copy.
         copies: ``Slot.generation`` and how to show the adapter alone in the slots of that time.
@@ -88,7 +91,13 @@ class Adapter:
 
     def hosts(self) -> set[str]:
         """Names of the modules that the adapter touches."""
-        return {*self.values.sites, *self.values.saved, *map(_owner, self.values.tensors)}
+        sites = {self.plan.sites[site].kind.host(site) for site in self.values.sites}
+        return {*sites, *self.values.saved, *map(_owner, self.values.tensors)}
+
+    def parameter_sites(self, host: str) -> dict[str, str]:
+        """Name -> site of a module's parameters that the adapter updates."""
+        kinds = {site: self.plan.sites[site].kind for site in self.values.sites}
+        return {kind.leaf: site for site, kind in kinds.items() if kind.leaf and kind.host(site) == host}
 
     def current(self) -> Values:
         """The tensors as they are now, trained or cast since."""
@@ -215,6 +224,10 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
         elif name in values.saved:
             part = bare_copy(module)
             part.load_state_dict(values.saved[name], assign=True)
+        for leaf, site in adapter.parameter_sites(name).items():
+            plan = adapter.plan.sites[site]
+            adapter.parts[site] = method.part(adapter.config, plan, values.sites[site], strength=adapter.strength)
+            part.add_module(leaf, adapter.parts[site])
         adapter.parts[name] = part.train(module.training)
         if "adapters" not in module._modules:
             module.add_module("adapters", Container())
@@ -243,6 +256,7 @@ def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
     """Give each touched module the forward of the running adapters, or its own where none is there."""
     for name, module in touched.items():
         rewrites: list[Rewrite] = []
+        parameters: dict[str, list[Rewrite]] = {}
         redirects: dict[str, tuple[str, Any]] = {}
         whole: str | None = None
         feed: Feed | None = None
@@ -258,6 +272,9 @@ def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
                     feed = rewrite
                 else:
                     rewrites.append(rewrite)
+            for leaf, site in adapter.parameter_sites(name).items():
+                update: Any = method_of(adapter.config).rewrite(adapter.name, adapter.config, adapter.parts[site])  # type: ignore[arg-type]
+                parameters.setdefault(leaf, []).append(update)
             for path in adapter.values.tensors:
                 owner, _, leaf = path.rpartition(".")
                 if owner == name:
@@ -266,6 +283,10 @@ def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
             replace_module(module, whole)
         elif feed:
             feed_module(module, feed, name=name)
+        elif parameters:
+            if rewrites or redirects:
+                raise PassError(f"{name}: {ONE_REWRITE}")
+            read_module(module, parameters, name=name)
         elif rewrites or redirects:
             rewrite_module(module, rewrites, name=name, redirects=redirects)
         else:
@@ -300,13 +321,15 @@ def set_trainable(state: ModelState) -> None:
             parameter.requires_grad_(trains)
 
 
-def placement(module: nn.Module, model: nn.Module, autocast: bool) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of a new adapter's parameters at a module.
+def placement(
+    module: nn.Module, model: nn.Module, autocast: bool, leaf: str = ""
+) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a new adapter's parameters at a module, or at its parameter ``leaf``.
 
     Half precision becomes float32 with ``autocast``, as in PEFT; quantised weights count as half.
     """
     hook_device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    weight = next(iter(module.parameters(recurse=False)), None)
+    weight = module._parameters[leaf] if leaf else next(iter(module.parameters(recurse=False)), None)
     device = weight.device if weight is not None else next(model.parameters()).device
     if hook_device is not None and device.type == "meta":
         device = torch.device(hook_device)

@@ -62,7 +62,8 @@ class Serving:
 
     def hosts(self) -> set[str]:
         """Names of the modules that have placeholders."""
-        return {*self.kinds, *self.saved, *(path.rpartition(".")[0] for path in self.tensors)}
+        sites = {kind.host(site) for site, kind in self.kinds.items()}
+        return {*sites, *self.saved, *(path.rpartition(".")[0] for path in self.tensors)}
 
 
 def serving_of(state: ModelState) -> Serving:
@@ -83,7 +84,7 @@ def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
     sites = {} if method.whole else values.sites
     biases, weights = ([p for p in values.tensors if p.endswith(".bias") is b] for b in (True, False))
     places: list[tuple[str, Iterable[str], Collection[str]]] = [
-        ("declare it in targets", sites, serving.kinds),
+        ("declare it in targets, or in target_parameters where it is a parameter", sites, serving.kinds),
         ("declare it in modules_to_save", values.saved, serving.saved),
         ("declare it in bias", biases, serving.tensors),
         ("an adapter with a weight of its own has to be there before prepare_hotswap", weights, serving.tensors),

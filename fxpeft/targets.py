@@ -9,11 +9,12 @@ from torch import nn
 
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, listing
-from fxpeft.passes.base import PassError
+from fxpeft.passes.base import PassError, join
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.live import base_class, kind_of
 from fxpeft.passes.match import module_kind
-from fxpeft.passes.names import NameSelector
+from fxpeft.passes.names import NameSelector, matches
+from fxpeft.passes.parameters import parameter_kind
 from fxpeft.passes.patterns import explain, from_peft, is_pattern, layers_of, pattern
 from fxpeft.passes.terms import OfRole, Pattern, PatternError, Subject
 from fxpeft.trace import roles
@@ -42,20 +43,66 @@ def kind_or_none(name: str, modules: Mapping[str, nn.Module]) -> Kind | None:
         return None
 
 
-def subjects_of(modules: Mapping[str, nn.Module], known: Roles) -> list[Subject]:
-    """Every module that a rewrite can take or that has a role."""
-    layers = layers_of(list(modules))
+def classes_of(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+    """Module -> names of its own class and of those around it, bases included."""
     classes: dict[str, tuple[str, ...]] = {}
     for name, module in modules.items():
         around = classes.get(name.rpartition(".")[0], ()) if name else ()
         own = (c.__name__ for c in base_class(module).__mro__ if issubclass(c, nn.Module) and c is not nn.Module)
         classes[name] = tuple(dict.fromkeys((*own, *around)))
+    return classes
+
+
+def subjects_of(modules: Mapping[str, nn.Module], known: Roles) -> list[Subject]:
+    """Every module that a rewrite can take or that has a role."""
+    layers, classes = layers_of(list(modules)), classes_of(modules)
     found = []
     for name in modules:
         kind = kind_or_none(name, modules) if name else None
         if kind is not None or name in known:
             found.append(Subject(name, kind, classes[name], known.get(name, ()), layers.get(name)))
     return found
+
+
+def parameter_subjects(modules: Mapping[str, nn.Module], known: Roles) -> list[Subject]:
+    """Every parameter that an update can be added to, with its module's classes, roles and layer."""
+    layers, classes = layers_of(list(modules)), classes_of(modules)
+    found = []
+    for name, module in modules.items():
+        for leaf in module._parameters:
+            try:
+                kind = parameter_kind(module, leaf)
+            except PassError:
+                continue
+            found.append(Subject(join(name, leaf), kind, classes[name], known.get(name, ()), layers.get(name)))
+    return found
+
+
+def resolve_parameters(
+    model: nn.Module, modules: Mapping[str, nn.Module], config: AdapterConfig, known: Roles | None = None
+) -> None:
+    """Replace a pattern or regular expression in ``target_parameters`` by the names that it selects, in place.
+
+    Raises:
+        AdapterError: it selects nothing, or needs a trace that fails.
+    """
+    wanted = getattr(config, "target_parameters", None)
+    if not wanted or not (isinstance(wanted, str) or has_pattern(wanted)):
+        return
+    asked = from_peft(wanted)
+    if known is None:
+        known = roles(model) if any(isinstance(term, OfRole) for term in asked.terms()) else {}
+    subjects = parameter_subjects(modules, known)
+    names = [s.name for s in subjects if asked(s)]
+    if not names:
+        raise AdapterError(_nothing("target_parameters", asked, subjects))
+    more = [s.name for s in subjects if matches(names, s.name) and s.name not in names]
+    if more:
+        raise AdapterError(
+            f"target_parameters={str(asked)!r}: PEFT reads the names that it selects as ends of names, which would "
+            f"take these too:\n{listing(more)}\nselect them as well, or rename the module"
+        )
+    config.target_parameters = names  # type: ignore[attr-defined]
 
 
 def resolve_patterns(
@@ -107,6 +154,8 @@ def resolve_patterns(
         config.layers_to_transform = config.layers_pattern = None
     own = NameSelector(config.target_modules, config.exclude_modules or (), (), *config.layer_filter())  # type: ignore[arg-type]
     chosen = [s for s in subjects if own(s.name)]
+    if parameters := getattr(config, "target_parameters", None):
+        chosen += [s for s in parameter_subjects(modules, known) if matches(parameters, s.name)]
     for name in keyed:
         setattr(config, name, _by_name(name, getattr(config, name), keys[name], chosen))
     if within is not None:

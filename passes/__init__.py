@@ -12,6 +12,7 @@ from fxpeft.passes.kinds import Conv, Embedding, Kind, Linear
 from fxpeft.passes.lift import LiftPass
 from fxpeft.passes.match import MatchPass, Target
 from fxpeft.passes.names import NameSelector
+from fxpeft.passes.parameters import ParameterKind, ReadPass
 from fxpeft.passes.patterns import pattern
 from fxpeft.passes.pipeline import Pipeline, graph_text
 from fxpeft.passes.redirect import RedirectPass
@@ -20,7 +21,7 @@ from fxpeft.passes.terms import Pattern, PatternError
 
 __all__ = [
     "AtenPass", "CleanPass", "Conv", "EjectPass", "Embedding", "Feed", "FeedPass", "FoldInactivePass", "GraphPass",
-    "Group", "GroupPass", "InjectPass", "Kind", "LiftPass", "Linear", "MatchPass", "NameSelector", "PassError",
-    "Pattern", "PatternError", "Pipeline", "RedirectPass", "Report", "Rewrite", "RewriteResult", "Role", "RolePass",
-    "Skip", "Target", "graph_text", "pattern",
+    "Group", "GroupPass", "InjectPass", "Kind", "LiftPass", "Linear", "MatchPass", "NameSelector", "ParameterKind",
+    "PassError", "Pattern", "PatternError", "Pipeline", "ReadPass", "RedirectPass", "Report", "Rewrite",
+    "RewriteResult", "Role", "RolePass", "Skip", "Target", "graph_text", "pattern",
 ]  # fmt: skip

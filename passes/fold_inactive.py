@@ -13,7 +13,8 @@ from fxpeft.passes.base import GraphPass, Report, RewriteResult, node_of
 from fxpeft.passes.subgraphs import Call, calls
 
 FOLDED = "fxpeft.folded"  # node.meta key: another node stands for this one now
-_SAME = {"type_as", "narrow", "view", "unsqueeze", "to", "t"}  # of zeros they make zeros, and of ones, ones
+# of zeros they make zeros, and of ones, ones
+_SAME = {"type_as", "narrow", "view", "unsqueeze", "to", "t", "permute", "transpose"}
 _LINEAR = {F.linear, torch.matmul, F.conv1d, F.conv2d, F.conv3d}
 
 
@@ -89,6 +90,9 @@ def _simplify(node: Node, values: Mapping[Node, int]) -> tuple[int | None, Node 
         return (1 if a == b == 1 else None), first if b == 1 else second if a == 1 else None
     if node.target in (operator.add, torch.add) and not node.kwargs:
         return (0 if a == b == 0 else None), first if b == 0 else second if a == 0 else None
+    if node.target is torch.baddbmm and not node.kwargs:
+        factors = {values.get(n) for arg in node.args[1:3] if (n := node_of(arg)) is not None}
+        return None, first if 0 in factors else None
     if node.target in _LINEAR and a == 0:
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         return (0, None) if bias is None else (None, None)

@@ -31,6 +31,11 @@ class Kind:
     name = "linear"
     takes_bias = True  # whether a term may be added per output feature, as lora_bias does
     takes_gain = True  # whether the input can be multiplied
+    leaf = ""  # of a target that is a parameter: its name in its module
+
+    def host(self, site: str) -> str:
+        """The name of the module whose forward is rewritten for a site: its own, or the one that a parameter is of."""
+        return site
 
     def a_shape(self, rank: int) -> tuple[int, ...]:
         """Shape of A: ``[rank, in, ...]``."""
@@ -39,6 +44,10 @@ class Kind:
     def b_shape(self, rank: int) -> tuple[int, ...]:
         """Shape of B: ``[out, rank, ...]``."""
         return (self.out_features, rank)
+
+    def slot_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B rank first, as slots hold them."""
+        return self.a_shape(rank), (rank, self.out_features)
 
     def check_rank(self, rank: int) -> str | None:
         """Why ``rank`` can't be used here, or ``None``."""
@@ -79,6 +88,14 @@ class Kind:
     def delta(self, a: Tensor, rows: Tensor) -> Tensor:
         """The change of the weight, ``[out, in, ...]``, that A and a rank-first B ``[rank, out]`` make."""
         return (rows.t() @ a.flatten(1)).view(self.out_features, *self.a_shape(1)[1:])
+
+    def ranks(self, a: Tensor) -> Tensor:
+        """A from :meth:`a_shape` to rank-first, as slots hold it; a view."""
+        return a
+
+    def unranks(self, ranks: Tensor) -> Tensor:
+        """The inverse of :meth:`ranks`; a view wherever that is possible."""
+        return ranks
 
     def rows(self, b: Tensor) -> Tensor:
         """B from :meth:`b_shape` to rank-first ``[rank, out]``; a view wherever that is possible."""

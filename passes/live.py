@@ -222,7 +222,7 @@ def rewrite_module(
         passes = [RedirectPass({"": redirects}, container=container), InjectPass({"": rewrites})]
         try:
             traced = trace_module(module) if rewrites else _trace_any(module)
-            source = _source(Pipeline(passes, dump=dump)(traced).graph)
+            source = graph_source(Pipeline(passes, dump=dump)(traced).graph)
         except PassError as error:
             raise PassError(f"{name}: {error}") from None
         if key:
@@ -252,10 +252,10 @@ def feed_module(module: nn.Module, feed: Feed, *, name: str, dump: str | None = 
         graph = Pipeline([FeedPass(feed)], dump=dump)(call_graph(given)).graph
     except PassError as error:
         raise PassError(f"{name or base_class(module).__name__}: {error}") from None
-    bind_source(module, _source(graph), feed.mixin)
+    bind_source(module, graph_source(graph), feed.mixin)
 
 
-def _source(graph: fx.Graph) -> str:
+def graph_source(graph: fx.Graph) -> str:
     """A graph's generated code with the imports it needs, and no more."""
     for node in graph.nodes:
         node.type = None  # an annotation may be a string, which no import gives

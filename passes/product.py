@@ -51,7 +51,7 @@ def product_of(module: nn.Module) -> Product:
             _products[key] = product
     for leaf in (product.weight, product.bias):
         if leaf is not None:
-            _check_stored(module, leaf)
+            check_stored(module, leaf)
     return product
 
 
@@ -81,7 +81,8 @@ def _own_name(module: nn.Module, traced: GraphModule, found: Node | str) -> str:
     return path
 
 
-def _check_stored(module: nn.Module, leaf: str) -> None:
+def check_stored(module: nn.Module, leaf: str) -> None:
+    """Refuse a tensor of a module that can't be written to: computed, quantised, offloaded."""
     name = base_class(module).__name__
     tensor = {**module._parameters, **module._buffers}.get(leaf)
     if tensor is None or getattr(module, leaf) is not tensor:

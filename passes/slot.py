@@ -89,7 +89,7 @@ class Slot(Container):
         self.kind, self.rank, self.idle = kind, rank, False
         self.windows: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}  # views, kept by the swap
         self.stacks: tuple[Any, ...] = ()  # what compiled code reads in the place of several slots' A's
-        for name, shape in (("a", kind.a_shape(max_rank)), ("b", (max_rank, kind.out_features))):
+        for name, shape in zip("ab", kind.slot_shapes(max_rank), strict=True):
             self.register_buffer(name, torch.zeros(shape, device=device, dtype=dtype), persistent=False)
         # float32 whatever the model's dtype: alpha / rank in bfloat16 would be off by up to 0.4%
         self.register_buffer("d", torch.zeros(max_rank, device=device), persistent=False)

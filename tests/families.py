@@ -18,13 +18,15 @@ Inputs = dict[str, Tensor]
 class Family:
     """How to build a model, what to call it with (labels included where it takes them), and its targets.
 
-    ``other`` are targets of a second adapter to swap to.
+    ``other`` are targets of a second adapter to swap to. ``parameters``: ``target_parameters`` of the first; the
+    second has the last of them.
     """
 
     build: Callable[[], Any]
     inputs: Callable[[], Inputs]
     targets: list[str]
     other: list[str]
+    parameters: tuple[str, ...] = ()
 
 
 # nowhere square: query width 32, key width 16, inner width 48
@@ -84,6 +86,7 @@ def _decoder(cls: type, config: type, **fields: Any) -> Callable[[], Any]:
     return _made(cls, config(**{**DECODER, **fields}))
 
 
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 QV, KO = ["q_proj", "v_proj", "down_proj"], ["k_proj", "o_proj", "up_proj"]
 
 FAMILIES: dict[str, Family] = {
@@ -96,14 +99,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "mixtral": Family(
         _decoder(tf.MixtralForCausalLM, tf.MixtralConfig, num_local_experts=3, **MOE), text, ["q_proj", "v_proj"],
-        ["k_proj", "o_proj"],
+        ["k_proj", "o_proj"], EXPERTS,
     ),
     "qwen3 moe": Family(
         _decoder(
             tf.Qwen3MoeForCausalLM, tf.Qwen3MoeConfig, num_experts=3, moe_intermediate_size=20, head_dim=8,
             decoder_sparse_step=2, **MOE,
         ),
-        text, ["q_proj", "v_proj"], ["k_proj", "o_proj"],
+        text, ["q_proj", "v_proj"], ["k_proj", "o_proj"], EXPERTS,
     ),
     "gpt2": Family(
         _made(

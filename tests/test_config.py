@@ -117,6 +117,7 @@ def test_lora_bias_with_gaussian_is_refused() -> None:
         ("target_modules", ("v_proj", "q_proj")),
         ("target_modules", {"v_proj", "q_proj"}),
         ("exclude_modules", {"head"}),
+        ("target_parameters", {"experts.gate_up_proj", "experts.down_proj"}),
         ("layers_to_transform", [0, 2]),
         ("lora_alpha", 0.5),
         ("lora_dropout", 0),
@@ -136,7 +137,6 @@ def test_value_in_use_elsewhere_is_taken(name: str, value: object) -> None:
     ("name", "value", "why"),
     [
         ("use_bdlora", True, "unsupported"),
-        ("target_parameters", ["experts.gate_up_proj"], "unsupported"),
         ("trainable_token_indices", [1, 2], "unsupported"),
         ("layer_replication", [[0, 2], [1, 3]], "unsupported"),
         ("corda_config", {"corda_method": "ipm"}, "unsupported"),

@@ -27,7 +27,7 @@ from fxpeft.methods import config_class, method_of
 from fxpeft.methods.base import Method
 from fxpeft.passes.terms import Pattern
 from fxpeft.serving import plan_for
-from fxpeft.sites import AdapterPlan, make_plan
+from fxpeft.sites import AdapterPlan, make_plan, site_module
 from fxpeft.state import Values, find_state, placement
 
 # expert projections as checkpoints of transformers 4 name them -> the parameter that holds them since 5
@@ -162,7 +162,7 @@ def fit(model: PreTrainedModel, found: Checkpoint, *, trainable: bool) -> Fitted
     if experts:
         raise CheckpointError(
             f"{found.source}: {len(experts)} of its tensors belong to experts, which {type(model).__name__} holds "
-            f"fused; adapters on those are not supported. The first is {experts[0]}"
+            f"fused; an adapter on the fused parameter names it in target_parameters. The first is {experts[0]}"
         )
     if misfit.missing or misfit.mismatched:
         _complete(values, fresh_values(model, plan, autocast=trainable))
@@ -174,7 +174,8 @@ def fit(model: PreTrainedModel, found: Checkpoint, *, trainable: bool) -> Fitted
     values = placed(model, values, autocast=trainable)
     if not trainable:
         for site, parameters in values.sites.items():
-            _, dtype = placement(model.get_submodule(site), model, autocast=False)
+            module, leaf = site_module(model, site)
+            _, dtype = placement(module, model, False, leaf)
             values.sites[site] = {name: value.to(dtype) for name, value in parameters.items()}
     return Fitted(plan, values, info)
 
@@ -194,7 +195,7 @@ def _aligned(model: PreTrainedModel, plan: AdapterPlan, tensors: Mapping[str, Te
     """
     short = {key.removeprefix(Method.prefix): tensor for key, tensor in tensors.items()}
     prefix = f"{model.base_model_prefix}."
-    sites = tuple(f"{site}." for site in plan.sites)
+    sites = tuple(f"{site_plan.kind.host(site)}." for site, site_plan in plan.sites.items())
     for rename in (
         lambda key: key,
         lambda key: key.removeprefix(prefix),
@@ -241,8 +242,8 @@ def check_experts(model: PreTrainedModel, config: AdapterConfig) -> None:
         if place is not None:
             raise AdapterError(
                 f"target_modules: {target!r} names projections of experts, which {type(model).__name__} holds fused in "
-                f"{place}; adapters on such parameters are not supported. Leave the name out, or select dense modules "
-                "with one regular expression"
+                f"{place}. To adapt that, name it in target_parameters; here leave the name out, or select dense "
+                "modules with one regular expression"
             )
 
 

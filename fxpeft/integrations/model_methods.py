@@ -33,6 +33,7 @@ from fxpeft.integrations.model_state import (
     swap,
 )  # fmt: skip
 from fxpeft.methods.base import Method
+from fxpeft.passes.base import join
 from fxpeft.sites import make_plan
 from fxpeft.state import Adapter, ModelState, Values, state_of
 
@@ -331,9 +332,13 @@ def _values_in(adapter: Adapter, state_dict: Mapping[str, Tensor]) -> Values:
             raise AdapterError(f"{path}: expected in state_dict, found none; pass the state_dict of this very model")
         return tensors[path].detach()
 
+    def place(site: str, key: str) -> tuple[str, str]:
+        kind = adapter.plan.sites[site].kind
+        return kind.host(site), join(kind.leaf, key)
+
     own = adapter.values
     return Values(
-        {site: {key: take(site, key) for key in parts} for site, parts in own.sites.items()},
+        {site: {key: take(*place(site, key)) for key in parts} for site, parts in own.sites.items()},
         {path: {key: take(path, key) for key in parts} for path, parts in own.saved.items()},
         {path: take(path.rpartition(".")[0], path.rpartition(".")[2]) for path in own.tensors},
     )

@@ -53,7 +53,7 @@ class AdaLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         AdapterConfig.__post_init__(self)  # rank_pattern is no pattern here
         self.check_lora()
-        names = ("use_dora", "lora_bias", "use_rslora", "loftq_config", "eva_config")
+        names = ("use_dora", "lora_bias", "use_rslora", "loftq_config", "eva_config", "target_parameters")
         unused = {name: getattr(self, name) for name in names}
         unused["init_lora_weights"] = self.init_lora_weights not in (True, False, "gaussian")
         wrong = [name for name, value in unused.items() if value] + (["alpha_pattern"] if self.alpha_pattern else [])

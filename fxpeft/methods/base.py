@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft.config import AdapterConfig
-from fxpeft.passes.base import attribute
+from fxpeft.passes.base import attribute, join
 from fxpeft.passes.feed import Feed
 from fxpeft.passes.inject import Rewrite
 from fxpeft.passes.kinds import Kind
@@ -27,11 +27,13 @@ class SitePlan:
 
     Args:
         kind: the site's kind. rank: the adapter's rank there. scaling: the factor of its update.
+        wrapped: how many more wrappers PEFT puts around the site than around its module's last one.
     """
 
     kind: Kind
     rank: int
     scaling: float
+    wrapped: int = field(default=0, kw_only=True)
 
     def scaled(self, strength: float) -> SitePlan:
         """The same with its scale multiplied."""
@@ -230,7 +232,7 @@ class Method(abc.ABC, Generic[C]):
 
     def key(self, site: str, plan: SitePlan, name: str) -> str:
         """A parameter's whole checkpoint key."""
-        return f"{self.prefix}{site}.{self.keys(plan.kind)[name]}"
+        return f"{self.prefix}{join(plan.kind.host(site), *plan.wrapped * ('base_layer',), self.keys(plan.kind)[name])}"
 
     def keep(self, plan: SitePlan, parameters: Mapping[str, Tensor], lowered: SlotValues) -> dict[str, Tensor]:
         """The parameters in memory that belongs to the adapter: views of ``lowered`` where that is exact."""

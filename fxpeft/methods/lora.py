@@ -25,10 +25,12 @@ from fxpeft.errors import AdapterError
 from fxpeft.methods import inits
 from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.inits import EvaConfig, LoftQConfig
-from fxpeft.passes.base import PassError
+from fxpeft.passes.base import PassError, join
 from fxpeft.passes.inject import Rewrite
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.names import pattern_value
+from fxpeft.passes.parameters import ParameterKind, scaled
+from fxpeft.passes.terms import Pattern
 
 S = TypeVar("S", LoftQConfig, EvaConfig)
 
@@ -50,6 +52,9 @@ class LoraConfig(RankConfig):
         eva_config: a :class:`~fxpeft.EvaConfig` or a dict.
         lora_bias: B has a bias of its own.
         use_dora: train magnitude and direction apart; see :mod:`fxpeft.methods.dora`.
+        target_parameters: parameters that are no weight of a module of their own, such as the experts of a mixture
+            held as one: names or dotted suffixes as in PEFT; also one regular expression for the whole name,
+            or a pattern. See :mod:`fxpeft.target_parameters`.
         fan_in_fan_out: accepted for PEFT's sake; the layout of a weight is read off the graph.
     """
 
@@ -58,15 +63,17 @@ class LoraConfig(RankConfig):
     init_lora_weights: bool | str = True
     lora_bias: bool = False
     use_dora: bool = False
+    target_parameters: str | Pattern | Collection[str] | None = None
     fan_in_fan_out: bool = False
     loftq_config: dict[str, Any] = field(default_factory=dict)
     eva_config: EvaConfig | None = None
 
     peft_type: ClassVar[str] = "LORA"
+    selecting: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "target_parameters")
     unsupported: ClassVar[Mapping[str, Any]] = {
         "alora_invocation_tokens": None, "arrow_config": None, "corda_config": None, "ensure_weight_tying": False,
         "kasa_config": None, "layer_replication": None, "lora_ga_config": None, "megatron_config": None,
-        "megatron_core": "megatron.core", "monteclora_config": None, "qalora_group_size": 16, "target_parameters": None,
+        "megatron_core": "megatron.core", "monteclora_config": None, "qalora_group_size": 16,
         "trainable_token_indices": None, "use_bdlora": None, "use_qalora": False, "velora_config": None,
     }  # fmt: skip
 
@@ -104,6 +111,20 @@ class LoraConfig(RankConfig):
             raise AdapterError("lora_bias=True needs init_lora_weights True or False, as in PEFT")
         if self.lora_bias and self.use_dora:
             raise AdapterError("lora_bias=True is not supported with use_dora=True, as in PEFT")
+        if self.target_parameters:
+            self.check_parameters()
+
+    def check_parameters(self) -> None:
+        """Refuse what the update of a parameter can't have, since it is added to the weight whatever the input."""
+        wrong = {name: getattr(self, name) for name in ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora")}
+        start = self.init_lora_weights
+        wrong["init_lora_weights"] = None if start in (True, False, "gaussian") else start
+        found = [f"{name}={value!r}" for name, value in wrong.items() if value]
+        if found:
+            raise AdapterError(
+                f"target_parameters: the update of a parameter can't have {', '.join(found)}, as in PEFT; leave it at "
+                "its default (init_lora_weights: True, False or 'gaussian'), or give modules an adapter of their own"
+            )
 
 
 def _sub_config(cls: type[S], given: Any) -> S:
@@ -147,6 +168,16 @@ def rest(
     if lora_A0 is None or lora_B0 is None:
         return y
     return y - kind.expand(kind.scale(kind.reduce(x, lora_A0), scaling), lora_B0)
+
+
+def lora_weight(
+    kind: ParameterKind, weight: Tensor, *, lora_A: Tensor, lora_B: Tensor, scaling: Tensor
+) -> Tensor:
+    """The training subgraph of a parameter: ``weight + scale * B A``, expert by expert.
+
+    ``lora_A``: [rank * experts, in], ``lora_B``: [out, rank * experts], as PEFT's ``ParamWrapper`` holds them.
+    """
+    return kind.updated(weight, kind.ranks(scaled(lora_A, scaling)), kind.rows(lora_B))
 
 
 class Lora(Method[LoraConfig]):
@@ -256,8 +287,8 @@ class Lora(Method[LoraConfig]):
 
     def rewrite(self, name: str, config: LoraConfig, site: SiteAdapter) -> Rewrite:
         operands = ("lora_A", "lora_B", "scaling", "lora_B_bias", "lora_A0", "lora_B0", "dropout")
-        held = {f"{name}.{o}": getattr(site, o) for o in operands if hasattr(site, o)}
-        return Rewrite(f"lora:{name}", lora, held)
+        held = {join(name, site.plan.kind.leaf, o): getattr(site, o) for o in operands if hasattr(site, o)}
+        return Rewrite(f"lora:{name}", lora_weight if site.plan.kind.leaf else lora, held)
 
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
         a, b, bias = (parameters.get(name) for name in ("lora_A", "lora_B", "lora_B_bias"))
@@ -267,11 +298,12 @@ class Lora(Method[LoraConfig]):
         a0, b0 = parameters.get("lora_A0"), parameters.get("lora_B0")
         if a0 is not None and b0 is not None:
             a, b = torch.cat((a, a0.to(a))), torch.cat((b, -b0.to(b)), 1)
+        a = plan.kind.ranks(a)
         return SlotValues(a, plan.kind.rows(b), _scales(len(a), plan.scaling), shift=shift)
 
     def keep(self, plan: SitePlan, parameters: Mapping[str, Tensor], lowered: SlotValues) -> dict[str, Tensor]:
         r = plan.rank
-        kept = {"lora_A": lowered.a[:r], "lora_B": plan.kind.unrows(lowered.b[:r], r)}
+        kept = {"lora_A": plan.kind.unranks(lowered.a[:r]), "lora_B": plan.kind.unrows(lowered.b[:r], r)}
         return kept | {name: value.detach().clone() for name, value in parameters.items() if name not in kept}
 
 

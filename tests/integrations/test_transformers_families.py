@@ -22,11 +22,14 @@ def outputs(model: Any, family: Family) -> Tensor:
 
 def config(family: Family, *, other: bool = False) -> fxpeft.LoraConfig:
     if other:
-        return fxpeft.LoraConfig(r=5, lora_alpha=9, target_modules=family.other)
+        return fxpeft.LoraConfig(
+            r=5, lora_alpha=9, target_modules=family.other, target_parameters=family.parameters[-1:] or None
+        )
     pattern = {family.targets[0]: 3}
     return fxpeft.LoraConfig(
-        r=4, lora_alpha=10, target_modules=family.targets, rank_pattern=pattern, alpha_pattern={family.targets[1]: 7}
-    )
+        r=4, lora_alpha=10, target_modules=family.targets, target_parameters=family.parameters or None,
+        rank_pattern=pattern | dict.fromkeys(family.parameters[:1], 2), alpha_pattern={family.targets[1]: 7},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -67,8 +70,9 @@ def test_add_train_save_load_swap(name: str, tmp_path: Path) -> None:
     assert info.missing_keys == info.unexpected_keys == set()
     assert torch.allclose(outputs(fresh, family), first, atol=1e-5)
     slotted = family.build()
-    if name == "whisper":  # its second adapter is in a convolution, which the first one has to declare
-        slotted.load_adapter(str(tmp_path / "second"), "default")
+    if name == "whisper" or family.parameters:
+        # whisper's second adapter is in a convolution, and these first ones in experts, which have to be declared
+        slotted.load_adapter(str(tmp_path / ("first" if family.parameters else "second")), "default")
         slotted.enable_peft_hotswap(target_rank=8, check_compiled="ignore")
     else:
         slotted.enable_peft_hotswap(target_rank=8)
@@ -114,7 +118,7 @@ def test_compiled_swaps(name: str, tmp_path: Path) -> None:
 def test_fused_experts_are_refused(name: str, targets: list[str]) -> None:
     # PEFT would adapt the fused parameter: adapting the dense layers alone would differ in silence
     model = FAMILIES[name].build()
-    with pytest.raises(fxpeft.AdapterError, match=r"projections of experts, .* holds fused in .*\.mlp\.experts\."):
+    with pytest.raises(fxpeft.AdapterError, match=r"experts, .* holds fused in .*\.mlp\.experts\..* target_parameters"):
         model.add_adapter(fxpeft.LoraConfig(target_modules=targets))
     model.add_adapter(fxpeft.LoraConfig(target_modules=r".*\.q_proj|.*layers\.0\.mlp\.down_proj"))
     tensors = model.get_adapter_state_dict()
