@@ -43,8 +43,8 @@ def compile(
             call runs the one that fits. An adapter that is off costs what the bare model costs, and one that
             comes back compiles nothing; the first compile takes about twice as long.
             ``"group"``: slots that read one input share one product with a stack of their A's, which is
-            kept beside them: the A's of grouped sites are there twice. Two products of three are saved, and
-            the first forward after a swap copies the A's in use.
+            kept beside them: the A's of grouped sites are there twice. The first forward after a
+            swap copies those in use; a swap itself costs the same.
             ``"clean"``: what the other passes left without a reader is not in the graphs. Inductor drops it
             anyway; an inner backend that runs graphs as they are would compute it.
         inner: the backend that gets the graphs.

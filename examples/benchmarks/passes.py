@@ -32,8 +32,8 @@ class Block(nn.Module):
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.q, self.k, self.v, self.o = (nn.Linear(hidden, hidden, bias=False) for _ in range(4))
-        inner = 5 * hidden // 2
-        self.gate, self.up, self.down = nn.Linear(hidden, inner), nn.Linear(hidden, inner), nn.Linear(inner, hidden)
+        self.gate, self.up = (nn.Linear(hidden, 8 * hidden // 3, bias=False) for _ in range(2))
+        self.down = nn.Linear(8 * hidden // 3, hidden, bias=False)
         self.first, self.second = nn.RMSNorm(hidden), nn.RMSNorm(hidden)
 
     def forward(self, x: Tensor) -> Tensor:
