@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxpeft.passes.live import base_class, bind_source, is_bound, unbind
+
 
 class SwapLock:
     """Many readers (forwards) or one writer (a swap). A waiting swap goes before later forwards.
@@ -79,7 +81,10 @@ class SwapLock:
 
 
 # Hooks on the root module. Dynamo runs a compiled root's hooks outside of the graph; where the model
-# is inlined into a larger compiled function there is no outside, and the hooks trace to nothing.
+# is inlined into a larger compiled function there is no outside, and the hooks trace to nothing. A root
+# of one of torch's own classes it would inline too (torch 2.13): such a one is given a forward that isn't torch's.
+
+_FORWARD = "def forward(self, *args, **kwargs):\n    return type(self)._fxpeft_base.forward(self, *args, **kwargs)\n"
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -104,6 +109,8 @@ for _hook in (enter_forward, leave_forward):
 
 def guard_forwards(model: nn.Module) -> None:
     """Let every call of the model take its swap lock."""
+    if not is_bound(model) and _is_torchs(model):
+        bind_source(model, _FORWARD)
     model.register_forward_pre_hook(enter_forward)
     model.register_forward_hook(leave_forward, always_call=True)
 
@@ -114,3 +121,9 @@ def unguard_forwards(model: nn.Module) -> None:
         for key in [k for k, hook in hooks.items() if hook in (enter_forward, leave_forward)]:
             del hooks[key]
             model._forward_hooks_always_called.pop(key, None)
+    if _is_torchs(model):
+        unbind(model)
+
+
+def _is_torchs(model: nn.Module) -> bool:
+    return base_class(model).forward.__module__.partition(".")[0] == "torch"

@@ -14,12 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxpeft
 from fxpeft import checkpoint, lock, serving, swap
 from fxpeft.passes.copies import Copies
 from fxpeft.passes.slot import ActiveRank
+from fxpeft.state import state_of
 
 IDS = torch.arange(12).view(2, 6)
 
@@ -427,3 +429,32 @@ def test_deleting_and_rescaling_stored_adapters(old: str, new: str) -> None:
     torch.testing.assert_close(output(model), output(base()), rtol=0, atol=1e-5)
     fxpeft.set_adapter(model, "default")
     torch.testing.assert_close(output(model), fresh(old), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["torch.compile", "model.compile"])
+def test_a_compiled_model_of_torchs_own_class_keeps_swaps_out(way: str) -> None:
+    """Dynamo inlines the hooks of such a root."""
+    model = nn.Sequential(nn.Linear(4, 3)).eval()
+    fxpeft.prepare_hotswap(model, 4)
+    local, depths = swap.serving_of(state_of(model)).lock._local, []
+
+    def backend(graph: GraphModule, inputs: Any) -> Any:
+        def run(*args: Any) -> Any:
+            depths.append(local.depth)
+            return graph(*args)
+
+        return run
+
+    if way == "torch.compile":
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+    else:
+        model.compile(backend=backend, fullgraph=True)
+        compiled = model
+    x = torch.ones(2, 4)
+    for _ in range(2):
+        compiled(x)
+    assert depths == [1, 1]
+    assert isinstance(model, nn.Sequential)
+    torch.testing.assert_close(compiled(x), model[0](x))
+    fxpeft.remove(model)
+    assert type(model) is nn.Sequential
