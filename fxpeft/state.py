@@ -13,7 +13,7 @@ from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SiteAdapter, SlotValues
-from fxpeft.passes.base import PassError, attribute, join
+from fxpeft.passes.base import attribute, join
 from fxpeft.passes.copies import Copies
 from fxpeft.passes.feed import Feed
 from fxpeft.passes.inject import Rewrite
@@ -285,7 +285,7 @@ def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
             feed_module(module, feed, name=name)
         elif parameters:
             if rewrites or redirects:
-                raise PassError(f"{name}: {ONE_REWRITE}")
+                raise AdapterError(f"{name}: {ONE_REWRITE}")
             read_module(module, parameters, name=name)
         elif rewrites or redirects:
             rewrite_module(module, rewrites, name=name, redirects=redirects)
