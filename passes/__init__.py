@@ -21,6 +21,6 @@ from fxpeft.passes.terms import Pattern, PatternError
 __all__ = [
     "AtenPass", "CleanPass", "Conv", "EjectPass", "Embedding", "Feed", "FeedPass", "FoldInactivePass", "GraphPass",
     "InjectPass", "Kind", "LiftPass", "Linear", "MatchPass", "NameSelector", "ParameterKind", "PassError", "Pattern",
-    "PatternError", "Pipeline", "ReadPass", "RedirectPass", "Report", "Rewrite", "RewriteResult", "Role", "RolePass", "Skip",
-    "Target", "graph_text", "pattern",
+    "PatternError", "Pipeline", "ReadPass", "RedirectPass", "Report", "Rewrite", "RewriteResult", "Role", "RolePass",
+    "Skip", "Target", "graph_text", "pattern",
 ]  # fmt: skip
