@@ -94,10 +94,14 @@ class Adapter:
         sites = {self.plan.sites[site].kind.host(site) for site in self.values.sites}
         return {*sites, *self.values.saved, *map(_owner, self.values.tensors)}
 
-    def parameter_sites(self, host: str) -> dict[str, str]:
-        """Name -> site of a module's parameters that the adapter updates."""
-        kinds = {site: self.plan.sites[site].kind for site in self.values.sites}
-        return {kind.leaf: site for site, kind in kinds.items() if kind.leaf and kind.host(site) == host}
+    def parameter_sites(self) -> dict[str, dict[str, str]]:
+        """Module -> name -> site of its parameters that the adapter updates."""
+        found: dict[str, dict[str, str]] = {}
+        for site in self.values.sites:
+            kind = self.plan.sites[site].kind
+            if kind.leaf:
+                found.setdefault(kind.host(site), {})[kind.leaf] = site
+        return found
 
     def current(self) -> Values:
         """The tensors as they are now, trained or cast since."""
@@ -216,6 +220,7 @@ def hosts(model: nn.Module, adapters: Iterable[Adapter]) -> dict[str, nn.Module]
 def attach(model: nn.Module, adapter: Adapter) -> None:
     """Register the adapter's parameters below the modules they belong to, as ``adapters.<name>``."""
     method, values = method_of(adapter.config), adapter.values
+    parameters = adapter.parameter_sites()
     for name, module in hosts(model, [adapter]).items():
         part: nn.Module = Container()
         if name in values.sites:
@@ -224,7 +229,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
         elif name in values.saved:
             part = bare_copy(module)
             part.load_state_dict(values.saved[name], assign=True)
-        for leaf, site in adapter.parameter_sites(name).items():
+        for leaf, site in parameters.get(name, {}).items():
             plan = adapter.plan.sites[site]
             adapter.parts[site] = method.part(adapter.config, plan, values.sites[site], strength=adapter.strength)
             part.add_module(leaf, adapter.parts[site])
@@ -254,6 +259,7 @@ def detach(model: nn.Module, adapter: Adapter) -> None:
 
 def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
     """Give each touched module the forward of the running adapters, or its own where none is there."""
+    inner = {adapter.name: adapter.parameter_sites() for adapter in running}
     for name, module in touched.items():
         rewrites: list[Rewrite] = []
         parameters: dict[str, list[Rewrite]] = {}
@@ -272,7 +278,7 @@ def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
                     feed = rewrite
                 else:
                     rewrites.append(rewrite)
-            for leaf, site in adapter.parameter_sites(name).items():
+            for leaf, site in inner[adapter.name].get(name, {}).items():
                 update: Any = method_of(adapter.config).rewrite(adapter.name, adapter.config, adapter.parts[site])  # type: ignore[arg-type]
                 parameters.setdefault(leaf, []).append(update)
             for path in adapter.values.tensors:

@@ -56,6 +56,9 @@ def test_add_train_save_load_swap(name: str, tmp_path: Path) -> None:
     # three steps leave B small; larger numbers show a wrong scale better
     randomise(model.get_adapter_state_dict().values(), seed=1)
     first = outputs(model, family)
+    own, gathered = model.get_adapter_state_dict(), model.get_adapter_state_dict(state_dict=model.state_dict())
+    assert own.keys() == gathered.keys()
+    assert all(torch.equal(gathered[key], value) for key, value in own.items())
     model.save_pretrained(tmp_path / "first")
     model.add_adapter(config(family, other=True), "other")
     randomise(model.get_adapter_state_dict("other").values(), seed=2)
