@@ -9,10 +9,11 @@ from torch.fx import GraphModule, Node
 from fxpeft.passes.base import GraphPass, Report, RewriteResult, node_of
 from fxpeft.passes.fold_inactive import FOLDED
 from fxpeft.passes.subgraphs import calls
+from fxpeft.passes.writes import may_write
 
 
 class CleanPass(GraphPass):
-    """Erase nodes that have no user and depend on a slot or were folded; no other, so no side effect is lost.
+    """Erase nodes that have no user, depend on a slot or were folded, and do nothing but compute.
 
     Placeholders stay, and so do the operands of bodies: callers go on handing them in.
 
@@ -47,7 +48,7 @@ def _clean(gm: GraphModule, slots: set[Node]) -> list[str]:
         if node not in entered and node.op != "output" and reads:
             depends.add(node)
     for node in reversed(list(gm.graph.nodes)):
-        if node in depends and node.op != "placeholder" and not node.users:
+        if node in depends and node.op != "placeholder" and not node.users and not may_write(node):
             gm.graph.erase_node(node)
             gone.append(node.name)
     return gone

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from fxpeft.passes.base import GraphPass, Report, RewriteResult, Skip, node_of
 from fxpeft.passes.subgraphs import calls
+from fxpeft.passes.writes import may_write
 
 GROUPED = "fxpeft.grouped"  # node.meta key: on a placeholder, those whose A's are stacked in what it takes now
-_STATEFUL = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
-_INPLACE = {
-    operator.setitem, operator.delitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow,
-    operator.imatmul, operator.ifloordiv, operator.imod, operator.iand, operator.ior, operator.ixor, operator.ilshift,
-    operator.irshift,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -164,30 +157,10 @@ def _write(first: Node, last: Node) -> Node | None:
     """A node between two that may write to a tensor or change how the next ones compute, or ``None``."""
     node = first.next
     while node is not last:
-        if _may_write(node):
+        if may_write(node):
             return node
         node = node.next
     return None
-
-
-def _may_write(node: Node) -> bool:
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    by_name = name.endswith("_") and not name.endswith("__")  # add_, relu_
-    if node.op == "call_method":
-        return by_name or name == "__setitem__" or name.startswith("__i")
-    if node.op != "call_function":
-        return node.op == "call_module"
-    target: Any = node.target
-    if isinstance(target, OpOverload):
-        return bool(target._schema.is_mutable)
-    if isinstance(target, OpOverloadPacket):
-        return any(getattr(target, overload)._schema.is_mutable for overload in target.overloads())  # type: ignore[no-untyped-call]
-    if isinstance(target, HigherOrderOperator):
-        return True
-    # an activation's ``inplace`` may be any of its arguments; a group is lost at most where it was another one
-    return by_name or name in _STATEFUL or target in _INPLACE or "out" in node.kwargs or any(
-        argument is True for argument in (*node.args, *node.kwargs.values())
-    )
 
 
 def _rewrite(gm: GraphModule, place: Node, members: tuple[Node, ...], found: list[_Product]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -138,3 +139,32 @@ def test_the_stack_comes_in_the_place_of_an_a_that_nobody_else_reads() -> None:
     given["a2"] = torch.stack([given["a1"], given["a2"]], 1)
     for found, expected in zip(gm(*given.values()), wanted, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_clean_keeps_what_writes() -> None:
+    """Behind the first site everything depends on a slot: what is put into a cache, for instance."""
+
+    def function(x: Tensor, a: Tensor, cache: Tensor) -> Tensor:
+        h = F.linear(x, a)
+        cache.mul_(2)
+        torch.relu_(h)
+        torch.ops.aten.add_.Tensor(cache, h)
+        torch.add(h, h, out=cache[1])
+        h.exp()
+        torch.sin(h)
+        return x
+
+    x, a = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.ones(2, 4)
+    gm = fx.symbolic_trace(function)
+    nodes = {node.name: node for node in gm.graph.nodes}
+    with gm.graph.inserting_after(nodes["relu_"]):  # as Dynamo captures ``cache[0] = h``
+        gm.graph.call_function(operator.setitem, (nodes["cache"], 0, nodes["linear"]))
+    wanted = torch.ones(2, 3, 2)
+    gm.recompile()
+    gm(x, a, wanted)
+    result = CleanPass({"a"})(gm)
+    assert set(result.report.matched) == {"exp", "sin"}
+    found = torch.ones(2, 3, 2)
+    gm.recompile()
+    gm(x, a, found)
+    assert torch.equal(found, wanted)

@@ -345,3 +345,37 @@ def test_a_rewrite_inside_a_backend_of_ones_own(inner: str) -> None:
         held["adapters.shared.default.lora_B"].zero_()
     fxpeft.adapter_state_dict(live)["base_model.model.shared.lora_B.weight"].data.zero_()
     torch.testing.assert_close(compiled(X), live(X), rtol=0, atol=1e-5)
+
+
+class Remembers(nn.Module):
+    """Writes what it computed into a buffer, as a static cache does, and reads it back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 4), nn.Linear(4, 3)
+        self.register_buffer("seen", torch.zeros(2, 5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        self.seen[0] = h
+        self.seen.index_add_(0, torch.tensor([1]), h.unsqueeze(0))
+        found: Tensor = self.down(self.seen.sum(0))
+        return found
+
+
+@pytest.mark.parametrize("active", [True, False], ids=["on", "off"])
+def test_what_a_model_writes_stays_in_its_graphs(active: bool) -> None:
+    torch.manual_seed(0)
+    model = Remembers().eval()
+    adapter(model, LoraConfig(r=3, lora_alpha=5, target_modules=["up", "down"]), "a")
+    fxpeft.prepare_hotswap(model, 4)
+    if not active:
+        fxpeft.disable_adapters(model)
+    wanted = [eager(model), eager(model)]
+    state = model.seen.clone()
+    model.seen.zero_()
+    compiled = fxpeft.compile(model, inner=Recorder(), passes=PASSES, fullgraph=True)
+    for each in wanted:
+        torch.testing.assert_close(eager(compiled), each, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.seen, state, rtol=0, atol=1e-6)
+    assert state[1].abs().max() > 0.1
