@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from beside import check_sums, same
 from tiny import VOCABULARY, conv_net, randomise, tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
@@ -128,13 +129,6 @@ def output(model: nn.Module) -> Tensor:
     if hasattr(inner, "line"):
         return model(torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(3)))
     return model(token_ids()).logits
-
-
-def same(found: Tensor, wanted: Tensor, tolerance: float) -> None:
-    """Equal to within the tolerance times the largest value, or the tolerance itself for small ones."""
-    assert found.dtype == wanted.dtype
-    bound = tolerance * max(1.0, float(wanted.abs().max()))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=bound)
 
 
 def from_peft(case: Case, folder: Path) -> Tensor:
@@ -288,15 +282,4 @@ def test_adapters_add_up_as_in_peft(slots: bool, tmp_path: Path) -> None:
         fxpeft.load_adapter(model, tmp_path / name, name)
     if slots:
         fxpeft.prepare_hotswap(model, 16)
-    with torch.no_grad():
-        for names in (["a", "b"], ["b"], ["b", "a"], ["a"]):
-            theirs.base_model.set_adapter(names)
-            fxpeft.set_adapter(model, names)
-            same(output(model), output(theirs), 1e-5)
-        for layer in (m for m in theirs.modules() if isinstance(m, peft.tuners.lora.LoraLayer)):
-            if "a" in layer.scaling:
-                layer.set_scale("a", -0.5)
-        fxpeft.set_scale(model, "a", -0.5)
-        same(output(model), output(theirs), 1e-5)
-        with theirs.disable_adapter(), fxpeft.disabled(model):
-            same(output(model), output(theirs), 1e-5)
+    check_sums(model, theirs, output)

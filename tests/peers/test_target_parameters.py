@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from beside import check_sums, same
 from tiny import VOCABULARY, randomise, tiny_llama, token_ids
 from torch import Tensor, nn
 
@@ -152,12 +153,6 @@ def output(model: nn.Module) -> Tensor:
     return model(token_ids()).logits
 
 
-def same(found: Tensor, wanted: Tensor, tolerance: float) -> None:
-    """Equal to within the tolerance times the largest value, or the tolerance itself for small ones."""
-    assert found.dtype == wanted.dtype
-    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * max(1.0, float(wanted.abs().max())))
-
-
 def from_peft(case: Case, folder: Path) -> Tensor:
     """Save an adapter with PEFT; returns what PEFT computes with it."""
     model = peft.get_peft_model(case.build(), peft.LoraConfig(**case.config)).eval()
@@ -271,18 +266,7 @@ def test_adapters_add_up_as_in_peft(slots: bool, tmp_path: Path) -> None:
         fxpeft.load_adapter(model, tmp_path / name, name)
     if slots:
         fxpeft.prepare_hotswap(model, 16)
-    with torch.no_grad():
-        for names in (["a", "b"], ["b"], ["b", "a"], ["a"]):
-            theirs.base_model.set_adapter(names)
-            fxpeft.set_adapter(model, names)
-            same(output(model), output(theirs), 1e-5)
-        for layer in (m for m in theirs.modules() if isinstance(m, peft.tuners.lora.LoraLayer)):
-            if "a" in layer.scaling:
-                layer.set_scale("a", -0.5)
-        fxpeft.set_scale(model, "a", -0.5)
-        same(output(model), output(theirs), 1e-5)
-        with theirs.disable_adapter(), fxpeft.disabled(model):
-            same(output(model), output(theirs), 1e-5)
+    check_sums(model, theirs, output)
 
 
 def test_adapters_of_other_parameters_live_together() -> None:
