@@ -83,12 +83,13 @@ def backend(
         folded = pipeline(_copy(graph_module))
         if pipeline.reports[0].matched:
             idle = lower(folded, example_inputs, **more)
-    group = GroupPass(*_stackable(graph_module, slots))
-    pipeline = Pipeline([*([group] if "group" in passes else []), *clean], dump=folder and f"{folder}-active")
+    group = [GroupPass(*_stackable(graph_module, slots))] if "group" in passes else []
+    pipeline = Pipeline([*group, *clean], dump=folder and f"{folder}-active")
     changed = pipeline(_copy(graph_module)) if pipeline.passes else graph_module
     active = changed if any(report.matched for report in pipeline.reports) else graph_module
     names = [n.name for n in graph_module.graph.nodes if n.op == "placeholder"]
-    stacks = {names.index(g.place): [names.index(member) for member in g.members] for g in group.groups}
+    groups = group[0].groups if group else ()
+    stacks = {names.index(g.place): [names.index(member) for member in g.members] for g in groups}
     placeholders = (n for n in active.graph.nodes if n.op == "placeholder")
     pairs = zip(placeholders, example_inputs, strict=True)
     given = [n.meta["example_value"] if GROUPED in n.meta else value for n, value in pairs]

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from programs import milliseconds
 from torch import Tensor, nn
 
 import fxpeft
@@ -78,24 +77,11 @@ def compiled(hidden: int, tokens: int, layers: int) -> dict[str, Callable[[], An
     return runs
 
 
-def milliseconds(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median time of each, in turn."""
-    taken: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds + 3):
-        for name, run in variants.items():
-            start = time.perf_counter()
-            run()
-            if number >= 3:
-                taken[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(times) for name, times in taken.items()}
-
-
 @torch.no_grad()
-def main(hiddens: list[int], lengths: list[int], layers: int, ready: Callable[[], None] = lambda: None) -> None:
-    """Compile everything, then measure; ``ready`` is called between the two."""
+def main(hiddens: list[int], lengths: list[int], layers: int) -> None:
+    """Compile everything, then measure."""
     torch._dynamo.config.recompile_limit = 64
     runs = {(h, n): compiled(h, n, layers) for h in hiddens for n in lengths}
-    ready()
     found = {case: milliseconds(each, ROUNDS if case[1] > 64 else 4 * ROUNDS) for case, each in runs.items()}
     print("| hidden, tokens | " + " | ".join(f"{h}, {n}" for h, n in found) + " |\n|---|" + "---|" * len(found))
     for name in next(iter(found.values())):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from tiny import randomise
 from torch import Tensor, nn
 
 import fxpeft
@@ -19,8 +21,24 @@ def same(found: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 
 @torch.no_grad()
-def check_sums(model: nn.Module, theirs: Any, output: Callable[[Any], Tensor]) -> None:
+def check_sums(
+    build: Callable[[], nn.Module],
+    settings: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    output: Callable[[Any], Tensor],
+    *,
+    slots: bool,
+) -> None:
     """Adapters ``a`` and ``b`` together, alone, one at another strength, and none."""
+    theirs: Any = peft.get_peft_model(build(), peft.LoraConfig(**settings["a"]), adapter_name="a").eval()
+    theirs.add_adapter("b", peft.LoraConfig(**settings["b"]))
+    randomise(p for n, p in theirs.named_parameters() if "lora_" in n)
+    theirs.save_pretrained(str(folder))
+    model = build()
+    for name in settings:
+        fxpeft.load_adapter(model, folder / name, name)
+    if slots:
+        fxpeft.prepare_hotswap(model, 16)
     for names in (["a", "b"], ["b"], ["b", "a"], ["a"]):
         theirs.base_model.set_adapter(names)
         fxpeft.set_adapter(model, names)

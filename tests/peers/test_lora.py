@@ -273,13 +273,4 @@ def test_adapters_add_up_as_in_peft(slots: bool, tmp_path: Path) -> None:
         "a": {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "down_proj"]},
         "b": {"r": 3, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 5}},
     }
-    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**settings["a"]), adapter_name="a").eval()
-    theirs.add_adapter("b", peft.LoraConfig(**settings["b"]))
-    randomise(p for n, p in theirs.named_parameters() if "lora_" in n)
-    theirs.save_pretrained(str(tmp_path))
-    model = tiny_llama()
-    for name in settings:
-        fxpeft.load_adapter(model, tmp_path / name, name)
-    if slots:
-        fxpeft.prepare_hotswap(model, 16)
-    check_sums(model, theirs, output)
+    check_sums(tiny_llama, settings, tmp_path, output, slots=slots)

@@ -257,16 +257,7 @@ def test_adapters_add_up_as_in_peft(slots: bool, tmp_path: Path) -> None:
             "rank_pattern": {"down_proj": 5},
         },
     }  # fmt: skip
-    theirs = peft.get_peft_model(mixtral(), peft.LoraConfig(**settings["a"]), adapter_name="a").eval()
-    theirs.add_adapter("b", peft.LoraConfig(**settings["b"]))
-    randomise(p for n, p in theirs.named_parameters() if "lora_" in n)
-    theirs.save_pretrained(str(tmp_path))
-    model = mixtral()
-    for name in settings:
-        fxpeft.load_adapter(model, tmp_path / name, name)
-    if slots:
-        fxpeft.prepare_hotswap(model, 16)
-    check_sums(model, theirs, output)
+    check_sums(mixtral, settings, tmp_path, output, slots=slots)
 
 
 def test_adapters_of_other_parameters_live_together() -> None:
