@@ -1,4 +1,4 @@
-"""Every Python block of the README runs, in order, and prints what the block after it shows."""
+"""Every Python block of the README and of the guides runs, in order, and prints what the block after it shows."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ import io
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+GUIDES = sorted((ROOT / "examples" / "guides").glob("*.md"))
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
 
 
-def blocks() -> list[tuple[str, str]]:
+def blocks(page: Path) -> list[tuple[str, str]]:
     """Code and expected output of each block."""
-    return [(match[1], match[2] or "") for match in BLOCK.finditer(README.read_text(encoding="utf-8"))]
+    return [(match[1], match[2] or "") for match in BLOCK.finditer(page.read_text(encoding="utf-8"))]
 
 
-def test_the_readme_runs_and_prints_what_it_shows() -> None:
+def test_the_readme_has_its_blocks() -> None:
+    assert len(blocks(README)) >= 9
+
+
+@pytest.mark.parametrize("page", [README, *GUIDES], ids=lambda page: page.stem)
+def test_a_page_runs_and_prints_what_it_shows(page: Path) -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
     namespace: dict[str, object] = {}
-    found = blocks()
-    assert len(found) >= 9
-    for code, expected in found:
+    for code, expected in blocks(page):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(code, "README.md", "exec"), namespace)
+            exec(compile(code, page.name, "exec"), namespace)
         assert printed.getvalue().strip() == expected.strip()
