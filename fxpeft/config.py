@@ -127,7 +127,7 @@ class AdapterConfig:
             AdapterError: an unknown or unsupported field that is not at its default, or a value of
                 the wrong type; every such field is named.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
+        known = {f.name for f in dataclasses.fields(cls) if f.init}
         rest = {k: v for k, v in values.items() if k not in known and k not in ("peft_type", "peft_version")}
         # a field that only a later PEFT knows is harmless while it is off
         active = {k: v for k, v in rest.items() if v and v != cls.unsupported.get(k)}

@@ -76,7 +76,7 @@ def embed_prompt(
 
 def cache_prompt(
     inputs: dict[str, Any], *, prompt: Tensor, embed: nn.Module, virtual: int, layers: int, heads: int, task: str,
-    cache: str, layer: nn.Module | None = None,
+    cache: str, shapes: tuple[tuple[int, int] | None, ...] = (), layer: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Prefix tuning: begin each layer's keys and values with virtual ones.
 
@@ -85,6 +85,8 @@ def cache_prompt(
         prompt: ``[virtual, layers * 2 * heads * head_dim]``.
         embed: the model's input embeddings; their dtype is the cache's.
         cache: the forward's name of its cache; see :func:`cache_argument`.
+        shapes: the heads and their width that each layer takes of those, where they are not all alike; ``None`` for
+            a layer that takes none.
         layer: one of the model's layers, asked whether it is checkpointed.
 
     Returns:
@@ -112,24 +114,34 @@ def cache_prompt(
     if not filled:
         _check_mask(mask)
         weight: Any = embed.weight
-        out[cache] = _with_prefix(given, prompt.to(weight.dtype), layers, heads, _batch(out), decoder)
+        states = _states(prompt.to(weight.dtype), layers, heads, _batch(out))
+        out[cache] = _with_prefix(given, states, shapes or ((heads, states.shape[-1]),) * layers, decoder)
     if not _is_complete(mask):
         out[mask_key] = _extended(mask, virtual, 1)
     return _known(out, inputs)
 
 
-def _with_prefix(cache: Any, prompt: Tensor, layers: int, heads: int, batch: int, decoder: bool) -> Any:
+def _states(prompt: Tensor, layers: int, heads: int, batch: int) -> Tensor:
+    """``[virtual, 2 * layers * heads * head_dim] -> [2 * layers, batch, heads, virtual, head_dim]``."""
+    states = prompt.view(prompt.shape[0], 2 * layers, heads, -1).permute(1, 2, 0, 3)
+    return states.unsqueeze(1).expand(-1, batch, -1, -1, -1)
+
+
+def _with_prefix(
+    cache: Any, states: Tensor, shapes: tuple[tuple[int, int] | None, ...], decoder: bool
+) -> Any:
+    """The cache with each layer's part of :func:`_states`; the first heads and numbers where a layer is smaller."""
     if cache is None:
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if decoder else DynamicCache()
     own = cache.self_attention_cache if decoder else cache
-    # [virtual, 2 * layers, heads, head_dim] -> [2 * layers, batch, heads, virtual, head_dim]
-    states = prompt.view(prompt.shape[0], 2 * layers, heads, -1).permute(1, 2, 0, 3)
-    states = states.unsqueeze(1).expand(-1, batch, -1, -1, -1)
-    for layer in range(layers):
+    for layer, shape in enumerate(shapes):
+        if shape is None:
+            continue
+        heads, width = shape
         # an encoder-decoder's prompt is laid out twice, for self and cross attention, and PEFT then reads
         # four rows a layer, of which the first two are used
-        first = 4 * layer % (2 * layers) if decoder else 2 * layer
-        own.update(states[first], states[first + 1], layer)
+        first = 4 * layer % (2 * len(shapes)) if decoder else 2 * layer
+        own.update(*(part[:, :heads, :, :width] for part in states[first : first + 2]), layer)
     return cache
 
 

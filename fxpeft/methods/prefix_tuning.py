@@ -89,7 +89,7 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
 
     def resolved(self, model: PreTrainedModel, config: PrefixTuningConfig) -> PrefixTuningConfig:
         resolved = super().resolved(model, config)
-        grouped = getattr(model.config.get_text_config(), "num_key_value_heads", None) is not None
+        grouped = model.config.get_text_config().to_dict().get("num_key_value_heads") is not None
         for name, expected in _key_values(model).items():
             # for grouped queries PEFT replaces heads and width, so that those of the queries can stand there
             if getattr(config, name) not in (None, expected) and not (grouped and name != "num_layers"):
@@ -101,15 +101,29 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
         resolved.encoder_hidden_size = resolved.encoder_hidden_size or resolved.token_dim
         return resolved
 
+    def layer_shapes(
+        self, model: PreTrainedModel, config: PrefixTuningConfig
+    ) -> tuple[tuple[int, int] | None, ...]:
+        """PEFT's rule for layers that are not alike: each takes the first of the heads, and of their numbers.
+
+        Raises:
+            AdapterError: a layer has more heads than the largest ones' layer, so that it would get no prefix.
+        """
+        each = _layer_shapes(model)
+        assert config.num_attention_heads is not None
+        assert config.token_dim is not None
+        heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
+        short = [i for i, shape in enumerate(each) if shape and (shape[0] > heads or shape[1] > width)]
+        if short:
+            raise AdapterError(
+                f"{base_class(model).__name__}: a prefix holds {heads} key-value heads of width {width} a layer, those "
+                f"of its widest layers, and layers {short} have more heads, so they would get none of it and count "
+                "positions differently; use prompt tuning"
+            )
+        return () if all(shape == (heads, width) for shape in each) else each
+
     def check(self, model: PreTrainedModel, config: PrefixTuningConfig) -> None:
         said = model.config.get_text_config().to_dict()
-        shapes = ("head_dim", "num_key_value_heads")
-        unlike = any(k in layer for layer in (said.get("per_layer_config") or {}).values() for k in shapes)
-        if unlike or said.get("global_head_dim") or said.get("num_kv_shared_layers"):
-            raise AdapterError(
-                f"{base_class(model).__name__}: its layers have keys and values of different shapes, or share them; "
-                "prefix tuning is for models whose layers are alike"
-            )
         places = set((getattr(model, "hf_device_map", None) or {}).values()) - {"cpu", "disk"}
         if len(places) > 1:
             raise AdapterError(
@@ -125,8 +139,31 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
 def _key_values(model: PreTrainedModel) -> dict[str, int]:
     """Layers, and heads and width of their keys and values; PEFT's rule for grouped queries."""
     own: Any = model.config.get_text_config()
+    said = own.to_dict()  # whose attributes can't be asked for what differs between layers
     layers, heads, width = (first_number(own, names) for names in (LAYERS, HEADS, HIDDEN))
-    size, groups = width // heads, getattr(own, "num_key_value_heads", None)
+    size, groups = width // heads, said.get("num_key_value_heads")
     if groups is not None:
-        size, heads = getattr(own, "head_dim", None) or size, groups
+        size, heads = said.get("head_dim") or size, groups
+        # of layers that are not alike, the widest say it
+        for shape in _layer_shapes(model):
+            if shape is not None and shape[1] > size:
+                heads, size = shape
     return {"num_layers": layers, "num_attention_heads": heads, "token_dim": size * heads}
+
+
+def _layer_shapes(model: PreTrainedModel) -> tuple[tuple[int, int] | None, ...]:
+    """Each layer's key-value heads and their width, ``None`` where it reads an earlier layer's; ``()``: all alike."""
+    own: Any = model.config.get_text_config()
+    said, layers = own.to_dict(), first_number(own, LAYERS)
+    if said.get("per_layer_config"):
+        found = [(layer.num_key_value_heads, layer.head_dim) for layer in own.per_layer_config]
+    elif said.get("global_head_dim"):  # Gemma 4 before transformers 5.15
+        alike = (own.num_key_value_heads, own.head_dim)
+        wide = (said.get("num_global_key_value_heads") or own.num_key_value_heads, own.global_head_dim)
+        found = [alike if kind == "sliding_attention" else wide for kind in own.layer_types]
+    elif said.get("num_kv_shared_layers"):
+        found = [(own.num_key_value_heads, own.head_dim)] * layers
+    else:
+        return ()
+    shared = layers - (said.get("num_kv_shared_layers") or 0)
+    return tuple(shape if i < shared else None for i, shape in enumerate(found))

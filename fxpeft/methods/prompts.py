@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -39,14 +39,20 @@ class PromptLearningConfig(AdapterConfig):
     """Fields of all prompt methods, with PEFT 0.21's names. What is ``None`` comes from the model's config.
 
     Args:
-        num_virtual_tokens: length of the prompt; has to be given.
+        num_virtual_tokens: length of the prompt; has to be given before a model gets the adapter.
         token_dim: width of a virtual token: the hidden size, and for prefix tuning that of all
             key-value heads together.
         num_transformer_submodules: 2 for ``SEQ_2_SEQ_LM``, else 1.
         num_attention_heads, num_layers: of the model; prefix tuning: key-value heads.
         task_type: says what becomes of labels; ``None`` is read off the model's class.
+
+    A prompt has no target modules: what selects them is no argument here, as in PEFT.
     """
 
+    target_modules: None = field(init=False, default=None)
+    exclude_modules: None = field(init=False, default=None)
+    layers_to_transform: None = field(init=False, default=None)
+    layers_pattern: None = field(init=False, default=None)
     num_virtual_tokens: int | None = None
     token_dim: int | None = None
     num_transformer_submodules: int | None = None
@@ -55,12 +61,7 @@ class PromptLearningConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [name for name in TARGETS if getattr(self, name) is not None]
-        if given:
-            raise AdapterError(f"{', '.join(given)}: expected None, a prompt has no target modules")
-        if self.num_virtual_tokens is None or self.num_virtual_tokens < 1:
-            raise AdapterError(f"num_virtual_tokens: expected a positive integer, found {self.num_virtual_tokens!r}")
-        for name in ("token_dim", "num_attention_heads", "num_layers"):
+        for name in ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise AdapterError(f"{name}: expected a positive integer or None, found {value}")
@@ -87,6 +88,8 @@ class PromptPlan(SitePlan):
         generates: the site has ``generate``.
         layer: one of its layers that can be checkpointed, or ``""``.
         cache: the argument in which the site's forward takes a cache, or ``""``.
+        shapes: each layer's heads and their width, where those are not all ``heads`` and an equal share of the width;
+            ``None`` for a layer that reads an earlier one's keys and values.
     """
 
     rows: int
@@ -99,6 +102,7 @@ class PromptPlan(SitePlan):
     generates: bool
     layer: str
     cache: str
+    shapes: tuple[tuple[int, int] | None, ...] = ()
 
     def feed(self, name: str, path: str, value: Any, container: str = "adapters") -> Feed:
         """How the site's forward gets the prompt that lies at ``container.path``.
@@ -110,6 +114,7 @@ class PromptPlan(SitePlan):
         reads = {"embed": self.embed}
         if self.prefix:
             constants |= {"layers": self.layers, "heads": self.heads}
+            constants |= {"shapes": self.shapes} if self.shapes else {}
             reads |= {"layer": self.layer} if self.layer else {}
         return Feed(
             name, cache_prompt if self.prefix else embed_prompt, {path: ("prompt", value)}, reads, constants,
@@ -222,6 +227,8 @@ class PromptMethod(Method[P]):
         """
         if not isinstance(model, PreTrainedModel):
             raise AdapterError(f"{type(config).__name__}: expected a transformers model, found {type(model).__name__}")
+        if config.num_virtual_tokens is None:
+            raise AdapterError("num_virtual_tokens: expected the length of the prompt, found None; set it")
         site = self.site(model)
         config = self.resolved(model, config)
         assert config.num_virtual_tokens is not None
@@ -237,7 +244,7 @@ class PromptMethod(Method[P]):
             _embeddings_name(host), config.num_layers, config.num_attention_heads,
             site == "" and bool(base_class(model).can_generate()),  # type: ignore[attr-defined]
             next((n for n, m in host.named_modules() if isinstance(m, GradientCheckpointingLayer)), ""),
-            cache_argument(forward_arguments(host)),
+            cache_argument(forward_arguments(host)), self.layer_shapes(model, config),
         )  # fmt: skip
         return config, {site: plan}
 
@@ -265,6 +272,10 @@ class PromptMethod(Method[P]):
                 setattr(config, name, first_number(own, names))
         self.check(model, config)
         return config
+
+    def layer_shapes(self, model: PreTrainedModel, config: P) -> tuple[tuple[int, int] | None, ...]:
+        """See :class:`PromptPlan`."""
+        return ()
 
     def check(self, model: PreTrainedModel, config: P) -> None:
         """Refuse a width that isn't the model's."""
