@@ -39,7 +39,7 @@ if _TYPE_CHECKING:
     from fxpeft.methods.prompt_tuning import PromptTuningConfig
     from fxpeft.packaged import Package, open_package
     from fxpeft.packaging import package
-    from fxpeft.parameters import trainable_parameters
+    from fxpeft.parameters import set_requires_grad, trainable_parameters
     from fxpeft.passes.patterns import pattern
     from fxpeft.planner import Plan, apply, plan
     from fxpeft.programs import Slots, adapter_inputs, eject, rewrite
@@ -98,6 +98,7 @@ __all__ = [
     "roles",
     "save_adapter",
     "set_adapter",
+    "set_requires_grad",
     "set_scale",
     "trainable_parameters",
     "unfold",
@@ -128,7 +129,7 @@ _MODULES = {
     "PromptEncoderConfig": "fxpeft.methods.p_tuning",
     "PromptTuningConfig": "fxpeft.methods.prompt_tuning",
     "register": "fxpeft.methods",
-    "trainable_parameters": "fxpeft.parameters",
+    **dict.fromkeys(("set_requires_grad", "trainable_parameters"), "fxpeft.parameters"),
 }
 
 

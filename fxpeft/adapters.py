@@ -170,7 +170,7 @@ def enable_adapters(model: nn.Module) -> None:
 
 
 def disable_adapters(model: nn.Module) -> None:
-    """Run the bare base model until :func:`enable_adapters`."""
+    """Run the bare base model until :func:`enable_adapters`. Until then no adapter is trained, as in PEFT."""
     _set_enabled(model, False)
 
 
@@ -351,6 +351,9 @@ def switch(model: nn.Module, state: ModelState, names: list[str], enabled: bool)
         state.active, state.enabled = [n for n in old if n in state.adapters], old_enabled
         rebind(touched, state.running())
         raise
+    if enabled == old_enabled:  # adapters were chosen, not switched off or on
+        for adapter in state.adapters.values():
+            adapter.trained = None
     set_trainable(state)
     watch_loss(model, state)
 

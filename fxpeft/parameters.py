@@ -1,10 +1,38 @@
-"""How many parameters of a model are trained."""
+"""Which parameters of a model are trained, and how many."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
+
+from fxpeft.errors import AdapterError
+from fxpeft.penalty import watch_loss
+from fxpeft.state import state_of, unwrap
+
+
+def set_requires_grad(model: nn.Module, names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Train these adapters or freeze them, whether they are active or not; the others stay as they are.
+
+    It holds until the active adapters are chosen again (:func:`fxpeft.set_adapter`, or another adapter comes), which
+    trains the active ones as always; through :func:`fxpeft.disabled`, under which nothing is trained, it holds.
+
+    Raises:
+        AdapterError: no such adapter, or the model is prepared: slots hold no parameters.
+    """
+    model, state = unwrap(model), state_of(model)
+    adapters = [state.get(name) for name in ([names] if isinstance(names, str) else names)]
+    if state.serving is not None:
+        raise AdapterError(
+            "the model serves its adapters from slots, which are not trained: call release_hotswap first, after which "
+            "they have parameters again"
+        )
+    for adapter in adapters:
+        adapter.trained = requires_grad
+        for parameter in adapter.parameters():
+            parameter.requires_grad_(requires_grad)
+    watch_loss(model, state)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,7 @@ from fxpeft.state import ModelState, state_of
 
 def watch_loss(model: nn.Module, state: ModelState) -> None:
     """Have the hook exactly while a running adapter that trains has a term."""
-    wanted = any(
-        type(method_of(a.config)).penalty is not Method.penalty and a.parts and not a.config.inference_mode
-        for a in state.running()
-    )
+    wanted = any(type(method_of(a.config)).penalty is not Method.penalty and a.trains for a in state.running())
     if wanted and _add not in model._forward_hooks.values():
         model.register_forward_hook(_add)
     elif not wanted:
@@ -33,7 +30,7 @@ def _add(model: nn.Module, args: Any, output: Any) -> Any:
     if getattr(output, "loss", None) is None:
         return output
     for adapter in state_of(model).running():
-        if not adapter.config.inference_mode:
+        if adapter.trains:
             sites = [part for part in adapter.parts.values() if isinstance(part, SiteAdapter)]
             term = method_of(adapter.config).penalty(adapter.config, sites)
             if term is not None:

@@ -69,6 +69,7 @@ class Adapter:
         lowered: on a prepared model: site -> slot values. prompt: there, the finished prompt of a prompt method.
         settled: whether the slot values are contiguous, so that showing them is a plain copy.
         copies: ``Slot.generation`` and how to show the adapter alone in the slots of that time.
+        trained: what :func:`fxpeft.set_requires_grad` said since the active adapters were last chosen.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Adapter:
     prompt: Tensor | None = None
     settled: bool = False
     copies: tuple[int, Copies] | None = field(default=None, compare=False)
+    trained: bool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "copies": None}  # they lead into this model's slots, not into a copy's
@@ -113,6 +115,11 @@ class Adapter:
             {path: {k: v.detach() for k, v in base_state(self.parts[path]).items()} for path in self.values.saved},
             {p: attribute(self.parts[_owner(p)], p.rpartition(".")[2]).detach() for p in self.values.tensors},
         )
+
+    @property
+    def trains(self) -> bool:
+        """Whether an optimiser would change it."""
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters of an attached adapter."""
@@ -320,11 +327,13 @@ def check_together(adapters: list[Adapter]) -> None:
 
 
 def set_trainable(state: ModelState) -> None:
-    """Active adapters that are not in inference mode are trained, all others are frozen."""
+    """Active adapters that are not in inference mode are trained, or those that the user named; all others, and
+    all while they are disabled, are frozen."""
     for adapter in state.adapters.values():
-        trains = adapter.name in state.active and not adapter.config.inference_mode
+        usual = adapter.name in state.active and not adapter.config.inference_mode
+        trains = usual if adapter.trained is None else adapter.trained
         for parameter in adapter.parameters():
-            parameter.requires_grad_(trains)
+            parameter.requires_grad_(trains and state.enabled)
 
 
 def placement(
