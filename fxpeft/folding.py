@@ -75,11 +75,23 @@ def fold(
         )
     wanted = _wanted(state, names)
     _check_order(state, wanted)
+    _fold(model, state, wanted, [n for n in state.active if n not in wanted], keep, safe)
+
+
+def _fold(
+    model: nn.Module,
+    state: ModelState,
+    wanted: list[str],
+    stay: list[str],
+    keep: Literal["original", "delta"] | None,
+    safe: bool,
+) -> None:
+    """Fold ``wanted`` and leave ``stay`` active."""
     with _exclusive(state):
         work = _compute(model, [state.get(n) for n in wanted], {}, keep)
         if safe:
             check_finite(work.writes, wanted)
-        before = _apply(model, state, work.writes, [n for n in state.active if n not in wanted])
+        before = _apply(model, state, work.writes, stay)
     if keep is None:
         state.baked += wanted
     else:
@@ -174,7 +186,8 @@ def merge_and_unload(
     state.folded = None
     try:
         if wanted or not inside:
-            fold(model, wanted, keep=None, safe=safe)
+            # the others are forgotten, so whether they could stay on top doesn't matter
+            _fold(model, state, _wanted(state, wanted), [], None, safe)
     except BaseException:
         state.folded = folded
         raise
