@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,7 @@ class Fitted:
     info: LoadStateDictInfo
 
 
-def fit(model: PreTrainedModel, found: Checkpoint, *, trainable: bool) -> Fitted:
+def fit(model: PreTrainedModel, found: Checkpoint, name: str, *, trainable: bool) -> Fitted:
     """Match an adapter with a model; the model is not touched.
 
     As in Transformers, places that the file doesn't fill or fills with another shape get first
@@ -166,9 +167,10 @@ def fit(model: PreTrainedModel, found: Checkpoint, *, trainable: bool) -> Fitted
         )
     if misfit.missing or misfit.mismatched:
         _complete(values, fresh_values(model, plan, autocast=trainable))
-    mismatched: Any = set(misfit.mismatched)
+    mismatched: Any = {(_named(plan, key, name), *shapes) for key, *shapes in misfit.mismatched}
     info = LoadStateDictInfo(
-        missing_keys=set(misfit.missing), unexpected_keys=set(misfit.unexpected),
+        missing_keys={_named(plan, key, name) for key in misfit.missing},
+        unexpected_keys={_named(plan, key, name) for key in misfit.unexpected},
         mismatched_keys=mismatched, error_msgs=[], conversion_errors={}, skipped_pp_keys=set(),
     )  # fmt: skip
     values = placed(model, values, autocast=trainable)
@@ -178,6 +180,14 @@ def fit(model: PreTrainedModel, found: Checkpoint, *, trainable: bool) -> Fitted
             _, dtype = placement(module, model, False, leaf)
             values.sites[site] = {name: value.to(dtype) for name, value in parameters.items()}
     return Fitted(plan, values, info)
+
+
+def _named(plan: AdapterPlan, key: str, name: str) -> str:
+    """A key with the adapter's name in it, as PEFT's parameters have it and Transformers reports it."""
+    for path in plan.saved:
+        if key.startswith(f"{path}."):
+            return f"{path}.modules_to_save.{name}{key.removeprefix(path)}"
+    return re.sub(r"\.(?:lora|ia3)_[^.]*", lambda match: f"{match[0]}.{name}", key, count=1)
 
 
 def _complete(values: Values, fresh: Values) -> None:

@@ -31,7 +31,9 @@ from fxpeft.integrations.model_state import (
     logger,
     prepare,
     swap,
+    train_parts,
 )  # fmt: skip
+from fxpeft.methods import method_of
 from fxpeft.methods.base import Method
 from fxpeft.passes.base import join
 from fxpeft.sites import make_plan
@@ -63,7 +65,9 @@ def add_adapter(self: PreTrainedModel, adapter_config: AdapterConfig, adapter_na
     plan = make_plan(self, config, heads=False)
     adapters.check_name(self, name)
     leave_slots(self)
-    adapters.install_adapter(self, Adapter(name, plan, adapters.fresh_values(self, plan, autocast=True)))
+    new = Adapter(name, plan, adapters.fresh_values(self, plan, autocast=True))
+    adapters.install_adapter(self, new)
+    train_parts(new)
 
 
 def load_adapter(
@@ -120,12 +124,11 @@ def load_adapter(
         source, peft_config, adapter_state_dict, download=download, use_safetensors=options.use_safetensors
     )
     if hotswap:
-        if found.config.peft_type != "LORA":
-            raise ValueError("Hotswapping is currently only supported for LoRA, please set `hotswap=False`.")
+        _check_swappable(self, found.config)
     else:
         adapters.check_name(self, name)
         _check_type(self, found.config)
-    fitted = loading.fit(self, found, trainable=is_trainable)
+    fitted = loading.fit(self, found, name, trainable=is_trainable)
     # a report of tensors that can't be used is an error, so it comes before anything is changed
     log_state_dict_report(self, found.source, options.ignore_mismatched_sizes, fitted.info, logger)
     new = Adapter(name, fitted.plan, fitted.values)
@@ -133,7 +136,9 @@ def load_adapter(
         swap(self, new)
     else:
         add(self, new)
-    if not is_trainable:
+    if is_trainable:
+        train_parts(state_of(self).get(name))
+    else:
         self.eval()  # type: ignore[no-untyped-call]
     return fitted.info
 
@@ -204,11 +209,9 @@ def get_adapter_state_dict(
     Raises:
         ValueError: no such adapter, or not all of its values are in ``state_dict``.
     """
-    state = _loaded(self)
-    adapter = state.get(adapter_name if adapter_name is not None else only_active(self))
-    if state_dict is not None and adapter.parts:  # served from slots, an adapter is in no state_dict
-        adapter = replace(adapter, values=_values_in(adapter, state_dict), parts={})
-    return {key.removeprefix(Method.prefix): value for key, value in checkpoint.to_tensors(adapter).items()}
+    _loaded(self)
+    name = adapter_name if adapter_name is not None else only_active(self)
+    return without_prefix(held_adapter(self, name, state_dict))
 
 
 def delete_adapter(self: PreTrainedModel, adapter_names: list[str] | str) -> None:
@@ -279,6 +282,26 @@ def _loaded(model: PreTrainedModel) -> ModelState:
     return state_of(model)
 
 
+def held_adapter(model: PreTrainedModel, name: str, state_dict: Mapping[str, Tensor] | None) -> Adapter:
+    """The adapter of that name, its values taken from ``state_dict`` where that is given.
+
+    Raises:
+        ValueError: no such adapter, or not all of its values are in ``state_dict``.
+    """
+    adapter = state_of(model).get(name)
+    if state_dict is None or not adapter.parts:  # served from slots, an adapter is in no state_dict
+        return adapter
+    return replace(adapter, values=_values_in(adapter, state_dict), parts={})
+
+
+def without_prefix(adapter: Adapter) -> dict[str, Tensor]:
+    """An adapter's tensors as Transformers keys them; a prompt's keys have no such prefix, in PEFT neither."""
+    tensors = checkpoint.to_tensors(adapter)
+    if method_of(adapter.config).whole:
+        return tensors
+    return {key.removeprefix(Method.prefix): value for key, value in tensors.items()}
+
+
 def only_active(model: PreTrainedModel) -> str:
     """The name of the first active adapter; ``ValueError`` where none is active."""
     state = _loaded(model)
@@ -290,6 +313,16 @@ def only_active(model: PreTrainedModel) -> str:
 def _check_free(model: PreTrainedModel, name: str) -> None:
     if name in adapters_of(model):
         raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
+
+
+def _check_swappable(model: PreTrainedModel, config: AdapterConfig) -> None:
+    """Transformers swaps LoRA alone; here a LoRA replaces others too where slots were declared for both."""
+    others = [a.config for a in adapters_of(model).values() if a.config.peft_type != "LORA"]
+    serving = state_of(model).serving
+    declared = set() if serving is None else set(serving.methods)
+    both = {method_of(c).declared(c) for c in (config, *others)} <= declared
+    if config.peft_type != "LORA" or (others and not both):
+        raise ValueError("Hotswapping is currently only supported for LoRA, please set `hotswap=False`.")
 
 
 def _check_type(model: PreTrainedModel, config: AdapterConfig) -> None:

@@ -14,7 +14,7 @@ from fxpeft.methods.base import SiteAdapter
 from fxpeft.passes.slot import LEAST
 from fxpeft.state import Adapter, Values, find_state, is_prepared, set_trainable, state_of
 
-logger = logging.getLogger("transformers.fxpeft")  # below Transformers' own, whose verbosity users set
+logger = logging.getLogger("transformers.integrations.peft")  # Transformers' own, which users filter and listen to
 
 LOADED, CONFIGS = "_hf_peft_config_loaded", "peft_config"  # how Transformers asks for adapters
 
@@ -75,6 +75,12 @@ def prepare(model: PreTrainedModel) -> None:
     own = [method_of(adapter.config).declared(adapter.config) for adapter in adapters_of(model).values()]
     methods = tuple(dict.fromkeys(["lora", *own]))
     serving.prepare_hotswap(model, max(wanted["target_rank"], LEAST), targets="all-linear", methods=methods)
+
+
+def train_parts(adapter: Adapter) -> None:
+    """Switch an adapter's dropout on, whatever mode the model is in: Transformers' new parts are in training mode."""
+    for part in adapter.parts.values():
+        part.train()
 
 
 def leave_slots(model: PreTrainedModel) -> None:

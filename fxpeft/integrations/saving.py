@@ -9,17 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import create_and_tag_model_card, hf_api
 
 from fxpeft import checkpoint
-from fxpeft.integrations.model_methods import get_adapter_state_dict, only_active
+from fxpeft.integrations.model_methods import held_adapter, only_active, without_prefix
 from fxpeft.integrations.model_state import LOADED, adapters_of, logger
-from fxpeft.methods.base import Method
+from fxpeft.methods import method_of
 from fxpeft.passes.live import Container
-from fxpeft.state import state_of
+from fxpeft.state import Adapter, state_of
 
+ENCODER = "prompt_encoder.safetensors"  # a prompt in training, of which PEFT's format has only what comes out
 USED = ("save_directory", "is_main_process", "state_dict", "push_to_hub", "token", "save_peft_format")
 
 
@@ -51,6 +53,14 @@ def base_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     return {key: value for key, value in model.state_dict().items() if not key.startswith(own)}
 
 
+def encoder_of(adapter: Adapter) -> dict[str, Tensor]:
+    """The parameters of a prompt that is trained with an encoder, by which training goes on; else empty."""
+    if not method_of(adapter.config).whole:
+        return {}
+    (parameters,) = adapter.current().sites.values()
+    return {key: value.cpu().contiguous() for key, value in parameters.items()} if len(parameters) > 1 else {}
+
+
 def _save(
     model: PreTrainedModel,
     save_directory: str | os.PathLike[str],
@@ -76,16 +86,20 @@ def _save(
             "adapters separately one by one by iteratively calling `model.set_adapter(adapter_name)` then "
             "`model.save_pretrained(...)`"
         )
-    adapter = state.get(only_active(model))
-    tensors = get_adapter_state_dict(model, adapter.name, state_dict)
+    adapter = held_adapter(model, only_active(model), state_dict)
+    tensors = checkpoint.to_tensors(adapter) if save_peft_format else without_prefix(adapter)
+    encoder = encoder_of(adapter)
     if not model.should_save_on_this_rank(is_main_process):
         return
     folder.mkdir(parents=True, exist_ok=True)
     if push_to_hub:
         target = hf_api().create_repo(repo_id or folder.name, exist_ok=True, token=token, **create).repo_id
         timestamps = model._get_files_timestamps(folder)
-    prefix = Method.prefix if save_peft_format else ""
-    checkpoint.write(folder, model, adapter, {prefix + key: value for key, value in tensors.items()})
+    if encoder:
+        checkpoint.replace_files({folder / ENCODER: save_tensors(encoder)})
+    else:
+        (folder / ENCODER).unlink(missing_ok=True)
+    checkpoint.write(folder, model, adapter, tensors)
     if push_to_hub:
         create_and_tag_model_card(target, model.model_tags, token=token).save(folder / "README.md")
         model._upload_modified_files(

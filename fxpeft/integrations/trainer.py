@@ -8,15 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.import_utils import is_peft_available
 
-from fxpeft import checkpoint
+from fxpeft import adapters, checkpoint
 from fxpeft.integrations.model_methods import only_active
 from fxpeft.integrations.model_state import adapters_of, logger, overwrite
-from fxpeft.state import state_of, unwrap
+from fxpeft.integrations.saving import ENCODER, encoder_of
+from fxpeft.methods import method_of
+from fxpeft.methods.prompts import PromptMethod
+from fxpeft.state import Adapter, state_of, unwrap
 
 FILES = (checkpoint.CONFIG, checkpoint.WEIGHTS)
 
@@ -29,7 +33,34 @@ def restore(model: PreTrainedModel, folder: str | Path) -> None:
     """
     adapter = state_of(model).get(only_active(model))
     found = checkpoint.read(folder)
-    overwrite(adapter, checkpoint.assign(model, adapter.plan, found))
+    values = checkpoint.assign(model, adapter.plan, found)
+    encoder = encoder_of(adapter)
+    if encoder:
+        ((site, finished),) = values.sites.items()
+        stored = _encoder_in(Path(folder), adapter, site, finished["embedding"])
+        if stored is None or any(stored[key].shape != value.shape for key, value in encoder.items()):
+            logger.warning(
+                f"{folder} holds the finished prompt of adapter {adapter.name!r} and not the encoder that it comes out "
+                "of: the prompt itself takes its place, and is what is trained from here on."
+            )
+            adapters.replace_attached(model, state_of(model), Adapter(adapter.name, adapter.plan, values))
+            return
+        values.sites[site] = stored
+    overwrite(adapter, values)
+
+
+def _encoder_in(folder: Path, adapter: Adapter, site: str, prompt: Tensor) -> dict[str, Tensor] | None:
+    """A prompt's encoder as :data:`ENCODER` holds it; ``None`` where none is there that gives this very prompt."""
+    path = folder / ENCODER
+    if not path.is_file():
+        return None
+    stored, method = checkpoint.read_safetensors(path), method_of(adapter.config)
+    assert isinstance(method, PromptMethod)
+    if stored.keys() != adapter.values.sites[site].keys():
+        return None
+    given = method.prompt(adapter.config, adapter.plan.sites[site], stored)
+    same = given.shape == prompt.shape and torch.allclose(given, prompt.cpu().to(given.dtype), atol=1e-3)
+    return stored if same else None
 
 
 def _adapted(trainer: Trainer, model: Any, folder: str | Path | None) -> PreTrainedModel | None:
