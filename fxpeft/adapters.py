@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import keyword
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft import checkpoint, serving
+from fxpeft.adapter_name import check_adapter_name
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
 from fxpeft.inplace import exchange
@@ -55,14 +54,15 @@ def add_adapter(
     Args:
         model: any module; it is changed in place and keeps its names and weights.
         config: for instance a :class:`fxpeft.LoraConfig`; a copy is kept.
+        name: up to 128 of A-Z, a-z, 0-9, _ and -, the first one no -.
         autocast_adapter_dtype: keep parameters in float32 where the base is in half precision.
 
     Raises:
         AdapterError: the name is taken or the config doesn't fit the model; nothing was changed.
     """
     model = unwrap(model)
+    check_name(model, name)
     plan = make_plan(model, config)
-    name = check_name(model, name)
     install_adapter(model, Adapter(name, plan, fresh_values(model, plan, autocast=autocast_adapter_dtype)))
 
 
@@ -95,7 +95,7 @@ def load_adapter(
             used and every site that was not filled is named, and nothing was changed.
     """
     model = unwrap(model)
-    name = check_name(model, name)
+    check_name(model, name)
     found = checkpoint.read(
         source, allow_pickle=allow_pickle, revision=revision, subfolder=subfolder, token=token,
         local_files_only=local_files_only,
@@ -245,12 +245,8 @@ def remove(model: nn.Module) -> None:
 
 
 def check_name(model: nn.Module, name: str) -> str:
-    """A name that can be an attribute and is not taken."""
-    taken = keyword.iskeyword(name) or hasattr(nn.Module, name) or hasattr(nn.Module(), name)
-    if taken or not re.fullmatch(r"[^.\s]+", name):
-        raise AdapterError(
-            f"adapter name {name!r}: expected no dots or spaces, no attribute of nn.Module and no Python keyword"
-        )
+    """A name that an adapter can have (:func:`fxpeft.adapter_name.check_adapter_name`) and that is not taken."""
+    check_adapter_name(name)
     state = find_state(model)
     if state is not None and name in state.adapters:
         raise AdapterError(f"there is an adapter named {name!r} already; delete_adapter it, or replace it with hotswap")

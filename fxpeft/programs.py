@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from fxpeft import checkpoint
+from fxpeft.adapter_name import check_adapter_name
 from fxpeft.adapters import fresh_values, placed
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, listing
@@ -108,6 +109,7 @@ def rewrite(
     """
     if adapters not in ("attributes", "inputs"):
         raise AdapterError(f"adapters: expected 'attributes' or 'inputs', found {adapters!r}")
+    check_adapter_name(name)
     made: Any = _rewrite(
         program, adapter, name=name, state_dict=state_dict, adapters=adapters, training=training,
         check_finite=check_finite, dump=dump,

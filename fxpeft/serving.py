@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft import checkpoint, prompts_serving
+from fxpeft.adapter_name import check_adapter_name
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
 from fxpeft.lock import guard_forwards, unguard_forwards
@@ -225,7 +226,7 @@ def hotswap(
         if len(state.active) != 1:
             raise AdapterError(f"{len(state.active)} adapters are active; say which to replace: {list(state.adapters)}")
         name = state.active[0]
-    old = state.get(name)
+    old = state.get(check_adapter_name(name))
     state.check_unfolded([name], "it can't be replaced")
     if isinstance(source, Mapping):
         found = checkpoint.Checkpoint("the state_dict", config or old.config, dict(source))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fxpeft.adapter_name import check_adapter_name
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
@@ -21,6 +22,7 @@ from fxpeft.passes.live import Container, bare_copy, feed_module, replace_module
 from fxpeft.passes.parameters import read_module
 from fxpeft.sites import AdapterPlan, base_modules, base_state
 from fxpeft.target_parameters import ONE_REWRITE
+from fxpeft.wrappers import unwrap as unwrap
 
 if TYPE_CHECKING:
     from fxpeft.inplace import Folded
@@ -82,6 +84,9 @@ class Adapter:
     settled: bool = False
     copies: tuple[int, Copies] | None = field(default=None, compare=False)
     trained: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_adapter_name(self.name)  # whatever entry it came in by
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "copies": None}  # they lead into this model's slots, not into a copy's
@@ -210,12 +215,6 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             if parameter is not None and parameter not in seen:
                 seen.add(parameter)
                 yield join(module_name, name), parameter
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``'s wrapper."""
-    inner = vars(model).get("_modules", {}).get("_orig_mod")
-    return inner if isinstance(inner, nn.Module) else model
 
 
 def hosts(model: nn.Module, adapters: Iterable[Adapter]) -> dict[str, nn.Module]:

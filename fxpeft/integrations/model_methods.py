@@ -18,6 +18,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo, log_state_dict_report
 
 from fxpeft import adapters, checkpoint
+from fxpeft.adapter_name import check_adapter_name
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
 from fxpeft.integrations import loading
@@ -52,7 +53,7 @@ def add_adapter(self: PreTrainedModel, adapter_config: AdapterConfig, adapter_na
     Raises:
         ValueError: the name is taken, or the config doesn't fit the model. TypeError: no config.
     """
-    name = adapter_name or "default"
+    name = check_adapter_name(adapter_name or "default")
     _check_free(self, name)
     if isinstance(adapter_config, Mapping):
         raise TypeError(f"adapter_config should be a config, such as LoraConfig. Got {type(adapter_config)} instead.")
@@ -63,7 +64,6 @@ def add_adapter(self: PreTrainedModel, adapter_config: AdapterConfig, adapter_na
     loading.check_injectable(config)
     loading.check_experts(self, config)
     plan = make_plan(self, config, heads=False)
-    adapters.check_name(self, name)
     leave_slots(self)
     new = Adapter(name, plan, adapters.fresh_values(self, plan, autocast=True))
     adapters.install_adapter(self, new)
@@ -106,7 +106,7 @@ def load_adapter(
         ValueError, OSError, RuntimeError: as Transformers raises them; also for an adapter that
             doesn't fit the model at all. The model is then as it was.
     """
-    name = adapter_name or "default"
+    name = check_adapter_name(adapter_name or "default")
     options, download = _options(peft_model_id, load_config, local_files_only, adapter_kwargs, kwargs)
     source = peft_model_id or options.pretrained_model_name_or_path
     known = name in adapters_of(self)
@@ -126,7 +126,6 @@ def load_adapter(
     if hotswap:
         _check_swappable(self, found.config)
     else:
-        adapters.check_name(self, name)
         _check_type(self, found.config)
     fitted = loading.fit(self, found, name, trainable=is_trainable)
     # a report of tensors that can't be used is an error, so it comes before anything is changed
