@@ -18,8 +18,9 @@ from fxpeft.adapter_name import check_adapter_name
 from fxpeft.errors import AdapterError
 
 HOSTILE: list[Any] = [
-    'a"+chr(98)+"', "a\\", "a\nimport os", "a;b", "a b", "a.b", "", "-a", "a'", "{a}", "a\0", "ä", "a\n", "x" * 129, "..",
-    "../a", "lambda", "None", "forward", "training", "_modules", "__class__", "a\u2028b", "²", None, 3, b"a", ["a"],
+    'a"+chr(98)+"', "a\\", "a\nimport os", "a;b", "a b", "a.b", "", "-a", "a'", "{a}", "a\0", "ä", "a\n", "x" * 129,
+    "..", "../a", "lambda", "None", "forward", "training", "_modules", "__class__", "a\u2028b", "²", None,
+    3, b"a", ["a"],
 ]  # fmt: skip
 EVERY = pytest.mark.parametrize("name", HOSTILE, ids=lambda name: repr(name)[:16])
 CONFIG = fxpeft.LoraConfig(r=3, lora_alpha=5, target_modules=["0"], init_lora_weights=False)
