@@ -22,6 +22,7 @@ from fxpeft.methods.base import SitePlan
 from fxpeft.methods.prompts import PromptMethod
 from fxpeft.passes.base import PassError, join
 from fxpeft.passes.live import Container, kind_of
+from fxpeft.passes.parameters import parametrized
 from fxpeft.passes.terms import Pattern
 from fxpeft.target_parameters import parameter_sites
 from fxpeft.targets import Roles, resolve_parameters, resolve_patterns
@@ -95,7 +96,7 @@ def site_module(model: nn.Module, site: str) -> tuple[nn.Module, str]:
     owner, _, leaf = site.rpartition(".")
     if leaf:
         module = model.get_submodule(owner)
-        if leaf in module._parameters:
+        if leaf in module._parameters or leaf in parametrized(module):
             return module, leaf
     return model.get_submodule(site), ""
 

@@ -19,7 +19,7 @@ from fxpeft.passes.copies import Copies
 from fxpeft.passes.feed import Feed
 from fxpeft.passes.inject import Rewrite
 from fxpeft.passes.live import Container, bare_copy, feed_module, replace_module, rewrite_module, unbind
-from fxpeft.passes.parameters import read_module
+from fxpeft.passes.parameters import parameter_value, read_module
 from fxpeft.sites import AdapterPlan, base_modules, base_state
 from fxpeft.target_parameters import ONE_REWRITE
 from fxpeft.wrappers import unwrap as unwrap
@@ -343,7 +343,7 @@ def placement(
     Half precision becomes float32 with ``autocast``, as in PEFT; quantised weights count as half.
     """
     hook_device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    weight = module._parameters[leaf] if leaf else next(iter(module.parameters(recurse=False)), None)
+    weight = parameter_value(module, leaf) if leaf else next(iter(module.parameters(recurse=False)), None)
     device = weight.device if weight is not None else next(model.parameters()).device
     if hook_device is not None and device.type == "meta":
         device = torch.device(hook_device)

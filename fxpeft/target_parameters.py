@@ -23,7 +23,7 @@ from fxpeft.passes.base import PassError, join
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.live import base_class
 from fxpeft.passes.names import matches
-from fxpeft.passes.parameters import ParameterKind, parameter_kind
+from fxpeft.passes.parameters import ParameterKind, parameter_kind, parameter_value, parametrized
 from fxpeft.skeleton import Skeleton
 
 if TYPE_CHECKING:
@@ -59,11 +59,10 @@ def parameter_sites(
     sites: dict[str, SitePlan] = {}
     problems: list[str] = []
     for name, module in modules.items():
-        own = [join(name, leaf) for leaf, p in module._parameters.items() if p is not None]
-        own = [site for site in own if matches(wanted, site)]
+        own = _matching(wanted, name, module)
         for index, site in enumerate(own):
             try:
-                biased = getattr(config, "bias", "none") == "all" and module._parameters.get("bias") is not None
+                biased = getattr(config, "bias", "none") == "all" and parameter_value(module, "bias") is not None
                 if name in taken or name in saved or biased:
                     raise PassError(ONE_REWRITE)
                 plan = method_of(config).plan(config, site, _kind(name, module, modules, site.rpartition(".")[2]))
@@ -76,6 +75,20 @@ def parameter_sites(
     if not sites:
         raise AdapterError(_nothing_found(wanted, modules))
     return sites
+
+
+def _matching(wanted: str | Collection[str], name: str, module: nn.Module) -> list[str]:
+    """A module's parameters that are named, in the order in which PEFT wraps them.
+
+    With a parametrization in the module PEFT takes whole names only, sorted.
+    """
+    computed = parametrized(module)
+    leaves = [*(leaf for leaf, p in module._parameters.items() if p is not None), *computed]
+    sites = [join(name, leaf) for leaf in leaves]
+    if not computed:
+        return [site for site in sites if matches(wanted, site)]
+    whole = [wanted] if isinstance(wanted, str) else wanted
+    return sorted(site for site in sites if site in whole)
 
 
 def check_hosts(kinds: Mapping[str, Kind], saved: Collection[str], tensors: Collection[str]) -> None:
@@ -109,11 +122,14 @@ def _kind(name: str, module: nn.Module, modules: Mapping[str, nn.Module], leaf: 
 def _nothing_found(wanted: str | Collection[str], modules: Mapping[str, nn.Module]) -> str:
     stacks: list[str] = []
     others: list[str] = []
-    for module in modules.values():
+    whole: list[str] = []
+    for name, module in modules.items():
+        whole += [join(name, leaf) for leaf in parametrized(module)]
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
                 (stacks if parameter.ndim == 3 else others).append(leaf)
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     near = [n for w in names for n in difflib.get_close_matches(w.rpartition(".")[2], {*stacks, *others}, n=5)]
     found = ", ".join(dict.fromkeys((*near, *stacks))) or ", ".join(dict.fromkeys(others)) or "none at all"
-    return f"no parameter of the model is named by target_parameters={wanted!r}; nearest names: {found}"
+    text = f"no parameter of the model is named by target_parameters={wanted!r}; nearest names: {found}"
+    return f"{text}\nParametrized ones need their whole names:\n{listing(whole)}" if whole else text

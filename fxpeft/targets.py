@@ -14,7 +14,7 @@ from fxpeft.passes.kinds import Kind
 from fxpeft.passes.live import base_class, kind_of
 from fxpeft.passes.match import module_kind
 from fxpeft.passes.names import NameSelector, matches
-from fxpeft.passes.parameters import parameter_kind
+from fxpeft.passes.parameters import parameter_kind, parametrized
 from fxpeft.passes.patterns import explain, from_peft, is_pattern, layers_of, pattern
 from fxpeft.passes.terms import OfRole, Pattern, PatternError, Subject
 from fxpeft.trace import roles
@@ -69,7 +69,7 @@ def parameter_subjects(modules: Mapping[str, nn.Module], known: Roles) -> list[S
     layers, classes = layers_of(list(modules)), classes_of(modules)
     found = []
     for name, module in modules.items():
-        for leaf in module._parameters:
+        for leaf in (*module._parameters, *parametrized(module)):
             try:
                 kind = parameter_kind(module, leaf)
             except PassError:

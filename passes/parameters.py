@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Proxy
 from torch.fx.proxy import GraphAppendingTracer
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, join
@@ -113,17 +114,35 @@ def add_product(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return torch.baddbmm(weight, left.to(weight.dtype), right.to(weight.dtype))
 
 
+def parametrized(module: nn.Module) -> list[str]:
+    """Names of the parameters in whose place ``torch.nn.utils.parametrize`` computes a value when they are read."""
+    if not is_parametrized(module):
+        return []
+    every: Any = module.parametrizations
+    return [leaf for leaf, steps in every.items() if next(steps.parameters(recurse=False), None) is not None]
+
+
+def parameter_value(module: nn.Module, leaf: str) -> Tensor | None:
+    """What a forward reads as its module's parameter: that, or what a parametrization computes; or ``None``."""
+    if leaf in parametrized(module):
+        computed: Tensor = getattr(module, leaf)
+        return computed.detach()
+    return module._parameters.get(leaf)
+
+
 def parameter_kind(module: nn.Module, leaf: str) -> ParameterKind:
     """The kind of a module's own parameter; a module with ``is_transposed`` stores ``[experts, in, out]``.
+
+    An update is added to what a parametrization computes, as in PEFT.
 
     Raises:
         PassError: it is no plain floating-point matrix or stack of matrices.
     """
-    parameter = module._parameters.get(leaf)
+    parameter = parameter_value(module, leaf)
     if parameter is None:
         raise PassError(f"{base_class(module).__name__} has no parameter {leaf!r} of its own")
     shape = tuple(parameter.shape)
-    if type(parameter) is not nn.Parameter or parameter.dtype not in FLOATS or len(shape) not in (2, 3):
+    if type(parameter) not in (nn.Parameter, Tensor) or parameter.dtype not in FLOATS or len(shape) not in (2, 3):
         found = f"{type(parameter).__name__} of {str(parameter.dtype).removeprefix('torch.')} {list(shape)}"
         raise PassError(f"expected a floating-point parameter [out, in] or [experts, out, in], found a {found}")
     if len(shape) == 2:
@@ -247,7 +266,7 @@ def read_module(
         kinds = {leaf: parameter_kind(module, leaf) for leaf in rewrites}
         key = tuple((leaf, kinds[leaf], *(r.signature() for r in own)) for leaf, own in rewrites.items())
         if key not in _sources or dump is not None:
-            given = {leaf: (kinds[leaf], module._parameters[leaf], own) for leaf, own in rewrites.items()}
+            given = {leaf: (kinds[leaf], parameter_value(module, leaf), own) for leaf, own in rewrites.items()}
             _sources[key] = graph_source(Pipeline([ReadPass(given)], dump=dump)(read_graph()).graph)  # type: ignore[arg-type]
     except PassError as error:
         raise PassError(f"{name}: {error}") from None

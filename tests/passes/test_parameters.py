@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from fxpeft.passes import ParameterKind, PassError, Pipeline, ReadPass, Rewrite, graph_text
 from fxpeft.passes.live import base_class, generated_source, unbind
-from fxpeft.passes.parameters import Reading, add_product, parameter_kind, read_graph, read_module
+from fxpeft.passes.parameters import Reading, add_product, parameter_kind, parametrized, read_graph, read_module
 
 
 class Experts(nn.Module):
@@ -62,7 +62,7 @@ def times(kind: ParameterKind, weight: Tensor, *, factor: Tensor) -> Tensor:
     return weight * factor
 
 
-def hold(experts: Experts, **operands: Tensor) -> None:
+def hold(experts: nn.Module, **operands: Tensor) -> None:
     """Make operands reachable at ``adapters.<name>``."""
     place = nn.Module()
     for name, value in operands.items():
@@ -228,5 +228,22 @@ def test_what_it_refuses() -> None:
 def test_kinds_that_take_no_update(make: Any, found: str) -> None:
     with pytest.raises(PassError, match=rf"expected a floating-point parameter .* found a {found}"):
         parameter_kind(make(), "weight")
-    with pytest.raises(PassError, match="no parameter 'weight' of its own"):
-        parameter_kind(weight_norm(nn.Linear(2, 3)), "weight")
+    with pytest.raises(PassError, match="no parameter 'scale' of its own"):
+        parameter_kind(make(), "scale")
+
+
+def test_what_a_parametrization_computes_is_updated() -> None:
+    """PEFT takes it too: before, it was refused as no parameter."""
+    torch.manual_seed(0)
+    linear = weight_norm(nn.Linear(2, 3))
+    assert parametrized(linear) == ["weight"]
+    assert parameter_kind(linear, "weight") == ParameterKind(2, 3, "weight")
+    x, by = torch.randn(4, 2), torch.randn(3, 2)
+    wanted = x @ (linear.weight + by).t() + linear.bias
+    hold(linear, by=by)
+    own = type(linear)
+    read_module(linear, {"weight": [Rewrite("plus", lambda kind, weight, *, by: weight + by, {"by": by})]}, name="l")
+    torch.testing.assert_close(linear(x), wanted)
+    unbind(linear)
+    assert type(linear) is own
+    assert parametrized(nn.Linear(2, 3)) == []
