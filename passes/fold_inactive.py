@@ -90,6 +90,9 @@ def _simplify(node: Node, values: Mapping[Node, int]) -> tuple[int | None, Node 
         return (1 if a == b == 1 else None), first if b == 1 else second if a == 1 else None
     if node.target in (operator.add, torch.add) and not node.kwargs:
         return (0 if a == b == 0 else None), first if b == 0 else second if a == 0 else None
+    if node.target is torch.where and len(node.args) == 3 and node.args[1] == 0:
+        kept = node_of(node.args[2])
+        return (0 if kept is not None and values.get(kept) == 0 else None), None
     if node.target is torch.baddbmm and not node.kwargs:
         factors = {values.get(n) for arg in node.args[1:3] if (n := node_of(arg)) is not None}
         return None, first if 0 in factors else None

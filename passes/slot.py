@@ -168,7 +168,9 @@ def slot(
     if rank is not None:
         r = rank.carrier.size(0)
         a, b, d = a.narrow(0, 0, r), b.narrow(0, 0, r), d.narrow(0, 0, r)
-    out = y + kind.expand_rows(kind.scale(kind.reduce(x, a), d), b)
+    h = kind.scale(kind.reduce(x, a), d)
+    # a rank that is off adds nothing to any input, and 0 * inf were NaN: chosen, not multiplied away
+    out = y + kind.expand_rows(torch.where(kind.per_output(d) == 0, 0, h), b)
     if g_out is not None:
         out = out * kind.per_output(g_out)
     if shift is not None:
