@@ -18,7 +18,7 @@ from fxpeft.inplace import exchange
 from fxpeft.methods import method_of
 from fxpeft.methods.base import Base, SiteAdapter
 from fxpeft.methods.prompts import PromptMethod
-from fxpeft.passes.base import PassError, attribute
+from fxpeft.passes.base import PassError, attribute, submodule
 from fxpeft.passes.live import unbind
 from fxpeft.penalty import unwatch_loss, watch_loss
 from fxpeft.plain import has_to_be_plain
@@ -258,7 +258,7 @@ def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Valu
     method, config = method_of(plan.config), plan.config
     values = Values()
     for path in plan.saved:
-        state = base_values(model.get_submodule(path))
+        state = base_values(submodule(model, path))
         values.saved[path] = {key: tensor.detach().clone() for key, tensor in state.items()}
     for path in (*plan.tensors, *plan.weights):
         values.tensors[path] = base_value(model, path).detach().clone()
@@ -287,11 +287,11 @@ def placed(model: nn.Module, values: Values, *, autocast: bool) -> Values:
         device, _ = placement(module, model, autocast, leaf)
         out.sites[site] = {key: _cast(value, device, autocast) for key, value in parameters.items()}
     for path, parts in values.saved.items():
-        module = model.get_submodule(path)
+        module = submodule(model, path)
         own = base_state(module)
         out.saved[path] = {key: _beside(value, own[key], module) for key, value in parts.items()}
     for path, value in values.tensors.items():
-        out.tensors[path] = _beside(value, attribute(model, path), model.get_submodule(path.rpartition(".")[0]))
+        out.tensors[path] = _beside(value, attribute(model, path), submodule(model, path.rpartition(".")[0]))
     return out
 
 

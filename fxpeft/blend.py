@@ -14,6 +14,7 @@ from fxpeft.adapters import check_name
 from fxpeft.derived import add_lora, brought, factorise, in_order, refactorise
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
+from fxpeft.passes.base import submodule
 from fxpeft.passes.kinds import Conv, Kind
 from fxpeft.passes.product import why_no_delta
 from fxpeft.state import Adapter, state_of, unwrap
@@ -192,7 +193,7 @@ def _check_sites(model: nn.Module, shares: dict[str, list[_Share]], rule: str, w
         if rule != "cat" and not whole and len(set(ranks.values())) > 1:
             problems.append(f"{site}: {rule} needs equal ranks, found {ranks}; use cat or an svd type")
         if whole and isinstance(each[0].kind, Conv) and each[0].kind.groups > 1:
-            why = why_no_delta(each[0].kind, model.get_submodule(site))
+            why = why_no_delta(each[0].kind, submodule(model, site))
             problems.append(f"{site}: {why}; use cat or linear")
     if problems:
         raise AdapterError(f"these adapters can't be blended so; nothing was changed.\n{listing(problems)}")

@@ -21,7 +21,7 @@ from fxpeft.errors import AdapterError, CheckpointError, listing
 from fxpeft.fingerprint import KEY, fingerprint
 from fxpeft.methods import config_class, method_of
 from fxpeft.methods.base import Base, Method
-from fxpeft.passes.base import PassError, attribute
+from fxpeft.passes.base import PassError, attribute, submodule
 from fxpeft.sites import AdapterPlan, base_state
 from fxpeft.state import Adapter, Values
 
@@ -291,7 +291,7 @@ def assign(
         taken = {n: take(_short(method.key(site, site_plan, n), method.prefix), s) for n, s in shapes.items()}
         values.sites[site] = {n: t for n, t in taken.items() if t is not None}
     for path in plan.saved:
-        own = base_state(model.get_submodule(path))
+        own = base_state(submodule(model, path))
         taken = {k: take(f"{path}.{k}", v.shape) for k, v in own.items()}
         values.saved[path] = {k: t for k, t in taken.items() if t is not None}
     for path in plan.tensors:
@@ -331,7 +331,7 @@ def _restore(model: nn.Module, plan: AdapterPlan, values: Values, source: str) -
     for path in plan.weights:
         values.tensors[path] = attribute(model, path).detach().clone()
     for site, site_plan in plan.sites.items():
-        base = Base(model.get_submodule(site), values.own(site))
+        base = Base(submodule(model, site), values.own(site))
         shapes = {n: s for n, s in method.shapes(config, site_plan).items() if n in method.frozen(config)}
         device = attribute(base.module, "weight").device if shapes else None
         values.sites[site] |= {n: torch.empty(shape, device=device) for n, shape in shapes.items()}

@@ -14,7 +14,7 @@ from fxpeft.errors import AdapterError, listing
 from fxpeft.inplace import accumulator, fold_weight
 from fxpeft.methods import method_of
 from fxpeft.methods.base import Base, SitePlan, SlotValues
-from fxpeft.passes.base import PassError
+from fxpeft.passes.base import PassError, submodule
 from fxpeft.passes.kinds import Conv
 from fxpeft.passes.live import base_weight
 from fxpeft.passes.product import why_no_delta
@@ -59,7 +59,7 @@ def convert(
     errors: dict[str, float] = {}
     problems: list[str] = []
     for site in in_order(model, [adapter]):
-        module = model.get_submodule(site)
+        module = submodule(model, site)
         plan = adapter.plan.sites[site].scaled(adapter.strength)
         own = current.own(site)
         dtype = next(iter(current.sites[site].values())).dtype

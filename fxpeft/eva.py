@@ -24,6 +24,7 @@ from fxpeft.errors import AdapterError, listing
 from fxpeft.methods.base import SitePlan
 from fxpeft.methods.inits import EvaConfig
 from fxpeft.methods.lora import LoraConfig
+from fxpeft.passes.base import submodule
 from fxpeft.passes.names import pattern_value
 from fxpeft.sites import make_plan
 from fxpeft.state import Adapter, state_of, unwrap
@@ -155,7 +156,7 @@ class _Run:
             return see
 
         hooks = [
-            self.model.get_submodule(site).register_forward_pre_hook(hook(take), with_kwargs=True)
+            submodule(self.model, site).register_forward_pre_hook(hook(take), with_kwargs=True)
             for site, take in sites.items()
         ]
         try:

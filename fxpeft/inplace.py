@@ -40,7 +40,7 @@ class Folded:
         name_of = first_name(model) if self.steps else str
         for site, steps in self.steps.items():
             module, product, path = product_at(model, site)
-            stored = getattr(module, product.weight).detach()
+            stored = attribute(module, product.weight).detach()
             weight = product.view(accumulator(stored))
             for values in reversed(steps):
                 weight = unfold_weight(product.kind, weight, values)

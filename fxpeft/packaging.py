@@ -23,7 +23,7 @@ from fxpeft.exported import USER
 from fxpeft.fingerprint import fingerprint
 from fxpeft.methods import slot_needs
 from fxpeft.methods.lora import LoraConfig
-from fxpeft.passes.base import PassError
+from fxpeft.passes.base import PassError, submodule
 from fxpeft.passes.live import base_weight, kind_of
 from fxpeft.passes.slot import LEAST
 from fxpeft.programs import Slots, rewrite
@@ -144,7 +144,7 @@ def _weights(model: nn.Module, sites: Collection[str]) -> dict[str, Tensor]:
     """What the sites' gains are computed from: each weight, ``[out, in, ...]``, and bias."""
     tensors = {}
     for site in sites:
-        module = model.get_submodule(site)
+        module = submodule(model, site)
         try:
             tensors[f"{site}.weight"] = base_weight(module).cpu().clone(memory_format=torch.contiguous_format)
         except PassError as error:

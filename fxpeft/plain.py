@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fxpeft.errors import AdapterError
 from fxpeft.methods import inits
 from fxpeft.methods.lora import LoraConfig
-from fxpeft.passes.base import PassError, attribute
+from fxpeft.passes.base import PassError, attribute, submodule
 from fxpeft.passes.live import base_weight
 from fxpeft.state import Adapter
 
@@ -24,7 +24,7 @@ def has_to_be_plain(model: nn.Module, adapter: Adapter) -> bool:
     config = adapter.config
     if not isinstance(config, LoraConfig) or not inits.starts_from_base(config.init_lora_weights):
         return False
-    sites = [model.get_submodule(s) for s, parts in adapter.values.sites.items() if "lora_A0" in parts]
+    sites = [submodule(model, s) for s, parts in adapter.values.sites.items() if "lora_A0" in parts]
     random = inits.iterations(config.init_lora_weights) is not None
     return (random and bool(sites)) or (config.init_lora_weights == "olora" and any(map(_flipped, sites)))
 

@@ -19,7 +19,7 @@ from fxpeft.errors import AdapterError
 from fxpeft.lock import guard_forwards, unguard_forwards
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.lora import LoraConfig
-from fxpeft.passes.base import PassError
+from fxpeft.passes.base import PassError, submodule
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
 from fxpeft.passes.parameters import read_module, slot_rewrite
 from fxpeft.passes.slot import LEAST, ActiveRank, Slot
@@ -292,7 +292,7 @@ def plan_for(model: nn.Module, serving: Serving, config: AdapterConfig) -> Adapt
 
 def _bind_slots(model: nn.Module, serving: Serving) -> None:
     if serving.prompts is not None:
-        host = model.get_submodule(serving.prompts.site)
+        host = submodule(model, serving.prompts.site)
         unbind(host)
         host.add_module("slot", serving.prompts)
     redirects: dict[str, dict[str, tuple[str, Tensor]]] = {}
@@ -300,7 +300,7 @@ def _bind_slots(model: nn.Module, serving: Serving) -> None:
         site, _, leaf = path.rpartition(".")
         redirects.setdefault(site, {})[leaf] = (leaf, base_value(model, path).detach().clone())
     for path in serving.saved:
-        module = model.get_submodule(path)
+        module = submodule(model, path)
         unbind(module)
         copied = bare_copy(module)
         copied.load_state_dict({k: v.detach().clone() for k, v in base_values(module).items()}, assign=True)
@@ -311,7 +311,7 @@ def _bind_slots(model: nn.Module, serving: Serving) -> None:
         replace_module(module, "slot.module")
     _bind_parameters(model, serving)
     for site in dict.fromkeys((*(s for s, kind in serving.kinds.items() if not kind.leaf), *redirects)):
-        module = model.get_submodule(site)
+        module = submodule(model, site)
         unbind(module)
         rewrites, place = [], Container()
         if site in serving.kinds:
@@ -334,7 +334,7 @@ def _bind_parameters(model: nn.Module, serving: Serving) -> None:
         if kind.leaf:
             hosts.setdefault(kind.host(site), []).append(site)
     for name, sites in hosts.items():
-        module, place, rewrites = model.get_submodule(name), Container(), {}
+        module, place, rewrites = submodule(model, name), Container(), {}
         unbind(module)
         for site in sites:
             kind = serving.kinds[site]
@@ -359,7 +359,7 @@ def _transient(module: nn.Module) -> nn.Module:
 
 def _unbind_slots(model: nn.Module, serving: Serving) -> None:
     for name in serving.hosts():
-        module = model.get_submodule(name)
+        module = submodule(model, name)
         unbind(module)
         module._modules.pop("slot", None)
     if serving.prompts is not None:

@@ -20,8 +20,8 @@ from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SitePlan
 from fxpeft.methods.prompts import PromptMethod
-from fxpeft.passes.base import PassError, join
-from fxpeft.passes.live import Container, kind_of
+from fxpeft.passes.base import PassError, join, submodule
+from fxpeft.passes.live import Container, base_class, kind_of
 from fxpeft.passes.parameters import parametrized
 from fxpeft.passes.terms import Pattern
 from fxpeft.target_parameters import parameter_sites
@@ -36,7 +36,8 @@ class AdapterPlan:
 
     Args:
         sites: site name -> rank, scaling and kind there.
-        saved: modules that the adapter brings whole (``modules_to_save``).
+        saved: modules that the adapter brings whole (``modules_to_save``); in the place of a list of modules,
+            those that are in it.
         tensors: single parameters that it brings (``bias``): dotted names in the base model.
         weights: the same, of weights that follow from the base's and are in no checkpoint.
     """
@@ -88,17 +89,17 @@ def base_values(module: nn.Module) -> dict[str, Tensor]:
 def base_value(model: nn.Module, path: str) -> Tensor:
     """One parameter of the base, fetched as by :func:`base_values`."""
     owner, _, leaf = path.rpartition(".")
-    return base_values(model.get_submodule(owner))[leaf]
+    return base_values(submodule(model, owner))[leaf]
 
 
 def site_module(model: nn.Module, site: str) -> tuple[nn.Module, str]:
     """A site's module and, where the site is a parameter of it, the parameter's name there, else ``""``."""
     owner, _, leaf = site.rpartition(".")
     if leaf:
-        module = model.get_submodule(owner)
+        module = submodule(model, owner)
         if leaf in module._parameters or leaf in parametrized(module):
             return module, leaf
-    return model.get_submodule(site), ""
+    return submodule(model, site), ""
 
 
 def make_plan(
@@ -202,8 +203,32 @@ def _saved(modules: dict[str, nn.Module], config: AdapterConfig) -> list[str]:
     missing = [w for w in wanted if w not in heads and not any(n.endswith(w) for n in found)]
     if missing:
         raise AdapterError(f"modules_to_save: no module of the model is named\n{listing(missing)}")
-    inner = [n for n in found if any(n.startswith(f"{other}.") for other in found)]
-    return [n for n in found if n not in inner]
+    found = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
+    lists = {n: _parts(n, modules) for n in found if isinstance(modules[n], nn.ModuleList | nn.ModuleDict)}
+    if lists:  # PEFT takes no module without a forward, but the items of such a list by their names
+        kept = [w for w in wanted if any(n.endswith(w) and n not in lists for n in found) or w in heads]
+        config.modules_to_save = [*kept, *(part for parts in lists.values() for part in parts)]
+    return [part for n in found for part in _parts(n, modules)]
+
+
+def _parts(name: str, modules: dict[str, nn.Module]) -> list[str]:
+    """The modules that an adapter's copies stand beside: a list of modules has no place for them, but its items have.
+
+    Raises:
+        AdapterError: the list has parameters of its own too.
+    """
+    module = modules[name]
+    if not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return [name]
+    own = [k for k, v in (*module._parameters.items(), *module._buffers.items()) if v is not None]
+    items = [n for n, child in modules.items() if child in module._modules.values()]
+    if own:
+        raise AdapterError(
+            f"modules_to_save: {name} is a {base_class(module).__name__} with {', '.join(own)} of its own, beside "
+            "which an adapter's copy would be one more item of the list; name what is to be trained in it:\n"
+            f"{listing(items)}"
+        )
+    return [part for item in items for part in _parts(item, modules) if base_state(modules[part])]
 
 
 def _bias_names(modules: dict[str, nn.Module], mode: str, sites: dict[str, SitePlan], saved: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SiteAdapter, SlotValues
-from fxpeft.passes.base import attribute, join
+from fxpeft.passes.base import attribute, join, submodule
 from fxpeft.passes.copies import Copies
 from fxpeft.passes.feed import Feed
 from fxpeft.passes.inject import Rewrite
@@ -220,7 +220,7 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def hosts(model: nn.Module, adapters: Iterable[Adapter]) -> dict[str, nn.Module]:
     """Every module that the adapters touch, by name."""
     names = {name for adapter in adapters for name in adapter.hosts()}
-    return {name: model.get_submodule(name) for name in names}
+    return {name: submodule(model, name) for name in names}
 
 
 def attach(model: nn.Module, adapter: Adapter) -> None:
@@ -242,7 +242,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
         adapter.parts[name] = part.train(module.training)
         if "adapters" not in module._modules:
             module.add_module("adapters", Container())
-        module.get_submodule("adapters").add_module(adapter.name, part)
+        submodule(module, "adapters").add_module(adapter.name, part)
     for path, tensor in values.tensors.items():
         owner, _, leaf = path.rpartition(".")
         if leaf == "bias":

@@ -14,7 +14,7 @@ from fxpeft.errors import AdapterError, listing
 from fxpeft.lock import SwapLock
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.base import Base, SlotValues
-from fxpeft.passes.base import PassError, attribute, join
+from fxpeft.passes.base import PassError, attribute, join, submodule
 from fxpeft.passes.copies import Copies
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.slot import FEATURES, LEAST, ActiveRank, Slot
@@ -266,7 +266,7 @@ def _show_copies(model: nn.Module, serving: Serving, adapters: list[Adapter]) ->
     for path, copy in serving.copies.items():
         owner = next((a.values for a in adapters if path in a.values.saved), None)
         if path not in serving.holds or serving.holds[path] is not owner:
-            own = base_values(model.get_submodule(path)) if owner is None else owner.saved[path]
+            own = base_values(submodule(model, path)) if owner is None else owner.saved[path]
             for key, tensor in own.items():
                 attribute(copy, key).copy_(tensor.detach())
             serving.holds[path] = owner

@@ -75,10 +75,29 @@ class GraphPass(PassBase):
 
 
 def attribute(root: torch.nn.Module, path: str) -> Any:
-    """The object at a dotted path below ``root``; ``AttributeError`` names the missing part."""
+    """The object at a dotted path below ``root``; ``AttributeError`` names the missing part.
+
+    A module's own parameters, buffers and children come first: those of a module that another one answers for
+    are hidden behind attributes that give the other's (see ``replace_module``).
+    """
     found: Any = root
     for atom in path.split(".") if path else ():
-        found = getattr(found, atom)
+        own = vars(found) if isinstance(found, torch.nn.Module) else {}
+        held = (own.get(registry, {}).get(atom) for registry in ("_modules", "_parameters", "_buffers"))
+        value = next((value for value in held if value is not None), None)
+        found = getattr(found, atom) if value is None else value
+    return found
+
+
+def submodule(root: torch.nn.Module, path: str) -> torch.nn.Module:
+    """The module at a dotted path below ``root``, its own and not one that answers for it.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    found = attribute(root, path)
+    if not isinstance(found, torch.nn.Module):
+        raise AttributeError(f"{path} is a {type(found).__name__}, no module")
     return found
 
 

@@ -85,7 +85,7 @@ def check_stored(module: nn.Module, leaf: str) -> None:
     """Refuse a tensor of a module that can't be written to: computed, quantised, offloaded."""
     name = base_class(module).__name__
     tensor = {**module._parameters, **module._buffers}.get(leaf)
-    if tensor is None or getattr(module, leaf) is not tensor:
+    if tensor is None or hasattr(base_class(module), leaf):
         raise PassError(f"{name}.{leaf} is not stored but computed when it is read; remove its parametrization first")
     if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_floating_point() or tensor.layout != torch.strided:
         found = f"{type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft.config import AdapterConfig
-from fxpeft.passes.base import attribute, join
+from fxpeft.passes.base import attribute, join, submodule
 from fxpeft.passes.feed import Feed
 from fxpeft.passes.inject import Rewrite
 from fxpeft.passes.kinds import Kind
@@ -129,7 +129,7 @@ class Base:
     @property
     def module(self) -> nn.Module:
         """The site's module."""
-        return self.root.get_submodule(self.path)
+        return submodule(self.root, self.path)
 
     def weight(self) -> Tensor:
         """``[out, in, ...]`` in float32, however it is stored.
@@ -152,7 +152,7 @@ class Base:
 
     def bias(self) -> Tensor | None:
         """``[out]`` in float32, or ``None``."""
-        bias = self.own.get("bias", getattr(self.module, "bias", None))
+        bias = self.own.get("bias", attribute(self.module, "bias") if hasattr(self.module, "bias") else None)
         return bias.detach().float() if isinstance(bias, Tensor) else None
 
 
