@@ -28,6 +28,8 @@ if _TYPE_CHECKING:
     from fxpeft.errors import AdapterError, CheckpointError
     from fxpeft.eva import initialize_eva
     from fxpeft.folding import fold, folded_adapters, merge_and_unload, refold, unfold
+    from fxpeft.inferred import infer_config
+    from fxpeft.injection import inject, load_adapter_state_dict
     from fxpeft.integrations.transformers import install, uninstall
     from fxpeft.methods import register
     from fxpeft.methods.adalora import AdaLoraConfig
@@ -81,9 +83,12 @@ __all__ = [
     "folded_adapters",
     "hold",
     "hotswap",
+    "infer_config",
     "initialize_eva",
+    "inject",
     "install",
     "load_adapter",
+    "load_adapter_state_dict",
     "merge_and_unload",
     "open_package",
     "package",
@@ -119,7 +124,9 @@ _MODULES = {
     "IA3Config": "fxpeft.methods.ia3",
     "LoftQConfig": "fxpeft.methods.inits",
     "LoraConfig": "fxpeft.methods.lora",
+    "infer_config": "fxpeft.inferred",
     "initialize_eva": "fxpeft.eva",
+    **dict.fromkeys(("inject", "load_adapter_state_dict"), "fxpeft.injection"),
     "add_weighted_adapter": "fxpeft.blend",
     "convert": "fxpeft.conversion",
     "pattern": "fxpeft.passes.patterns",

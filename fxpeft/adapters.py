@@ -37,6 +37,7 @@ from fxpeft.state import (
     home,
     hosts,
     is_prepared,
+    only_active,
     placement,
     rebind,
     set_trainable,
@@ -124,7 +125,7 @@ def save_adapter(
         AdapterError: no such adapter, or it is no plain LoRA of the base.
     """
     state = state_of(model)
-    adapter = state.get(name if name is not None else _only_active(state))
+    adapter = state.get(name if name is not None else only_active(state))
     if plain or (plain is None and has_to_be_plain(unwrap(model), adapter)):
         adapter = as_plain(adapter)
     checkpoint.write(path, unwrap(model), adapter)
@@ -133,7 +134,7 @@ def save_adapter(
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """An adapter's tensors under PEFT's checkpoint keys; they share memory with the adapter."""
     state = state_of(model)
-    return checkpoint.to_tensors(state.get(name if name is not None else _only_active(state)))
+    return checkpoint.to_tensors(state.get(name if name is not None else only_active(state)))
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
@@ -161,7 +162,7 @@ def active_adapters(model: nn.Module) -> list[str]:
 def adapter_config(model: nn.Module, name: str | None = None) -> AdapterConfig:
     """A copy of an adapter's config, the active one's by default; after a hotswap, the new one's."""
     state = state_of(model)
-    return copy.deepcopy(state.get(name if name is not None else _only_active(state)).config)
+    return copy.deepcopy(state.get(name if name is not None else only_active(state)).config)
 
 
 def enable_adapters(model: nn.Module) -> None:
@@ -365,16 +366,12 @@ def _set_enabled(model: nn.Module, enabled: bool) -> None:
         switch(model, state, state.active, enabled)
 
 
-def _only_active(state: ModelState) -> str:
-    if len(state.active) != 1:
-        raise AdapterError(f"{len(state.active)} adapters are active; say which one: {', '.join(state.adapters)}")
-    return state.active[0]
-
-
 def _beside(value: Tensor, own: Tensor, module: nn.Module) -> Tensor:
     return value.to(device=home(own, module), dtype=own.dtype, copy=True)
 
 
 def _cast(value: Tensor, device: torch.device, autocast: bool) -> Tensor:
     half = value.dtype in (torch.float16, torch.bfloat16)
+    if device.type == "meta":  # the base has no memory yet, and the values would be lost there
+        device = value.device
     return value.to(device=device, dtype=torch.float32 if autocast and half else value.dtype, copy=True)

@@ -190,6 +190,13 @@ def state_of(model: nn.Module) -> ModelState:
     return state
 
 
+def only_active(state: ModelState) -> str:
+    """The active adapter's name; ``AdapterError`` where there are several or none."""
+    if len(state.active) != 1:
+        raise AdapterError(f"{len(state.active)} adapters are active; say which one: {', '.join(state.adapters)}")
+    return state.active[0]
+
+
 def ensure_state(model: nn.Module) -> ModelState:
     """The model's state, made where missing; then the base's parameters are frozen."""
     if STATE not in vars(model):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from fxpeft import adapters, serving
+from fxpeft.injection import overwrite
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SiteAdapter
 from fxpeft.passes.slot import LEAST
@@ -131,18 +131,6 @@ def swap(model: PreTrainedModel, new: Adapter) -> None:
         set_trainable(state)
     else:
         adapters.replace_attached(model, state, new)
-
-
-def overwrite(adapter: Adapter, values: Values) -> None:
-    """Copy values into an adapter's parameters, which an optimiser or a compiled graph may hold."""
-    own = adapter.current()
-    with torch.no_grad():
-        for mine, theirs in ((own.sites, values.sites), (own.saved, values.saved)):
-            for path, parts in mine.items():
-                for key, tensor in parts.items():
-                    tensor.copy_(theirs[path][key])
-        for path, tensor in own.tensors.items():
-            tensor.copy_(values.tensors[path])
 
 
 def _same_places(old: Adapter, new: Adapter) -> bool:

@@ -15,8 +15,9 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.import_utils import is_peft_available
 
 from fxpeft import adapters, checkpoint
+from fxpeft.injection import overwrite
 from fxpeft.integrations.model_methods import only_active
-from fxpeft.integrations.model_state import adapters_of, logger, overwrite
+from fxpeft.integrations.model_state import adapters_of, logger
 from fxpeft.integrations.saving import ENCODER, encoder_of
 from fxpeft.methods import method_of
 from fxpeft.methods.prompts import PromptMethod
