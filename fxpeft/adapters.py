@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from fxpeft import checkpoint, serving
 from fxpeft.adapter_name import check_adapter_name
 from fxpeft.config import AdapterConfig
-from fxpeft.errors import AdapterError
+from fxpeft.errors import AdapterError, listing
+from fxpeft.experts import converted
 from fxpeft.inplace import exchange
+from fxpeft.layouts import in_layout_of
 from fxpeft.methods import method_of
 from fxpeft.methods.base import Base, SiteAdapter
 from fxpeft.methods.prompts import PromptMethod
@@ -63,7 +66,7 @@ def add_adapter(
     """
     model = unwrap(model)
     check_name(model, name)
-    plan = make_plan(model, config)
+    plan = make_plan(model, converted(model, config))
     install_adapter(model, Adapter(name, plan, fresh_values(model, plan, autocast=autocast_adapter_dtype)))
 
 
@@ -76,6 +79,8 @@ def load_adapter(
     autocast_adapter_dtype: bool = True,
     allow_pickle: bool = False,
     check_finite: bool = False,
+    key_mapping: Mapping[str, str] | None = None,
+    ignore_mismatched_sizes: bool = False,
     revision: str | None = None,
     subfolder: str | None = None,
     token: str | bool | None = None,
@@ -89,6 +94,10 @@ def load_adapter(
         allow_pickle: read ``adapter_model.bin``. Unpickling runs code from the file: only for
             files that you trust.
         check_finite: refuse NaN and infinity.
+        key_mapping: for files whose modules had other names than Transformers' table knows: regular expression ->
+            replacement, in keys without the prefix ``base_model.model.``.
+        ignore_mismatched_sizes: give places for which the file has a tensor of another shape the values of a
+            fresh adapter, or the base's, with a warning that names them.
         revision, subfolder, token, local_files_only: as in ``huggingface_hub``.
 
     Raises:
@@ -102,9 +111,17 @@ def load_adapter(
         local_files_only=local_files_only,
     )  # fmt: skip
     found.config.inference_mode = not trainable
+    found = in_layout_of(model, found, key_mapping=key_mapping)
     plan = make_plan(model, found.config, heads=False)
-    values = checkpoint.assign(model, plan, found, check_finite=check_finite)
+    misfit = checkpoint.Misfit() if ignore_mismatched_sizes else None
+    values = checkpoint.assign(model, plan, found, check_finite=check_finite, misfit=misfit)
     autocast = autocast_adapter_dtype and not is_prepared(model)  # slots have the base's dtype: nothing to gain
+    if misfit is not None and (misfit.missing or misfit.unexpected):
+        checkpoint.assign(model, plan, found)  # whose error names them
+    if misfit is not None and misfit.mismatched:
+        complete(values, fresh_values(model, plan, autocast=autocast))
+        lines = (f"{key}: expected {list(own)}, found {list(theirs)}" for key, theirs, own in misfit.mismatched)
+        warnings.warn(f"{source}: tensors of other shapes were left out:\n{listing(lines)}", stacklevel=2)
     install_adapter(model, Adapter(name, plan, placed(model, values, autocast=autocast)))
 
 
@@ -278,6 +295,14 @@ def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Valu
             raise AdapterError(f"{site}: the base's weight gives no first values: {error}") from None
         values.sites[site] = parameters
     return values
+
+
+def complete(values: Values, fresh: Values) -> None:
+    """Fill the places that a checkpoint left empty with a fresh adapter's values."""
+    for own, first in ((values.sites, fresh.sites), (values.saved, fresh.saved)):
+        for path, parts in first.items():
+            own[path] = {key: own.get(path, {}).get(key, value) for key, value in parts.items()}
+    values.tensors = {**fresh.tensors, **values.tensors}
 
 
 def placed(model: nn.Module, values: Values, *, autocast: bool) -> Values:

@@ -300,7 +300,7 @@ def assign(
         tensor = take(wrapped if wrapped in left else path, attribute(model, path).shape)
         if tensor is not None:
             values.tensors[path] = tensor
-    _base_weights(model, plan, left, values, wrong)
+    _base_weights(model, plan, left, values, wrong, misfit)
     if misfit is not None:
         misfit.missing, misfit.unexpected = missing, list(left)
         missing, left = [], {}
@@ -344,7 +344,12 @@ def _restore(model: nn.Module, plan: AdapterPlan, values: Values, source: str) -
 
 
 def _base_weights(
-    model: nn.Module, plan: AdapterPlan, left: dict[str, Tensor], values: Values, wrong: list[str]
+    model: nn.Module,
+    plan: AdapterPlan,
+    left: dict[str, Tensor],
+    values: Values,
+    wrong: list[str],
+    misfit: Misfit | None,
 ) -> None:
     """Base weights in the file: PEFT saves embeddings too where they are targets or were resized.
 
@@ -359,7 +364,9 @@ def _base_weights(
         except AttributeError:
             continue
         tensor = left.pop(key)
-        if own.shape != tensor.shape:
+        if own.shape != tensor.shape and misfit is not None:
+            misfit.mismatched.append((key, tuple(tensor.shape), tuple(own.shape)))
+        elif own.shape != tensor.shape:
             wrong.append(
                 f"{key}: expected {list(own.shape)}, found {list(tensor.shape)}; if the vocabulary was changed in "
                 "training, call resize_token_embeddings first"

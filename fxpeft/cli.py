@@ -176,6 +176,7 @@ def check(
 
     from fxpeft.checkpoint import assign, read
     from fxpeft.empty_model import empty_model
+    from fxpeft.layouts import in_layout_of
     from fxpeft.methods import method_of, slot_needs
     from fxpeft.sites import make_plan
     from fxpeft.state import Adapter, state_of
@@ -184,6 +185,7 @@ def check(
     found, bare = read(adapter), empty_model(model)
     answer: dict[str, Any] = {"loads": False, "swaps": False, "why_not": None, "sites": 0}
     try:
+        found = in_layout_of(bare, found)
         made = make_plan(bare, found.config, heads=False)
         values = assign(bare, made, found, check_finite=True)
         answer.update(loads=True, sites=len(made.sites))

@@ -16,6 +16,8 @@ from fxpeft import checkpoint, prompts_serving
 from fxpeft.adapter_name import check_adapter_name
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
+from fxpeft.experts import converted
+from fxpeft.layouts import in_layout_of
 from fxpeft.lock import guard_forwards, unguard_forwards
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.lora import LoraConfig
@@ -161,7 +163,7 @@ def _declare(
             target_modules=[s for s, kind in kinds.items() if not kind.leaf] if targets is None else targets,
             target_parameters=parameters,
         )  # fmt: skip
-        declared = make_plan(model, wanted, heads=False)
+        declared = make_plan(model, converted(model, wanted), heads=False)
         kinds.update({site: plan.kind for site, plan in declared.sites.items()})
         saved.update(declared.saved)
         tensors.update(declared.tensors)
@@ -201,6 +203,7 @@ def hotswap(
     config: AdapterConfig | None = None,
     allow_pickle: bool = False,
     check_finite: bool = False,
+    key_mapping: Mapping[str, str] | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     token: str | bool | None = None,
@@ -216,6 +219,7 @@ def hotswap(
         name: the adapter to replace; the active one by default.
         config: for a state_dict: its config. Default: the replaced adapter's.
         check_finite: refuse NaN and infinity.
+        key_mapping: as in :func:`fxpeft.load_adapter`.
 
     Raises:
         AdapterError: the model is not prepared, or the adapter doesn't fit its slots.
@@ -235,6 +239,7 @@ def hotswap(
             source, allow_pickle=allow_pickle, revision=revision, subfolder=subfolder, token=token,
             local_files_only=local_files_only,
         )  # fmt: skip
+    found = in_layout_of(model, found, key_mapping=key_mapping)
     plan = plan_for(model, serving, found.config)
     values = checkpoint.assign(model, plan, found, check_finite=check_finite)
     replace_adapter(model, state, Adapter(name, plan, values, old.strength), owned=not isinstance(source, Mapping))

@@ -6,35 +6,30 @@ import copy
 import json
 import os
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightTransform
 from transformers.utils.hub import cached_file, resolve_revision
 from transformers.utils.loading_report import LoadStateDictInfo
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from fxpeft import checkpoint
-from fxpeft.adapters import fresh_values, placed
+from fxpeft.adapters import complete, fresh_values, placed
 from fxpeft.checkpoint import Checkpoint
 from fxpeft.config import AdapterConfig
-from fxpeft.errors import AdapterError, CheckpointError
+from fxpeft.errors import AdapterError, CheckpointError, listing
+from fxpeft.layouts import in_layout_of
 from fxpeft.methods import config_class, method_of
-from fxpeft.methods.base import Method
-from fxpeft.passes.terms import Pattern
 from fxpeft.serving import plan_for
 from fxpeft.sites import AdapterPlan, make_plan, site_module
 from fxpeft.state import Values, find_state, placement
 
-# expert projections as checkpoints of transformers 4 name them -> the parameter that holds them since 5
-FUSED = dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj") | dict.fromkeys(
-    ("down_proj", "w2"), "down_proj"
-)
 DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -133,12 +128,23 @@ class Fitted:
     info: LoadStateDictInfo
 
 
-def fit(model: PreTrainedModel, found: Checkpoint, name: str, *, trainable: bool) -> Fitted:
+def fit(
+    model: PreTrainedModel,
+    found: Checkpoint,
+    name: str,
+    *,
+    trainable: bool,
+    conversions: Sequence[WeightTransform] | None = None,
+) -> Fitted:
     """Match an adapter with a model; the model is not touched.
 
     As in Transformers, places that the file doesn't fill or fills with another shape get first
     values, and keys that have no place are left out; the report names all of them. Parameters to be
     trained are float32 where the base is in half precision, others have the base's dtype.
+
+    Args:
+        name: the adapter's, for the report.
+        conversions: the table by which the base's own keys were renamed, with the user's ``key_mapping`` in it.
 
     Raises:
         CheckpointError: nothing of the file fits, or a tensor is damaged.
@@ -147,26 +153,29 @@ def fit(model: PreTrainedModel, found: Checkpoint, name: str, *, trainable: bool
     config = copy.deepcopy(found.config)
     config.inference_mode = not trainable
     check_injectable(config)
-    check_experts(model, config)
+    found = in_layout_of(model, Checkpoint(found.source, config, found.tensors), conversions=conversions)
+    config = found.config
     state = find_state(model)
     slots = None if state is None else state.serving
     plan = make_plan(model, config, heads=False) if slots is None else plan_for(model, slots, config)
     misfit = checkpoint.Misfit()
-    content = Checkpoint(found.source, config, _aligned(model, plan, found.tensors))
-    values = checkpoint.assign(model, plan, content, misfit=misfit)
+    values = checkpoint.assign(model, plan, found, misfit=misfit)
     if not any(values.sites.values()):
         raise CheckpointError(
             f"{found.source}: none of its {len(found.tensors)} tensors belongs to one of the {len(plan.sites)} sites "
             f"that its config selects in {type(model).__name__}; is it an adapter of another base model?"
         )
-    experts = [key for key in misfit.unexpected if ".experts." in key]
-    if experts:
-        raise CheckpointError(
-            f"{found.source}: {len(experts)} of its tensors belong to experts, which {type(model).__name__} holds "
-            f"fused; an adapter on the fused parameter names it in target_parameters. The first is {experts[0]}"
+    if misfit.unexpected:
+        # Transformers' report goes to a log that says they can be ignored: what is missing is a part of the adapter
+        warnings.warn(
+            f"{found.source}: {len(misfit.unexpected)} of its {len(found.tensors)} tensors have no place in "
+            f"{type(model).__name__} under any name that Transformers knows for them, and are left out, so the outputs "
+            f"are not those of the adapter that was trained:\n{listing(misfit.unexpected, 5)}\nIs it an adapter of "
+            "another base model? key_mapping of from_pretrained renames keys",
+            stacklevel=3,
         )
     if misfit.missing or misfit.mismatched:
-        _complete(values, fresh_values(model, plan, autocast=trainable))
+        complete(values, fresh_values(model, plan, autocast=trainable))
     mismatched: Any = {(_named(plan, key, name), *shapes) for key, *shapes in misfit.mismatched}
     info = LoadStateDictInfo(
         missing_keys={_named(plan, key, name) for key in misfit.missing},
@@ -190,41 +199,6 @@ def _named(plan: AdapterPlan, key: str, name: str) -> str:
     return re.sub(r"\.(?:lora|ia3)_[^.]*", lambda match: f"{match[0]}.{name}", key, count=1)
 
 
-def _complete(values: Values, fresh: Values) -> None:
-    for own, first in ((values.sites, fresh.sites), (values.saved, fresh.saved)):
-        for path, parts in first.items():
-            own[path] = {key: own.get(path, {}).get(key, value) for key, value in parts.items()}
-    values.tensors = {**fresh.tensors, **values.tensors}
-
-
-def _aligned(model: PreTrainedModel, plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under this model's names.
-
-    An adapter of a head model fits its body too, and the reverse; one that was trained on an older
-    Transformers is renamed as that version's weights are.
-    """
-    short = {key.removeprefix(Method.prefix): tensor for key, tensor in tensors.items()}
-    prefix = f"{model.base_model_prefix}."
-    sites = tuple(f"{site_plan.kind.host(site)}." for site, site_plan in plan.sites.items())
-    for rename in (
-        lambda key: key,
-        lambda key: key.removeprefix(prefix),
-        lambda key: prefix + key,
-        lambda key: _renamed(model, key),
-    ):
-        renamed = {rename(key): tensor for key, tensor in short.items()}
-        if any(key.startswith(sites) for key in renamed):
-            return renamed
-    return short
-
-
-def _renamed(model: PreTrainedModel, key: str) -> str:
-    for conversion in get_model_conversion_mapping(model):
-        if isinstance(conversion, WeightRenaming):
-            key = conversion.rename_source_key(key)[0]
-    return key
-
-
 def check_injectable(config: AdapterConfig) -> None:
     """Refuse prompt learning, as Transformers does: it is no adapter of a model's modules."""
     if method_of(config).whole:
@@ -232,29 +206,6 @@ def check_injectable(config: AdapterConfig) -> None:
             f"{config.peft_type}: Transformers' adapter methods don't take prompt learning; use fxpeft.add_adapter and "
             "fxpeft.load_adapter"
         )
-
-
-def check_experts(model: PreTrainedModel, config: AdapterConfig) -> None:
-    """Refuse names of expert projections that the model holds fused in one parameter.
-
-    PEFT adapts that parameter then; adapting only the dense modules of the same name would differ
-    from it in silence.
-    """
-    if config.target_modules is None or isinstance(config.target_modules, str | Pattern):
-        return
-    fused: dict[str, str] = {}
-    for name, parameter in model.named_parameters():
-        leaf = name.rpartition(".")[2]
-        if leaf in FUSED.values() and parameter.ndim == 3:
-            fused.setdefault(leaf, name)
-    for target in config.target_modules:
-        place = fused.get(FUSED.get(target.rpartition(".")[2], ""))
-        if place is not None:
-            raise AdapterError(
-                f"target_modules: {target!r} names projections of experts, which {type(model).__name__} holds fused in "
-                f"{place}. To adapt that, name it in target_parameters; here leave the name out, or select dense "
-                "modules with one regular expression"
-            )
 
 
 def split_adapter_kwargs(source: object, kwargs: dict[str, Any]) -> dict[str, Any]:

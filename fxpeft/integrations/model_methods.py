@@ -21,6 +21,7 @@ from fxpeft import adapters, checkpoint
 from fxpeft.adapter_name import check_adapter_name
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
+from fxpeft.experts import converted
 from fxpeft.integrations import loading
 from fxpeft.integrations.model_state import (
     LOADED,
@@ -62,8 +63,7 @@ def add_adapter(self: PreTrainedModel, adapter_config: AdapterConfig, adapter_na
     # Transformers notes the base in the caller's own object
     adapter_config.base_model_name_or_path = config.base_model_name_or_path = vars(self).get("name_or_path") or None
     loading.check_injectable(config)
-    loading.check_experts(self, config)
-    plan = make_plan(self, config, heads=False)
+    plan = make_plan(self, converted(self, config), heads=False)
     leave_slots(self)
     new = Adapter(name, plan, adapters.fresh_values(self, plan, autocast=True))
     adapters.install_adapter(self, new)
@@ -127,7 +127,8 @@ def load_adapter(
         _check_swappable(self, found.config)
     else:
         _check_type(self, found.config)
-    fitted = loading.fit(self, found, name, trainable=is_trainable)
+    # the table of from_pretrained has the user's key_mapping too
+    fitted = loading.fit(self, found, name, trainable=is_trainable, conversions=options.weight_mapping)
     # a report of tensors that can't be used is an error, so it comes before anything is changed
     log_state_dict_report(self, found.source, options.ignore_mismatched_sizes, fitted.info, logger)
     new = Adapter(name, fitted.plan, fitted.values)

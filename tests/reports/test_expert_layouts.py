@@ -1,0 +1,247 @@
+"""Experts that were modules before Transformers 5: files with a LoRA for each, configs that name their projections."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from families import FAMILIES
+from safetensors.torch import save_file
+from tiny import randomise, token_ids
+from torch import Tensor
+
+import fxpeft
+
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A family's experts as Transformers 4 named them, and where they are now."""
+
+    family: str
+    before: str
+    now: str
+    layers: tuple[int, ...]
+    branches: tuple[str, str, str]  # gate, up, down
+    dense: tuple[str, ...] = ()  # modules of the same names that are no experts'
+
+    def build(self) -> Any:
+        return FAMILIES[self.family].build()
+
+
+MODELS = {
+    "mixtral": Experts("mixtral", "block_sparse_moe.experts", "mlp.experts", (0, 1), ("w1", "w3", "w2")),
+    "qwen3 moe": Experts(
+        "qwen3 moe", "mlp.experts", "mlp.experts", (1,), ("gate_proj", "up_proj", "down_proj"),
+        ("model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"),
+    ),
+}  # fmt: skip
+SETTINGS: dict[str, Any] = {"r": 3, "lora_alpha": 7}
+
+
+@pytest.fixture
+def installed() -> Iterator[None]:
+    fxpeft.install()
+    yield
+    fxpeft.uninstall()
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(token_ids()).logits
+    return found
+
+
+def own(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", name)), default)
+
+
+def write(
+    folder: Path, experts: Experts, *, which: Any = lambda name: True, extra: tuple[str, ...] = (), **fields: Any
+) -> Tensor:
+    """A file as PEFT wrote it on Transformers 4; returns what it computes, from the base's weights themselves.
+
+    Args:
+        which: says of an expert's projection whether it has an adapter. extra: more modules that have one.
+    """
+    config = {**SETTINGS, "target_modules": ["q_proj", *experts.branches], "peft_type": "LORA", **fields}
+    config.setdefault("task_type", "CAUSAL_LM")
+    generator, tensors, model = torch.Generator().manual_seed(6), {}, experts.build()
+    weights = dict(model.named_parameters())
+
+    def add(name: str, weight: Tensor) -> None:
+        rank = own(config.get("rank_pattern", {}), name, config["r"])
+        alpha = own(config.get("alpha_pattern", {}), name, config["lora_alpha"])
+        a = torch.randn(rank, weight.shape[1], generator=generator) * 0.3
+        b = torch.randn(weight.shape[0], rank, generator=generator) * 0.3
+        tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = a, b
+        weight += alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) * b @ a
+
+    with torch.no_grad():
+        for name in (*(n for n, _ in model.named_modules() if n.endswith("q_proj")), *extra):
+            add(name, weights[f"{name}.weight"])
+        for layer in experts.layers:
+            place = f"model.layers.{layer}.{experts.now}"
+            gate, down = weights[f"{place}.gate_up_proj"], weights[f"{place}.down_proj"]
+            half = gate.shape[1] // 2
+            for e in range(len(gate)):
+                parts = (gate[e, :half], gate[e, half:], down[e])
+                for branch, weight in zip(experts.branches, parts, strict=True):
+                    name = f"model.layers.{layer}.{experts.before}.{e}.{branch}"
+                    if which(name):
+                        add(name, weight)
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return logits(model)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "ranks and alphas": {"rank_pattern": {"up_proj|w3": 5, r".*experts\.1\..*": 2}, "alpha_pattern": {"w3|up_proj": 4}},
+    "ranks by layer": {"rank_pattern": {r"model\.layers\.1\..*": 4}},
+    "one projection": {"which": lambda name: name.endswith(("w1", "gate_proj"))},
+    "some experts": {"which": lambda name: ".experts.1." not in name},
+    "trained with dropout": {"lora_dropout": 0.1},
+    "regular expression": {"target_modules": r".*(q_proj|experts\.\d+\.\w+)"},
+}
+#: what PEFT 0.21 computes too; of the others it reads none to the same outputs
+PEFT_TOO = ("plain",)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", MODELS)
+def test_one_lora_for_each_expert(name: str, case: str, tmp_path: Path, installed: None) -> None:
+    experts = MODELS[name]
+    expected = write(tmp_path, experts, **CASES[case])
+    assert not torch.allclose(expected, logits(experts.build()), atol=1e-2)
+    if case in PEFT_TOO:
+        theirs = peft.PeftModel.from_pretrained(experts.build(), tmp_path).eval()
+        assert torch.allclose(logits(theirs), expected, atol=1e-4)
+    native = experts.build()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fxpeft.load_adapter(native, tmp_path)
+    assert torch.allclose(logits(native), expected, atol=1e-4)
+    through = experts.build()
+    info = through.load_adapter(str(tmp_path))
+    assert info.missing_keys == info.unexpected_keys == set()
+    assert torch.allclose(logits(through), expected, atol=1e-4)
+    # saved again it has the layout of now, which PEFT reads too
+    fxpeft.save_adapter(native, tmp_path / "again")
+    again = experts.build()
+    fxpeft.load_adapter(again, tmp_path / "again")
+    assert torch.allclose(logits(again), expected, atol=1e-4)
+    theirs = peft.PeftModel.from_pretrained(experts.build(), tmp_path / "again").eval()
+    assert torch.allclose(logits(theirs), expected, atol=1e-4)
+
+
+def test_dense_layers_of_the_same_names(tmp_path: Path) -> None:
+    """A file of Transformers 4 has them too, and PEFT drops them."""
+    experts = MODELS["qwen3 moe"]
+    expected = write(tmp_path, experts, extra=experts.dense)
+    model = experts.build()
+    fxpeft.load_adapter(model, tmp_path)
+    assert torch.allclose(logits(model), expected, atol=1e-4)
+    fxpeft.save_adapter(model, tmp_path / "again")
+    again = experts.build()
+    fxpeft.load_adapter(again, tmp_path / "again")
+    assert torch.allclose(logits(again), expected, atol=1e-4)
+
+
+def test_the_router(tmp_path: Path) -> None:
+    experts = MODELS["mixtral"]
+    routers = tuple(f"model.layers.{layer}.mlp.gate" for layer in experts.layers)
+    expected = write(tmp_path, experts, extra=routers, target_modules=["q_proj", "gate", *experts.branches])
+    model = experts.build()
+    fxpeft.load_adapter(model, tmp_path)
+    assert torch.allclose(logits(model), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_swapped_into_slots(name: str, tmp_path: Path) -> None:
+    experts = MODELS[name]
+    expected = {case: write(tmp_path / case, experts, **CASES[case]) for case in ("plain", "ranks and alphas")}
+    model = experts.build()
+    # the projections' old names declare what a file that names them needs
+    fxpeft.prepare_hotswap(model, max_rank=8, targets=["q_proj", *experts.branches])
+    fxpeft.load_adapter(model, tmp_path / "plain")
+    for case in ("ranks and alphas", "plain"):
+        fxpeft.hotswap(model, tmp_path / case)
+        assert torch.allclose(logits(model), expected[case], atol=1e-4)
+
+
+def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path, installed: None) -> None:
+    experts = MODELS["mixtral"]
+    write(tmp_path, experts)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": {"w3": 4}}))
+    for load in (lambda m: fxpeft.load_adapter(m, tmp_path), lambda m: m.load_adapter(str(tmp_path))):
+        model = experts.build()
+        with pytest.raises(
+            fxpeft.CheckpointError,
+            match=r"experts\.0\.w3\.lora_A\.weight: expected \[4, 32\] for one of the 3 experts that "
+            r"model\.layers\.0\.mlp\.experts\.gate_up_proj holds, found \[3, 32\]",
+        ):
+            load(model)
+        assert not any("adapters" in n for n, _ in model.named_modules())
+
+
+# --- item 19: a new adapter that names the projections ---
+
+
+@pytest.mark.filterwarnings("ignore:target_modules names projections")
+@pytest.mark.parametrize("form", ["list", "expression"])
+@pytest.mark.parametrize("way", ["native", "transformers"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_new_adapter_is_pefts(name: str, way: str, form: str, tmp_path: Path, installed: None) -> None:
+    experts = MODELS[name]
+    targets: Any = ["q_proj", *experts.branches]
+    if form == "expression":
+        targets = rf".*\.({'|'.join(targets)})"
+    settings = {**SETTINGS, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    theirs = peft.get_peft_model(experts.build(), peft.LoraConfig(**settings))
+    model = experts.build()
+    if way == "native":
+        fxpeft.add_adapter(model, fxpeft.LoraConfig(**settings))
+    else:
+        model.add_adapter(peft.LoraConfig(**settings))
+    shapes = {key: value.shape for key, value in peft.get_peft_model_state_dict(theirs).items()}
+    assert {key: value.shape for key, value in fxpeft.adapter_state_dict(model).items()} == shapes
+    randomise(fxpeft.adapter_state_dict(model).values(), seed=3)
+    assert not torch.allclose(logits(model), logits(experts.build()), atol=1e-2)
+    fxpeft.save_adapter(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(experts.build(), tmp_path).eval()
+    assert torch.allclose(logits(loaded), logits(model), atol=1e-4)
+
+
+def test_dense_modules_that_are_left_out_are_named() -> None:
+    experts = MODELS["qwen3 moe"]
+    with pytest.warns(UserWarning, match=r"left out, as PEFT does:\n  model\.layers\.0\.mlp\.down_proj"):
+        fxpeft.add_adapter(experts.build(), fxpeft.LoraConfig(target_modules=["q_proj", "down_proj"]))
+    # an expression that names no expert takes the dense ones, as before
+    model = experts.build()
+    fxpeft.add_adapter(model, fxpeft.LoraConfig(target_modules=r".*layers\.0\.mlp\.down_proj"))
+    assert {key.rpartition(".lora")[0] for key in fxpeft.adapter_state_dict(model)} == {PREFIX + experts.dense[0]}
+
+
+def test_half_of_what_one_parameter_holds_is_refused() -> None:
+    model = MODELS["mixtral"].build()
+    with pytest.raises(fxpeft.AdapterError, match=r"w1 without w3: .*layers\.0\.mlp\.experts\.gate_up_proj, so name"):
+        fxpeft.add_adapter(model, fxpeft.LoraConfig(target_modules=["q_proj", "w1"]))
+    with pytest.raises(fxpeft.AdapterError, match="IA3 takes modules alone"):
+        fxpeft.add_adapter(model, fxpeft.IA3Config(target_modules=["k_proj", "w2"], feedforward_modules=["w2"]))
+    with pytest.raises(fxpeft.AdapterError, match="can't have lora_dropout"):
+        fxpeft.add_adapter(model, fxpeft.LoraConfig(target_modules=["w2"], lora_dropout=0.1))
+    assert not any("adapters" in n for n, _ in model.named_modules())

@@ -1,0 +1,190 @@
+"""Adapters whose files have the names of an older Transformers: every key finds its place, or is told of."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import randomise
+from torch import Tensor
+from vision_language import MODELS, VisionLanguage
+
+import fxpeft
+
+PREFIX = "base_model.model."
+
+
+def logits(model: Any, family: VisionLanguage) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(**family.inputs()).logits
+    return found
+
+
+def write(folder: Path, family: VisionLanguage, **fields: Any) -> Tensor:
+    """A file that PEFT writes, in both towers; returns the outputs of PEFT's freshly loaded model."""
+    settings = {
+        "r": 3, "lora_alpha": 7, "target_modules": list(family.targets), "rank_pattern": {r".*layers\.1.*q_proj": 5},
+        "alpha_pattern": {"v_proj": 11}, **fields,
+    }  # fmt: skip
+    model = peft.get_peft_model(family.build(), peft.LoraConfig(**settings))
+    randomise((p for n, p in model.named_parameters() if "lora_" in n), seed=4)
+    model.save_pretrained(folder)
+    return logits(peft.PeftModel.from_pretrained(family.build(), folder).eval(), family)
+
+
+def renamed(folder: Path, rename: Callable[[str], str], **fields: Any) -> Path:
+    """The same file with other keys, and fields of its config changed."""
+    path = folder / "adapter_model.safetensors"
+    tensors = {PREFIX + rename(key.removeprefix(PREFIX)): value for key, value in load_file(path).items()}
+    save_file(tensors, path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **fields}))
+    return folder
+
+
+@pytest.fixture
+def installed() -> Iterator[None]:
+    fxpeft.install()
+    yield
+    fxpeft.uninstall()
+
+
+#: layout -> a key's name in it; what the guide's table says
+LAYOUTS: dict[str, Callable[[VisionLanguage, str], str]] = {
+    "now": lambda family, key: key,
+    "before 5": lambda family, key: re.sub(r"(vision_tower\.)(?=encoder)", r"\1vision_model.", key),
+    "before 4.52": lambda family, key: family.old(key),
+    "saved from the body": lambda family, key: key.removeprefix("model."),
+}
+
+
+@pytest.mark.filterwarnings("error:.*have no place")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_both_towers_have_their_adapter(name: str, layout: str, tmp_path: Path, installed: None) -> None:
+    family = MODELS[name]
+    expected = write(tmp_path, family)
+    renamed(tmp_path, lambda key: LAYOUTS[layout](family, key))
+    assert not torch.allclose(expected, logits(family.build(), family), atol=1e-2)
+    native = family.build()
+    fxpeft.load_adapter(native, tmp_path)
+    assert torch.allclose(logits(native, family), expected, atol=1e-5)
+    through = family.build()
+    info = through.load_adapter(str(tmp_path))
+    assert info.missing_keys == info.unexpected_keys == set()
+    assert torch.allclose(logits(through, family), expected, atol=1e-5)
+    slots = family.build()
+    fxpeft.prepare_hotswap(slots, max_rank=8)
+    fxpeft.load_adapter(slots, tmp_path)
+    fxpeft.disable_adapters(slots)
+    fxpeft.enable_adapters(slots)
+    fxpeft.hotswap(slots, tmp_path)
+    assert torch.allclose(logits(slots, family), expected, atol=1e-4)
+    # saved again, it has the names of now and PEFT reads it
+    fxpeft.save_adapter(native, tmp_path / "again")
+    assert sorted(load_file(tmp_path / "again" / "adapter_model.safetensors")) == sorted(
+        f"{PREFIX}{key}" for key in through.get_adapter_state_dict()
+    )
+    theirs = peft.PeftModel.from_pretrained(family.build(), tmp_path / "again").eval()
+    assert torch.allclose(logits(theirs, family), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("form", ["full names", "regular expression"])
+def test_the_config_has_old_names_too(name: str, form: str, tmp_path: Path) -> None:
+    """Full names, an expression that only the old names match, ranks by old names."""
+    family = MODELS[name]
+    expected = write(tmp_path, family, rank_pattern={r".*layers\.1\.self_attn\.q_proj": 5, r"blocks\.1\.attn\.proj": 2})
+    sites = [
+        key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        for key in load_file(tmp_path / "adapter_model.safetensors")
+        if key.endswith("lora_A.weight")
+    ]
+    old = [family.old(site) for site in sites]
+    ranks = {
+        f"^{re.escape(family.old(site))}" if i % 2 else family.old(site): 5 if "q_proj" in site else 2
+        for i, site in enumerate(sites)
+        if re.search(r"layers\.1\.self_attn\.q_proj|blocks\.1\.attn\.proj", site)
+    }
+    targets = old if form == "full names" else "|".join(re.escape(site) for site in old)
+    renamed(tmp_path, family.old, target_modules=targets, rank_pattern=ranks)
+    model = family.build()
+    fxpeft.load_adapter(model, tmp_path)
+    assert torch.allclose(logits(model, family), expected, atol=1e-5)
+    fxpeft.save_adapter(model, tmp_path / "again")
+    theirs = peft.PeftModel.from_pretrained(family.build(), tmp_path / "again").eval()
+    assert torch.allclose(logits(theirs, family), expected, atol=1e-5)
+
+
+def test_a_whole_module_that_moved(tmp_path: Path) -> None:
+    family = MODELS["llava"]
+    expected = write(tmp_path, family, modules_to_save=["lm_head", "multi_modal_projector"])
+    # PEFT writes the whole module as it was; other numbers show that they are read
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[f"{PREFIX}lm_head.weight"] += 0.3
+    tensors[f"{PREFIX}model.multi_modal_projector.linear_1.weight"] *= 2
+    save_file(tensors, path)
+    new = logits(peft.PeftModel.from_pretrained(family.build(), tmp_path).eval(), family)
+    assert not torch.allclose(new, expected, atol=1e-2)
+    renamed(tmp_path, family.old, modules_to_save=["language_model.lm_head", "multi_modal_projector"])
+    model = family.build()
+    fxpeft.load_adapter(model, tmp_path)
+    assert torch.allclose(logits(model, family), new, atol=1e-5)
+
+
+def test_what_is_left_over_is_an_error_and_a_loud_warning(tmp_path: Path, installed: None) -> None:
+    family = MODELS["llava"]
+    write(tmp_path, family)
+    renamed(tmp_path, lambda key: family.old(key).replace("language_model.model.", "talk."))
+    model = family.build()
+    with pytest.raises(fxpeft.CheckpointError, match=r"no place in the model:\n  talk\.layers\.0\.self_attn\.q_proj"):
+        fxpeft.load_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match=r"8 of its 16 tensors have no place in LlavaFor.*\n  talk\.layers\.0"):
+        info = model.load_adapter(str(tmp_path))
+    assert len(info.unexpected_keys) == len(info.missing_keys) == 8
+
+
+def test_two_keys_for_one_place(tmp_path: Path) -> None:
+    family = MODELS["llava"]
+    write(tmp_path, family)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = f"{PREFIX}model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+    tensors[PREFIX + family.old(key.removeprefix(PREFIX))] = tensors[key] + 1
+    save_file(tensors, path)
+    model = family.build()
+    with pytest.raises(fxpeft.CheckpointError, match="two keys mean one place"):
+        fxpeft.load_adapter(model, tmp_path)
+    assert not any("adapters" in name for name, _ in model.named_modules())
+
+
+def test_key_mapping(tmp_path: Path, installed: None) -> None:
+    """Names that no table knows, renamed by the user; what the table knows still is."""
+    family = MODELS["llava"]
+    expected = write(tmp_path / "adapter", family)
+    family.build().save_pretrained(tmp_path / "base")
+
+    def own(key: str) -> str:
+        return family.old(key).replace("language_model.model.", "talk.")
+
+    base = {"base_model_name_or_path": str(tmp_path / "base")}
+    renamed(tmp_path / "adapter", own, **base)
+    mapping = {r"^talk\.": "language_model.model."}
+    loaded = type(family.build()).from_pretrained(str(tmp_path / "adapter"), key_mapping=mapping)
+    assert torch.allclose(logits(loaded, family), expected, atol=1e-5)
+    native = family.build()
+    fxpeft.load_adapter(native, tmp_path / "adapter", key_mapping=mapping)
+    assert torch.allclose(logits(native, family), expected, atol=1e-5)
+    slots = family.build()
+    fxpeft.prepare_hotswap(slots, max_rank=8)
+    fxpeft.load_adapter(slots, tmp_path / "adapter", key_mapping=mapping)
+    fxpeft.hotswap(slots, tmp_path / "adapter", key_mapping=mapping)
+    assert torch.allclose(logits(slots, family), expected, atol=1e-4)
