@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, CheckpointError, listing
+from fxpeft.files import make_folder, replace_files, unfinished
 from fxpeft.fingerprint import KEY, fingerprint
 from fxpeft.methods import config_class, method_of
 from fxpeft.methods.base import Base, Method
@@ -27,6 +28,8 @@ from fxpeft.state import Adapter, Values
 
 PREFIX = Method.prefix
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+STAMP = "fxpeft_config"  # in the metadata of the tensors' file: the stamp of the config that was saved with it
+TRIES = 50
 
 
 @dataclass
@@ -74,10 +77,11 @@ def read(
             return path if path.is_file() else None
         return _from_hub(str(source), name, revision, subfolder, token, local_files_only)
 
-    config = read_config(find, str(source))
+    path = _config_path(find, str(source))
     weights = find(WEIGHTS)
     if weights is not None:
-        return Checkpoint(str(source), config, read_safetensors(weights))
+        return Checkpoint(str(source), *read_pair(path, weights))
+    config = _config(_values(path), path)
     pickled = find(PICKLE)
     if pickled is None:
         raise CheckpointError(f"{source}: expected {WEIGHTS}, found none; is this an adapter's folder?")
@@ -115,30 +119,92 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def base_of(folder: str | Path) -> str | None:
     """The fingerprint of the base that a folder's adapter was saved from; ``None`` where PEFT wrote it."""
-    path = Path(folder) / WEIGHTS
+    return _metadata(Path(folder) / WEIGHTS).get(KEY)
+
+
+def _metadata(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get(KEY)
+            return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: missing or damaged, can't be read as safetensors: {error}") from error
+        raise CheckpointError(f"{path}: damaged or cut short, can't be read as safetensors: {error}") from error
 
 
 def read_config(find: Callable[[str], Path | None], source: str) -> AdapterConfig:
     """Read and check ``adapter_config.json``."""
+    path = _config_path(find, source)
+    return _config(_values(path), path)
+
+
+def read_pair(path: Path, weights: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """A config and the tensors that were saved with it, whoever saves into their folder meanwhile.
+
+    fxpeft's own tensors' files say which config is theirs. Where that is not the one that is there, a save is between
+    its two files, or died there, and its config lies beside; or the files were replaced while they were read, and
+    are read again; or somebody edited the config, which is then taken with a warning.
+    """
+    for _ in range(TRIES):
+        before = _identity(path), _identity(weights)
+        values = _values(path)  # first: a save replaces it last, so that tensors without a note are no newer
+        config = _config(values, path)
+        noted, tensors = _metadata(weights).get(STAMP), read_safetensors(weights)
+        if noted is not None and stamp(values) != noted:
+            others = (_pending(other) for other in unfinished(path))
+            own = next((v for v in others if v is not None and stamp(v) == noted), None)
+            if own is None and (_identity(path), _identity(weights)) == before:
+                warnings.warn(f"{path}: it was changed after {weights.name} was saved with it", stacklevel=4)
+                own = values
+            if own is None:
+                continue
+            config = _config(own, path)
+        if _identity(weights) == before[1]:
+            return config, tensors
+    raise CheckpointError(f"{path.parent}: its files were replaced each of the {TRIES} times that they were read")
+
+
+def stamp(values: Mapping[str, Any]) -> str:
+    """A hash of a config's content, however that is written down."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What changes where another file takes a file's place, or it is written to."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _pending(path: Path) -> dict[str, Any] | None:
+    try:
+        return _values(path)
+    except CheckpointError:
+        return None  # half written, or gone
+
+
+def _config_path(find: Callable[[str], Path | None], source: str) -> Path:
     path = find(CONFIG)
     if path is None:
         raise CheckpointError(f"{source}: expected {CONFIG}, found none; is this an adapter's folder or hub id?")
+    return path
+
+
+def _values(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged, can't be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected an object, found {type(values).__name__}")
+    return values
+
+
+def _config(values: Mapping[str, Any], path: Path) -> AdapterConfig:
     try:
-        config = config_class(values.get("peft_type"), str(path)).from_dict(values, source=str(path))
+        return config_class(values.get("peft_type"), str(path)).from_dict(dict(values), source=str(path))
     except AdapterError as error:
         raise CheckpointError(str(error)) from error
-    return config
 
 
 def _from_hub(
@@ -183,7 +249,7 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
 def write(
     folder: str | Path, model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write an adapter's two files, each to a temporary file first; the config comes last.
+    """Write an adapter's two files, see :func:`write_files`.
 
     Args:
         tensors: what to write in place of :func:`to_tensors`.
@@ -201,18 +267,22 @@ def write(
 def write_files(
     folder: str | Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor], *, base: str | None = None
 ) -> None:
-    """Write ``adapter_config.json`` from ``values``, and the tensors; all or nothing.
+    """Write ``adapter_config.json`` from ``values``, and the tensors; see :func:`~fxpeft.files.replacing`.
+
+    The tensors' file, which is replaced first, notes which config it was saved with.
 
     Args:
-        base: the base's fingerprint, noted in the tensors' file.
+        base: the base's fingerprint, noted there too.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    metadata = {"format": "pt", STAMP: stamp(json.loads(text)), **({KEY: base} if base else {})}
     # tied modules may share memory, safetensors can't
     stored = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     content = {
-        folder / WEIGHTS: _in_order(save_tensors(stored, metadata={"format": "pt", **({KEY: base} if base else {})})),
-        folder / CONFIG: (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(),
+        folder / WEIGHTS: _in_order(save_tensors(stored, metadata=metadata)),
+        folder / CONFIG: text.encode(),
     }
     replace_files(content)
 
@@ -224,28 +294,6 @@ def _in_order(data: bytes) -> bytes:
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
     return data[:8] + text + data[8 + size :] if len(text) == size else data
-
-
-def replace_files(contents: dict[Path, bytes]) -> None:
-    """Write beside the targets, then rename: a full disk leaves the old files, and no file is ever half of one."""
-    temporary: dict[Path, Path] = {}
-    try:
-        for path, content in contents.items():
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            temporary[path] = Path(name)
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        for path, written in temporary.items():
-            written.chmod(0o666 & ~umask)
-            written.replace(path)
-    except BaseException:
-        for written in temporary.values():
-            written.unlink(missing_ok=True)
-        raise
 
 
 def assign(

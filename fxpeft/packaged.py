@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from fxpeft import adapters, checkpoint, serving
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, CheckpointError
+from fxpeft.files import replace_files
 from fxpeft.packaging import MANIFEST, VERSION, WEIGHTS, pattern_of
 from fxpeft.passes.slot import FEATURES
 from fxpeft.skeleton import Outline, kind_from_json, skeleton
@@ -167,7 +168,7 @@ class Package:
             tensors = {name: tensor.cpu().clone() for name, tensor in self._constants.items()}
             if rank is not None:
                 tensors["active_rank"] = self._carrier(rank.rank).cpu()
-        checkpoint.replace_files({path: save_tensors(tensors)})
+        replace_files({path: save_tensors(tensors)})
 
     def set_adapter(self, names: str | Sequence[str]) -> None:
         """Make these adapters the active ones; their updates add up."""

@@ -87,6 +87,7 @@ def read(
             source, download.get("revision"), token=download.get("token"),
             local_files_only=bool(download.get("local_files_only")), cache_dir=download.get("cache_dir"),
         )  # fmt: skip
+    path = None
     if config is None:
         path = find_adapter_config_file(source, **download)  # type: ignore[arg-type]
         if path is None:
@@ -94,28 +95,29 @@ def read(
                 f"adapter model file not found in {source}. Make sure you are passing the correct path to the adapter "
                 "model."
             )
-        config = checkpoint.read_config(lambda name: Path(path), str(source))
-    given = as_config(config)
+    weights = None if tensors is not None or source is None else _find_tensors(source, download, use_safetensors)
+    if path is not None and weights is not None and weights.name == checkpoint.WEIGHTS:
+        return Checkpoint(str(source), *checkpoint.read_pair(Path(path), weights))
+    given = as_config(config) if path is None else checkpoint.read_config(lambda name: Path(path), str(source))
     if tensors is not None:
         return Checkpoint("the state_dict", given, dict(tensors))
-    if source is None:
+    if weights is None:
         raise ValueError("peft_config was given without weights: pass adapter_state_dict or peft_model_id too")
-    return Checkpoint(str(source), given, _read_tensors(source, download, use_safetensors))
+    if weights.name == checkpoint.WEIGHTS:
+        return Checkpoint(str(source), given, checkpoint.read_safetensors(weights))
+    return Checkpoint(str(source), given, checkpoint.read_pickle(weights, weights_only=True))
 
 
-def _read_tensors(
+def _find_tensors(
     source: str | os.PathLike[str], download: Mapping[str, Any], use_safetensors: bool | None
-) -> dict[str, Tensor]:
+) -> Path:
     names = [checkpoint.WEIGHTS, checkpoint.PICKLE]
     if use_safetensors is not None:
         names = names[:1] if use_safetensors else names[::-1]
     for name in names:
         path = cached_file(source, name, **download, _raise_exceptions_for_missing_entries=False)
-        if path is None:
-            continue
-        if name == checkpoint.WEIGHTS:
-            return checkpoint.read_safetensors(Path(path))
-        return checkpoint.read_pickle(Path(path), weights_only=True)
+        if path is not None:
+            return Path(path)
     raise OSError(f"Could not download either a .bin or a .safetensors adapter file: {source} has neither.")
 
 

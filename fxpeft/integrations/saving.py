@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import create_and_tag_model_card, hf_api
 
 from fxpeft import checkpoint
+from fxpeft.files import replace_files
 from fxpeft.integrations.model_methods import held_adapter, only_active, without_prefix
 from fxpeft.integrations.model_state import LOADED, adapters_of, logger
 from fxpeft.methods import method_of
@@ -96,7 +97,7 @@ def _save(
         target = hf_api().create_repo(repo_id or folder.name, exist_ok=True, token=token, **create).repo_id
         timestamps = model._get_files_timestamps(folder)
     if encoder:
-        checkpoint.replace_files({folder / ENCODER: save_tensors(encoder)})
+        replace_files({folder / ENCODER: save_tensors(encoder)})
     else:
         (folder / ENCODER).unlink(missing_ok=True)
     checkpoint.write(folder, model, adapter, tensors)
