@@ -310,6 +310,10 @@ def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
             rewrite_module(module, rewrites, name=name, redirects=redirects)
         else:
             unbind(module)
+        for adapter_name, part in module._modules.get("adapters", Container()).named_children():  # type: ignore[union-attr]
+            for held in part.modules():
+                if isinstance(held, SiteAdapter):
+                    held.running = adapter_name in inner
 
 
 def check_together(adapters: list[Adapter]) -> None:

@@ -407,10 +407,20 @@ def generated_class(base: type[nn.Module], source: str, mixin: type | None = Non
     }
     if not hasattr(base, LEAF):
         members[LEAF] = base.forward
+    if base.__repr__ is not nn.Module.__repr__:
+        members["__repr__"] = _repr
     bases, name = ((base,), f"Adapted{base.__name__}") if mixin is None else ((mixin, base), base.__name__)
     made = type(name, bases, members)
     _classes[base, source, mixin] = made
     return made
+
+
+def _repr(self: nn.Module) -> str:
+    """What a class with a text of its own prints, and what was put into the module below it."""
+    own: str = base_class(self).__repr__(self)
+    added = [f"  ({name}): {child!r}".replace("\n", "\n  ") for name, child in self._modules.items()
+             if isinstance(child, Container) and f"({name})" not in own]  # fmt: skip
+    return "\n".join((f"{own} (", *added, ")")) if added else own
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:

@@ -101,6 +101,11 @@ class Slot(Container):
                 self.register_buffer(name, value, persistent=False)
         self._announce()
 
+    def extra_repr(self) -> str:
+        """Its room, the rank in use, and whether it holds nothing."""
+        rank = [] if self.rank is None else [f"rank={self.rank.rank}"]
+        return ", ".join([f"max_rank={len(self.d)}", *rank, *self.features, *(["idle"] if self.idle else [])])
+
     def _announce(self) -> None:
         """Let :func:`slot_of` find the slot by its tensors."""
         for buffer in self._buffers.values():

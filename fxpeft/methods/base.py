@@ -47,10 +47,11 @@ class SiteAdapter(nn.Module):
         frozen: those of ``parameters`` that are never trained; they become buffers.
 
     ``scaling`` stays float32 whatever dtype the model is cast to: alpha / rank rounded to bfloat16
-    would be off by up to 0.4%.
+    would be off by up to 0.4%. ``running`` says whether the site's forward computes with it, for whoever prints it.
     """
 
     scaling: Tensor
+    running = False
 
     def __init__(
         self,
@@ -78,6 +79,12 @@ class SiteAdapter(nn.Module):
         """Multiply the adapter's own scale by ``strength``."""
         self.strength = strength
         self.scaling.fill_(self.plan.scaling * strength)
+
+    def extra_repr(self) -> str:
+        """Shapes, scale, and whether it is off."""
+        shown = [f"{name}={tuple(value.shape)}" for name, value in self.named_parameters(recurse=False)]
+        shown += [f"scale={self.plan.scaling * self.strength:.4g}"] if self.plan.rank else []
+        return ", ".join(shown if self.running else [*shown, "off"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SiteAdapter:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -131,6 +131,11 @@ class PromptAdapter(SiteAdapter):
         super().__init__(plan, {"embedding": parameters["embedding"]})
         self.encoder = encoder
 
+    def extra_repr(self) -> str:
+        """Length and shape, and whether it is off."""
+        shown = f"virtual_tokens={self.plan.rank}, embedding={tuple(self.embedding.shape)}"
+        return shown if self.running else f"{shown}, off"
+
     def forward(self) -> Tensor:
         """The prompt, ``[rows, width]``."""
         prompt: Tensor = self.embedding if self.encoder is None else self.encoder(self.embedding)
