@@ -17,6 +17,7 @@ from fxpeft.adapter_name import check_adapter_name
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
 from fxpeft.experts import converted
+from fxpeft.fast_path import fused_above, switch_off
 from fxpeft.layouts import in_layout_of
 from fxpeft.lock import guard_forwards, unguard_forwards
 from fxpeft.methods import method_of, slot_needs
@@ -330,6 +331,8 @@ def _bind_slots(model: nn.Module, serving: Serving) -> None:
             place.register_buffer(leaf, value, persistent=False)
         module.add_module("slot", place)
         rewrite_module(module, rewrites, name=site, redirects=redirects.get(site), container="slot")
+    for module in fused_above(model, serving.hosts()).values():
+        switch_off(module)
 
 
 def _bind_parameters(model: nn.Module, serving: Serving) -> None:
@@ -367,5 +370,7 @@ def _unbind_slots(model: nn.Module, serving: Serving) -> None:
         module = submodule(model, name)
         unbind(module)
         module._modules.pop("slot", None)
+    for module in fused_above(model, serving.hosts()).values():
+        unbind(module)
     if serving.prompts is not None:
         prompts_serving.release(model, serving.prompts)

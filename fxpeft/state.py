@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fxpeft.adapter_name import check_adapter_name
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, listing
+from fxpeft.fast_path import fused_above, is_fused, switch_off
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SiteAdapter, SlotValues
 from fxpeft.passes.base import attribute, join, submodule
@@ -225,16 +226,17 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def hosts(model: nn.Module, adapters: Iterable[Adapter]) -> dict[str, nn.Module]:
-    """Every module that the adapters touch, by name."""
+    """Every module that the adapters touch, by name, and every one whose fast path would pass them by."""
     names = {name for adapter in adapters for name in adapter.hosts()}
-    return {name: submodule(model, name) for name in names}
+    return {name: submodule(model, name) for name in names} | fused_above(model, names)
 
 
 def attach(model: nn.Module, adapter: Adapter) -> None:
     """Register the adapter's parameters below the modules they belong to, as ``adapters.<name>``."""
     method, values = method_of(adapter.config), adapter.values
     parameters = adapter.parameter_sites()
-    for name, module in hosts(model, [adapter]).items():
+    for name in adapter.hosts():
+        module = submodule(model, name)
         part: nn.Module = Container()
         if name in values.sites:
             plan = adapter.plan.sites[name]
@@ -273,6 +275,7 @@ def detach(model: nn.Module, adapter: Adapter) -> None:
 def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
     """Give each touched module the forward of the running adapters, or its own where none is there."""
     inner = {adapter.name: adapter.parameter_sites() for adapter in running}
+    adapted = {host for adapter in running for host in adapter.hosts()}
     for name, module in touched.items():
         rewrites: list[Rewrite] = []
         parameters: dict[str, list[Rewrite]] = {}
@@ -310,6 +313,8 @@ def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
             rewrite_module(module, rewrites, name=name, redirects=redirects)
         else:
             unbind(module)
+            if is_fused(module) and any(host.startswith(f"{name}." if name else "") for host in adapted):
+                switch_off(module)
         for adapter_name, part in module._modules.get("adapters", Container()).named_children():  # type: ignore[union-attr]
             for held in part.modules():
                 if isinstance(held, SiteAdapter):

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from fxpeft.passes.base import submodule as own_child
+
 # the name under which a wrapper holds its one module; nobody else's child is called so
 INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # wrappers that call it "module", which may be anybody's child: package and class
@@ -47,7 +49,7 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     """``model.get_submodule(name)`` by the name without wrappers; what it finds is none either."""
     found = unwrap(model)
     for atom in name.split(".") if name else ():
-        found = unwrap(found.get_submodule(atom))
+        found = unwrap(own_child(found, atom))
     return found
 
 

@@ -37,6 +37,7 @@ _kinds: dict[tuple[Any, ...], Kind] = {}
 _weights: dict[tuple[Any, ...], tuple[str, bool]] = {}  # a weight's name, and whether it is stored [in, out]
 _classes: dict[tuple[type, str, type | None], type[nn.Module]] = {}
 _number = itertools.count()
+_MEMBERS = "\n\nmembers = "  # begins what a generated class has beside its forward
 
 
 class Container(nn.Module):
@@ -202,7 +203,8 @@ def rewrite_module(
     """Trace ``module``, let it read ``redirects``, inject ``rewrites`` in order, bind the result.
 
     The operands have to be reachable from the module itself at ``container.path``; the graph only
-    names them. Without rewrites the module need not be of a known kind.
+    names them. Without rewrites the module need not be of a known kind. Code that reads a redirected attribute
+    without calling the module gets the operand too.
 
     Args:
         name: the module's dotted name, for messages.
@@ -215,8 +217,8 @@ def rewrite_module(
     """
     redirects = redirects or {}
     own = signature(module)
-    reads = ((k, path, container) for k, (path, _) in redirects.items())
-    key = own and (own, *(r.signature() for r in rewrites), *reads)
+    asked = ((k, path, container) for k, (path, _) in redirects.items())
+    key = own and (own, *(r.signature() for r in rewrites), *asked)
     source = _sources.get(key) if key and dump is None else None
     if source is None:
         passes = [RedirectPass({"": redirects}, container=container), InjectPass({"": rewrites})]
@@ -227,7 +229,8 @@ def rewrite_module(
             raise PassError(f"{name}: {error}") from None
         if key:
             _sources[key] = source
-    bind_source(module, source)
+    reads = {leaf: _access(f"{container}.{path}") for leaf, (path, _) in redirects.items()}
+    bind_source(module, source + _reading(module, reads))
 
 
 def replace_module(module: nn.Module, path: str) -> None:
@@ -238,15 +241,27 @@ def replace_module(module: nn.Module, path: str) -> None:
     ``state_dict`` and ``named_modules`` make them, stay the module's own. Of a module whose weights accelerate's
     hook fetches, by these attributes, only calls are answered.
     """
+    access = _access(path)
+    held = (*module._parameters.items(), *module._buffers.items(), *module._modules.items())
+    names = [key for key, value in held if value is not None and not isinstance(value, Container)]
+    source = f"def forward(self, *args, **kwargs):\n    return {access}(*args, **kwargs)\n"
+    bind_source(module, source + _reading(module, {name: f"getattr({access}, {name!r})" for name in names}))
+
+
+def _access(path: str) -> str:
+    """Code that reads a dotted path below a module; no part of the path becomes code."""
     access = "self"
     for atom in path.split("."):
         access = f"getattr({access}, {atom!r})"
-    held = (*module._parameters.items(), *module._buffers.items(), *module._modules.items())
-    names = [key for key, value in held if value is not None and not isinstance(value, Container)]
-    reads = "".join(f"    {name!r}: property(lambda self: getattr({access}, {name!r})),\n" for name in names)
-    source = f"def forward(self, *args, **kwargs):\n    return {access}(*args, **kwargs)\n"
-    fetched = "_hf_hook" in vars(module)
-    bind_source(module, f"{source}\n\nmembers = {{\n{reads}}}\n" if reads and not fetched else source)
+    return access
+
+
+def _reading(module: nn.Module, attributes: Mapping[str, str]) -> str:
+    """Source of attributes that are read elsewhere: name -> the code that reads it there."""
+    if not attributes or "_hf_hook" in vars(module):
+        return ""
+    lines = "".join(f"    {name!r}: property(lambda self: {code}),\n" for name, code in attributes.items())
+    return f"{_MEMBERS}{{\n{lines}}}\n"
 
 
 def feed_module(module: nn.Module, feed: Feed, *, name: str, dump: str | None = None) -> None:
@@ -375,7 +390,7 @@ def forward_text(module: nn.Module) -> str:
     """A module's forward as source: its own graph, or the rewritten one that it runs now."""
     if not is_bound(module):
         return graph_text(trace_module(module))
-    return generated_source(module).rpartition("\n\n")[2]
+    return generated_source(module).partition(_MEMBERS)[0].rpartition("\n\n")[2]
 
 
 def generated_source(module: nn.Module) -> str:
