@@ -21,6 +21,7 @@ from fxpeft.layouts import in_layout_of
 from fxpeft.methods import method_of
 from fxpeft.methods.base import Base, SiteAdapter
 from fxpeft.methods.prompts import PromptMethod
+from fxpeft.model_card import write_card
 from fxpeft.passes.base import PassError, attribute, submodule
 from fxpeft.passes.live import unbind
 from fxpeft.penalty import unwatch_loss, watch_loss
@@ -130,6 +131,8 @@ def save_adapter(
 ) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's format, atomically.
 
+    Beside them lies a model card, ``README.md``, whose metadata names the base model; text that is there stays.
+
     Args:
         path: a folder, made where missing.
         name: which adapter; the active one by default.
@@ -146,6 +149,7 @@ def save_adapter(
     if plain or (plain is None and has_to_be_plain(unwrap(model), adapter)):
         adapter = as_plain(adapter)
     checkpoint.write(path, unwrap(model), adapter)
+    write_card(path, unwrap(model), adapter.config)
 
 
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:

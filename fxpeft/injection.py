@@ -13,7 +13,9 @@ from fxpeft.adapters import check_name, fresh_values, install_adapter, placed, r
 from fxpeft.checkpoint import Checkpoint
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
+from fxpeft.experts import converted
 from fxpeft.inferred import infer_config, peft_keys, with_sites
+from fxpeft.layouts import in_layout_of
 from fxpeft.methods import method_of
 from fxpeft.passes.base import attribute
 from fxpeft.sites import AdapterPlan, base_state, make_plan, site_module
@@ -54,12 +56,17 @@ def inject(
     if state_dict is None:
         if config is None:
             raise AdapterError("inject: expected a state_dict or a config, found neither")
-        plan = make_plan(model, config)
+        plan = make_plan(model, converted(model, config))
         make = _empty_values if empty else fresh_values
         values = make(model, plan, autocast=autocast_adapter_dtype)
     else:
         tensors = peft_keys(state_dict)
-        config = infer_config(tensors, model) if config is None else with_sites(config, tensors, model)
+        given = Checkpoint("the state_dict", infer_config(tensors) if config is None else config, tensors)
+        found = in_layout_of(model, given)
+        if found is not given:
+            tensors, config = found.tensors, found.config
+        else:
+            config = infer_config(tensors, model) if config is None else with_sites(config, tensors, model)
         plan = make_plan(model, replace(config, inference_mode=not trainable), heads=False)
         values = checkpoint.assign(
             model, plan, Checkpoint("the state_dict", plan.config, tensors), check_finite=check_finite

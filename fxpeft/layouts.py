@@ -55,7 +55,7 @@ def in_layout_of(
     key_mapping: Mapping[str, str] | None = None,
     conversions: Sequence[WeightTransform] | None = None,
 ) -> Checkpoint:
-    """A file with the names that the model has now, in its keys and in its config. The model is only read.
+    """A file with the names that the model has now, in its keys and in its config; itself where it has them.
 
     Args:
         key_mapping: regular expression -> replacement, for keys without PEFT's prefix; the first that hits a key
@@ -84,6 +84,9 @@ def in_layout_of(
     config = _following(model, config, {old: new for old, new in moved.items() if old != new})
     if left and isinstance(config, LoraConfig):
         config = _fused(model, config, table, left, tensors, out, [*moved, *moved.values()], renames, found.source)
+    same = not key_mapping and config is found.config and all(key == name for key, name in names.items())
+    if same:
+        return found
     out.update({key: tensors[key] for key in left})
     return Checkpoint(found.source, config, out)
 

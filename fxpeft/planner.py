@@ -15,6 +15,7 @@ from torch import nn
 from fxpeft.adapters import add_adapter
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, listing
+from fxpeft.experts import converted
 from fxpeft.methods import config_class, method_of
 from fxpeft.methods.base import SitePlan
 from fxpeft.passes.base import Skip
@@ -180,7 +181,7 @@ def plan(
         except AdapterError as error:
             notes.append(f"no roles: {str(error).splitlines()[0]}")
     known = None if flow is None else roles_of_sites(flow)
-    found = make_plan(model, config, roles=known)
+    found = make_plan(model, converted(model, config), roles=known)
     known, method = known or {}, method_of(found.config)
     sites = []
     for name, site in found.sites.items():

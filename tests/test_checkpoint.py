@@ -198,7 +198,7 @@ def test_hub_is_not_asked_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_files_are_pefts(folder: Path) -> None:
-    assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", CONFIG, WEIGHTS]
     umask = os.umask(0)
     os.umask(umask)
     assert all(stat.S_IMODE(p.stat().st_mode) == 0o666 & ~umask for p in folder.iterdir())
@@ -253,7 +253,7 @@ def test_crash_while_saving_leaves_whole_files(
         patch.setattr(owner, broken, crash)
         with pytest.raises(OSError, match="disk full"):
             fxpeft.save_adapter(model, folder)
-    assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", CONFIG, WEIGHTS]
     assert (folder / CONFIG).read_bytes() == old[CONFIG]
     # both are on disk before the first is renamed; only a crash between two renames can leave one of each
     between = (broken, at) == ("replace", 2)

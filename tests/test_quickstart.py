@@ -29,7 +29,9 @@ def test_each_adapter_wins_on_its_own_text_in_one_graph(tmp_path: Path) -> None:
     (_, *base), (_, *a), (_, *b) = [(name, float(x), float(y)) for name, x, y in rows]
     assert a[0] < min(base[0], b[0])
     assert b[1] < min(base[1], a[1])
-    assert {p.name for p in (tmp_path / "A").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {p.name for p in (tmp_path / "A").iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors"
+    }  # fmt: skip
 
 
 def test_any_model_and_any_texts(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from fxpeft.files import replace_files
 from fxpeft.integrations.model_methods import held_adapter, only_active, without_prefix
 from fxpeft.integrations.model_state import LOADED, adapters_of, logger
 from fxpeft.methods import method_of
+from fxpeft.model_card import CARD, write_card
 from fxpeft.passes.live import Container
 from fxpeft.state import Adapter, state_of
 
@@ -102,7 +103,9 @@ def _save(
         (folder / ENCODER).unlink(missing_ok=True)
     checkpoint.write(folder, model, adapter, tensors)
     if push_to_hub:
-        create_and_tag_model_card(target, model.model_tags, token=token).save(folder / "README.md")
+        if not (folder / CARD).is_file():  # the user's own text stays
+            create_and_tag_model_card(target, model.model_tags, token=token).save(folder / CARD)
+        write_card(folder, model, adapter.config)
         model._upload_modified_files(
             folder, target, timestamps, commit_message=commit_message, token=token, create_pr=create_pr
         )

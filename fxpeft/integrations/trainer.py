@@ -19,6 +19,7 @@ from fxpeft.injection import overwrite
 from fxpeft.integrations.model_methods import only_active
 from fxpeft.integrations.model_state import adapters_of, logger
 from fxpeft.integrations.saving import ENCODER, encoder_of
+from fxpeft.layouts import in_layout_of
 from fxpeft.methods import method_of
 from fxpeft.methods.prompts import PromptMethod
 from fxpeft.state import Adapter, state_of, unwrap
@@ -33,7 +34,7 @@ def restore(model: PreTrainedModel, folder: str | Path) -> None:
         CheckpointError: it is not a checkpoint of this adapter; nothing was changed.
     """
     adapter = state_of(model).get(only_active(model))
-    found = checkpoint.read(folder)
+    found = in_layout_of(model, checkpoint.read(folder))
     values = checkpoint.assign(model, adapter.plan, found)
     encoder = encoder_of(adapter)
     if encoder:

@@ -286,3 +286,14 @@ def test_push_uploads_the_adapter_alone(model: Any, adapter: Path, uploads: Uplo
     assert uploads.messages == ["done"]
     assert uploads.created[0][0] == "tuned"
     assert uploads.created[0][1].get("private") is (True if way == "save_pretrained" else None)
+
+
+def test_a_pushed_card_keeps_the_users_text(model: Any, uploads: Uploads, tmp_path: Path) -> None:
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "README.md").write_text("---\nlicense: mit\n---\n\n# What I made\n")
+    model.name_or_path = model.peft_config["default"].base_model_name_or_path = "org/base"
+    save_and_push(tmp_path)(model)
+    card = uploads.files["README.md"].decode()
+    assert card.endswith("---\n\n# What I made\n")
+    for line in ("license: mit", "base_model: org/base", "library_name: peft", "- base_model:adapter:org/base"):
+        assert f"{line}\n" in card

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from tiny import randomise
 from torch import Tensor
@@ -188,3 +189,31 @@ def test_key_mapping(tmp_path: Path, installed: None) -> None:
     fxpeft.load_adapter(slots, tmp_path / "adapter", key_mapping=mapping)
     fxpeft.hotswap(slots, tmp_path / "adapter", key_mapping=mapping)
     assert torch.allclose(logits(slots, family), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["tensors alone", "with a config"])
+def test_tensors_in_memory(given: bool, tmp_path: Path) -> None:
+    family = MODELS["llava"]
+    expected = write(tmp_path, family, rank_pattern={}, alpha_pattern={}, lora_alpha=3)
+    tensors = {PREFIX + family.old(k.removeprefix(PREFIX)): v
+               for k, v in load_file(tmp_path / "adapter_model.safetensors").items()}  # fmt: skip
+    config = fxpeft.LoraConfig(r=3, lora_alpha=3, target_modules=["q_proj", "v_proj"])
+    model = family.build()
+    fxpeft.inject(model, tensors, config if given else None)
+    assert torch.allclose(logits(model, family), expected, atol=1e-5)
+    slots = family.build()
+    fxpeft.prepare_hotswap(slots, max_rank=8)
+    fxpeft.add_adapter(slots, config)
+    fxpeft.hotswap(slots, tensors)
+    assert torch.allclose(logits(slots, family), expected, atol=1e-4)
+
+
+def test_a_plan_shows_what_is_added() -> None:
+    model = FAMILIES["mixtral"].build()
+    plan = fxpeft.plan(model, fxpeft.LoraConfig(r=3, target_modules=["q_proj", "w1", "w2", "w3"]), roles=False)
+    assert {site.name: site.rank for site in plan.sites if ".layers.1." in site.name} == {
+        "model.layers.1.self_attn.q_proj": 3, "model.layers.1.mlp.experts.gate_up_proj": 6,
+        "model.layers.1.mlp.experts.down_proj": 3,
+    }  # fmt: skip
+    fxpeft.apply(plan, model)
+    assert fxpeft.active_adapters(model) == ["default"]
