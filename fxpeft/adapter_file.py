@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from fxpeft.checkpoint import Checkpoint
-from fxpeft.config import AdapterConfig
+from fxpeft.config import AdapterConfig, matching
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
 from fxpeft.passes.kinds import Embedding, Linear
 from fxpeft.passes.names import pattern_value
+from fxpeft.passes.regex import limited
 
 _KINDS = (Linear(1, 1), Embedding(1, 1))  # the kinds that name their tensors differently
 
@@ -63,7 +64,8 @@ def site_tensors(found: Checkpoint) -> tuple[dict[str, dict[str, Tensor]], dict[
 
 def site_scale(config: AdapterConfig, site: str, rank: int) -> float:
     """alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
-    alpha = pattern_value(getattr(config, "alpha_pattern", None) or {}, site, getattr(config, "lora_alpha", rank))
+    own = getattr(config, "alpha_pattern", None) or {}
+    alpha = pattern_value(own, site, getattr(config, "lora_alpha", rank), "alpha_pattern")
     return float(alpha) / (math.sqrt(rank) if getattr(config, "use_rslora", False) else rank)
 
 
@@ -71,7 +73,8 @@ def of_parameter(config: AdapterConfig, site: str) -> bool:
     """Whether a site in a file is a module for one of its parameters, which ``target_parameters`` named."""
     if not getattr(config, "target_parameters", None):
         return False
-    return config.target_modules is None or not config.selector()(site)
+    with limited() as budget:
+        return config.target_modules is None or not budget.keep(config, config.selector)(site)
 
 
 def factors(config: AdapterConfig, site: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
@@ -87,6 +90,7 @@ def product_norm(a: Tensor, b: Tensor) -> float:
     return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
 
 
+@matching()
 def inspect_sites(found: Checkpoint) -> list[FileSite]:
     """Every site of a file."""
     sites = []
@@ -128,6 +132,7 @@ class FileDiff:
         return bool(self.config or self.added or self.removed or self.changed or self.rest)
 
 
+@matching()
 def diff_files(before: Checkpoint, after: Checkpoint) -> FileDiff:
     """Compare two adapters: configs, sites, and the updates of the sites that both have."""
     old, new = before.config.to_dict(), after.config.to_dict()
@@ -177,6 +182,7 @@ def cast(found: Checkpoint, dtype: torch.dtype) -> Checkpoint:
     return Checkpoint(found.source, found.config, tensors)
 
 
+@matching()
 def shrink(found: Checkpoint, rank: int) -> tuple[Checkpoint, dict[str, float]]:
     """A LoRA of a smaller rank: each update's best approximation (truncated SVD), at the scale it had.
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from fxpeft.errors import AdapterError, listing
-from fxpeft.passes.names import NameSelector
+from fxpeft.passes.names import NameSelector, check_expression
 from fxpeft.passes.patterns import is_pattern, pattern
+from fxpeft.passes.regex import limited
 from fxpeft.passes.terms import Pattern, PatternError
 
 Self = TypeVar("Self", bound="AdapterConfig")
@@ -70,7 +71,12 @@ class AdapterConfig:
             value = getattr(self, name)
             for text in [value] if isinstance(value, str) else value if isinstance(value, list) else ():
                 if isinstance(value, str) or is_pattern(text):
-                    _check_pattern(name, text)
+                    check_pattern(name, text)
+        for name in ("modules_to_save", "layers_pattern"):
+            value = getattr(self, name) or ()
+            for text in (value,) if isinstance(value, str) else value:
+                if not text.isidentifier():
+                    check_pattern(name, text)
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise AdapterError(f"task_type: expected one of {', '.join(TASK_TYPES)}, found {self.task_type!r}")
         entries = [] if self.target_modules is None else self.target_modules
@@ -167,7 +173,7 @@ class RankConfig(AdapterConfig):
         super().__post_init__()
         for name in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, name):
-                _check_pattern(name, key)
+                check_pattern(name, key)
         for where, rank in (("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
             if rank <= 0:
                 raise AdapterError(f"{where}: expected a positive integer, found {rank}")
@@ -179,17 +185,29 @@ def _plain(value: Any) -> Any:
     return dataclasses.asdict(value) if nested else copy.deepcopy(value)
 
 
-def _check_pattern(name: str, text: str) -> None:
-    if is_pattern(text):
-        try:
-            pattern(text)
-        except PatternError as error:
-            raise AdapterError(f"{name}: {error}") from None
-        return
+def check_pattern(name: str, text: str) -> None:
+    """Refuse a text that ``name`` can't be matched with."""
     try:
-        re.compile(text)
-    except re.error as error:
-        raise AdapterError(f"{name}: {text!r} is no regular expression: {error}") from None
+        if is_pattern(text):
+            pattern(text)
+        else:
+            check_expression(text, name)
+    except PatternError as error:
+        raise AdapterError(str(error) if str(error).startswith(f"{name}: ") else f"{name}: {error}") from None
+
+
+@contextmanager
+def matching() -> Iterator[None]:
+    """One budget of time for all matches with a config's patterns in a block or in the decorated function.
+
+    Raises:
+        AdapterError: it was spent: the pattern is tried in too many ways.
+    """
+    with limited():
+        try:
+            yield
+        except PatternError as error:
+            raise AdapterError(str(error)) from None
 
 
 _known_hints: dict[type, dict[str, Any]] = {}

@@ -13,6 +13,16 @@ class CheckpointError(AdapterError):
     """A file that is missing, damaged, foreign, or doesn't fit the model."""
 
 
+def short(value: object, most: int = 200) -> str:
+    """``repr``, cut in the middle where it is long; a string or list of any size is cut before."""
+    if isinstance(value, str) and len(value) > most:
+        value = value[:most] + value[-most:]
+    if isinstance(value, list) and len(value) > most:
+        value = value[:most]
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
 def listing(items: Iterable[object], most: int = 20) -> str:
     """One item a line, indented; a long list ends in a count of the rest."""
     lines = [f"  {item}" for item in items]

@@ -278,7 +278,7 @@ def _with_components(model: nn.Module, adapter: Adapter, config: LoraConfig, fou
         if not rank:
             continue
         kept.append(site)
-        alpha = pattern_value(config.alpha_pattern, site, config.lora_alpha)
+        alpha = pattern_value(config.alpha_pattern, site, config.lora_alpha, "alpha_pattern")
         if rank != old.rank and config.eva_config.adjust_scaling_factors:
             alpha *= rank / old.rank
         if rank != config.r:

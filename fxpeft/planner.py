@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fxpeft.adapters import add_adapter
-from fxpeft.config import AdapterConfig
+from fxpeft.config import AdapterConfig, matching
 from fxpeft.errors import AdapterError, listing
 from fxpeft.experts import converted
 from fxpeft.methods import config_class, method_of
@@ -21,7 +21,7 @@ from fxpeft.methods.base import SitePlan
 from fxpeft.passes.base import Skip
 from fxpeft.passes.flow import Flow
 from fxpeft.passes.live import base_class
-from fxpeft.passes.names import pattern_value
+from fxpeft.passes.names import NameSelector, pattern_value
 from fxpeft.passes.patterns import explain, from_peft
 from fxpeft.passes.roles import roles_of_sites
 from fxpeft.passes.terms import Subject
@@ -158,6 +158,7 @@ class Plan:
         return picture
 
 
+@matching()
 def plan(
     model: nn.Module, config: AdapterConfig, *, inputs: Mapping[str, Any] | None = None, roles: bool = True
 ) -> Plan:
@@ -193,7 +194,8 @@ def plan(
         flops = 0 if method.whole or site.kind.leaf else _flops(site, shapes.values())
         alpha = None
         if hasattr(found.config, "lora_alpha"):
-            alpha = pattern_value(getattr(found.config, "alpha_pattern", None) or {}, name, found.config.lora_alpha)
+            own = getattr(found.config, "alpha_pattern", None) or {}
+            alpha = pattern_value(own, name, found.config.lora_alpha, "alpha_pattern")
         sites.append(
             PlanSite(
                 name, ", ".join(known.get(host, ())), site.kind.name, site.kind.in_features, site.kind.out_features,
@@ -201,9 +203,10 @@ def plan(
             )
         )  # fmt: skip
     subjects = [] if method.whole else subjects_of(modules, known)
+    selector = found.config.selector() if subjects else None
     hosts = {site.kind.host(name) for name, site in found.sites.items()}
     skipped = [
-        Skip(subject.name, _why_not(config, found.config, subject, modules[subject.name]))
+        Skip(subject.name, _why_not(config, selector, subject, modules[subject.name]))
         for subject in subjects
         if subject.name not in hosts
     ]
@@ -246,7 +249,9 @@ def _flops(site: SitePlan, shapes: Iterable[tuple[int, ...]]) -> int:
     return sum(math.prod(shape) * (2 if sum(d > 1 for d in shape) > 1 else 1) for shape in shapes)
 
 
-def _why_not(config: AdapterConfig, resolved: AdapterConfig, subject: Subject, module: nn.Module) -> str:
+def _why_not(
+    config: AdapterConfig, selector: NameSelector | None, subject: Subject, module: nn.Module
+) -> str:
     """Why a module is no site, in the words of the config that was given."""
     targets, exclude = config.target_modules, config.exclude_modules
     if subject.kind is None:
@@ -254,7 +259,7 @@ def _why_not(config: AdapterConfig, resolved: AdapterConfig, subject: Subject, m
     if exclude is not None and has_pattern(exclude) and from_peft(exclude)(subject):
         return "matches exclude_modules"
     why = from_peft(targets).why_not(subject) if targets is not None and has_pattern(targets) else None
-    return why or resolved.selector().why_not(subject.name) or "matches no target"
+    return why or (selector.why_not(subject.name) if selector is not None else None) or "matches no target"
 
 
 def _unused(config: AdapterConfig, subjects: Sequence[Subject]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,15 +13,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fxpeft.config import AdapterConfig
+from fxpeft.config import AdapterConfig, matching
 from fxpeft.defaults import default_targets, usual_targets
-from fxpeft.errors import AdapterError, listing
+from fxpeft.errors import AdapterError, listing, short
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SitePlan
 from fxpeft.methods.prompts import PromptMethod
 from fxpeft.passes.base import PassError, join, submodule
 from fxpeft.passes.live import Container, base_class, kind_of
+from fxpeft.passes.names import Endings, PatternTable
 from fxpeft.passes.parameters import parametrized
+from fxpeft.passes.regex import shown
 from fxpeft.passes.terms import Pattern
 from fxpeft.target_parameters import parameter_sites
 from fxpeft.targets import Roles, resolve_parameters, resolve_patterns
@@ -102,6 +103,7 @@ def site_module(model: nn.Module, site: str) -> tuple[nn.Module, str]:
     return submodule(model, site), ""
 
 
+@matching()
 def make_plan(
     model: nn.Module, config: AdapterConfig, *, heads: bool = True, roles: Roles | None = None
 ) -> AdapterPlan:
@@ -198,16 +200,21 @@ def saved_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:
 
 def _saved(modules: dict[str, nn.Module], config: AdapterConfig) -> list[str]:
     wanted = config.modules_to_save or []
-    found = [n for n in modules if any(n.endswith(w) for w in wanted)]  # PEFT: a suffix, dotted or not
-    heads = HEADS.get(config.task_type or "", ())
-    missing = [w for w in wanted if w not in heads and not any(n.endswith(w) for n in found)]
+    ends = Endings(wanted)
+    found = [n for n in modules if ends(n)]  # PEFT: a suffix, dotted or not
+    met = {end for n in found for end in ends.of(n)}.union(HEADS.get(config.task_type or "", ()))
+    missing = [w for w in wanted if w not in met]
     if missing:
         raise AdapterError(f"modules_to_save: no module of the model is named\n{listing(missing)}")
-    found = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
+    around = set(found)
+    found = [n for n in found if not any(n[:at] in around for at, sign in enumerate(n) if sign == ".")]
     lists = {n: _parts(n, modules) for n in found if isinstance(modules[n], nn.ModuleList | nn.ModuleDict)}
     if lists:  # PEFT takes no module without a forward, but the items of such a list by their names
-        kept = [w for w in wanted if any(n.endswith(w) and n not in lists for n in found) or w in heads]
-        config.modules_to_save = [*kept, *(part for parts in lists.values() for part in parts)]
+        heads = HEADS.get(config.task_type or "", ())
+        used = {end for n in found if n not in lists for end in ends.of(n)}.union(heads)
+        config.modules_to_save = [
+            *(w for w in wanted if w in used), *(part for parts in lists.values() for part in parts),
+        ]  # fmt: skip
     return [part for n in found for part in _parts(n, modules)]
 
 
@@ -242,9 +249,9 @@ def _bias_names(modules: dict[str, nn.Module], mode: str, sites: dict[str, SiteP
 def _check_patterns(config: AdapterConfig, sites: dict[str, SitePlan]) -> None:
     """A pattern that matches no site is a typo; PEFT would ignore it silently."""
     for name in config.patterns:
-        for pattern in getattr(config, name, None) or {}:
-            if not any(re.match(rf"(.*\.)?({pattern})$", site) for site in sites):
-                raise AdapterError(f"{name}: {pattern!r} matches none of the adapter's {len(sites)} sites")
+        unused = PatternTable(getattr(config, name, None) or {}, name).unmatched(sites)
+        if unused:
+            raise AdapterError(f"{name}: {shown(unused[0])} matches none of the adapter's {len(sites)} sites")
 
 
 def _nothing_found(config: AdapterConfig, modules: dict[str, nn.Module]) -> str:
@@ -252,10 +259,12 @@ def _nothing_found(config: AdapterConfig, modules: dict[str, nn.Module]) -> str:
     suffixes = sorted({n.rpartition(".")[2] for n in modules if n})
     assert not isinstance(targets, Pattern)  # a pattern that selects nothing was refused before
     wanted = [targets] if isinstance(targets, str) else list(targets or ())
-    near = [n for w in wanted for n in difflib.get_close_matches(w.rpartition(".")[2], suffixes, n=5)]
-    reasons = ((n, config.selector().why_not(n)) for n in modules if n)
+    asked = [w[-100:].rpartition(".")[2] for w in wanted[:20]]
+    near = [n for w in asked for n in difflib.get_close_matches(w, suffixes, n=5)]
+    selector = config.selector()
+    reasons = ((n, selector.why_not(n)) for n in modules if n)
     skipped = [f"{n}: {why}" for n, why in reasons if why not in (None, "matches no target")]
-    text = f"no module of the model is a target: target_modules={targets!r}"
+    text = f"no module of the model is a target: target_modules={short(targets)}"
     if skipped:
         text += f"\nmatched but left out:\n{listing(skipped)}"
     return text + f"\nnearest names: {', '.join(dict.fromkeys(near)) or ', '.join(suffixes[:20])}"

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fxpeft.config import AdapterConfig
-from fxpeft.errors import AdapterError, listing
+from fxpeft.errors import AdapterError, listing, short
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SitePlan
 from fxpeft.passes.base import PassError, join
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.live import base_class
-from fxpeft.passes.names import matches
+from fxpeft.passes.names import Selection
 from fxpeft.passes.parameters import ParameterKind, parameter_kind, parameter_value, parametrized
 from fxpeft.skeleton import Skeleton
 
@@ -53,13 +53,14 @@ def parameter_sites(
         return {}
     if isinstance(modules.get(""), Skeleton):
         raise AdapterError(
-            f"target_parameters={wanted!r}: a program or package has no modules whose parameters an adapter could "
+            f"target_parameters={short(wanted)}: a program or package has no modules whose parameters an adapter could "
             "update. Serve the live model, or fold the adapter into it before capturing the program"
         )
     sites: dict[str, SitePlan] = {}
     problems: list[str] = []
+    named = Selection(wanted, "target_parameters")
     for name, module in modules.items():
-        own = _matching(wanted, name, module)
+        own = _matching(wanted, named, name, module)
         for index, site in enumerate(own):
             try:
                 biased = getattr(config, "bias", "none") == "all" and parameter_value(module, "bias") is not None
@@ -77,7 +78,7 @@ def parameter_sites(
     return sites
 
 
-def _matching(wanted: str | Collection[str], name: str, module: nn.Module) -> list[str]:
+def _matching(wanted: str | Collection[str], named: Selection, name: str, module: nn.Module) -> list[str]:
     """A module's parameters that are named, in the order in which PEFT wraps them.
 
     With a parametrization in the module PEFT takes whole names only, sorted.
@@ -86,7 +87,7 @@ def _matching(wanted: str | Collection[str], name: str, module: nn.Module) -> li
     leaves = [*(leaf for leaf, p in module._parameters.items() if p is not None), *computed]
     sites = [join(name, leaf) for leaf in leaves]
     if not computed:
-        return [site for site in sites if matches(wanted, site)]
+        return [site for site in sites if named(site)]
     whole = [wanted] if isinstance(wanted, str) else wanted
     return sorted(site for site in sites if site in whole)
 
@@ -129,7 +130,8 @@ def _nothing_found(wanted: str | Collection[str], modules: Mapping[str, nn.Modul
             if parameter is not None:
                 (stacks if parameter.ndim == 3 else others).append(leaf)
     names = [wanted] if isinstance(wanted, str) else list(wanted)
-    near = [n for w in names for n in difflib.get_close_matches(w.rpartition(".")[2], {*stacks, *others}, n=5)]
+    asked = [w[-100:].rpartition(".")[2] for w in names[:20]]
+    near = [n for w in asked for n in difflib.get_close_matches(w, {*stacks, *others}, n=5)]
     found = ", ".join(dict.fromkeys((*near, *stacks))) or ", ".join(dict.fromkeys(others)) or "none at all"
-    text = f"no parameter of the model is named by target_parameters={wanted!r}; nearest names: {found}"
+    text = f"no parameter of the model is named by target_parameters={short(wanted)}; nearest names: {found}"
     return f"{text}\nParametrized ones need their whole names:\n{listing(whole)}" if whole else text

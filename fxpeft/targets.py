@@ -8,14 +8,14 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import nn
 
 from fxpeft.config import AdapterConfig
-from fxpeft.errors import AdapterError, listing
+from fxpeft.errors import AdapterError, listing, short
 from fxpeft.passes.base import PassError, join
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.live import base_class, kind_of
 from fxpeft.passes.match import module_kind
-from fxpeft.passes.names import NameSelector, matches
+from fxpeft.passes.names import NameSelector, Selection
 from fxpeft.passes.parameters import parameter_kind, parametrized
-from fxpeft.passes.patterns import explain, from_peft, is_pattern, layers_of, pattern
+from fxpeft.passes.patterns import explain, from_peft, is_pattern, layers_of, pattern, select
 from fxpeft.passes.terms import OfRole, Pattern, PatternError, Subject
 from fxpeft.trace import roles
 
@@ -93,14 +93,15 @@ def resolve_parameters(
     if known is None:
         known = roles(model) if any(isinstance(term, OfRole) for term in asked.terms()) else {}
     subjects = parameter_subjects(modules, known)
-    names = [s.name for s in subjects if asked(s)]
+    names = [s.name for s in select(asked, subjects, "target_parameters")]
     if not names:
         raise AdapterError(_nothing("target_parameters", asked, subjects))
-    more = [s.name for s in subjects if matches(names, s.name) and s.name not in names]
+    named, own = Selection(names), set(names)
+    more = [s.name for s in subjects if named(s.name) and s.name not in own]
     if more:
         raise AdapterError(
-            f"target_parameters={str(asked)!r}: PEFT reads the names that it selects as ends of names, which would "
-            f"take these too:\n{listing(more)}\nselect them as well, or rename the module"
+            f"target_parameters={short(str(asked))}: PEFT reads the names that it selects as ends of names, which "
+            f"would take these too:\n{listing(more)}\nselect them as well, or rename the module"
         )
     config.target_parameters = names  # type: ignore[attr-defined]
 
@@ -137,29 +138,30 @@ def resolve_patterns(
     subjects = subjects_of(modules, known)
     if has_pattern(targets) or has_pattern(exclude):
         if has_pattern(targets):
-            names = [s.name for s in subjects if wanted(s)]
+            names = [s.name for s in select(wanted, subjects, "target_modules")]
         else:
             bare = NameSelector(targets, (), (), *config.layer_filter())  # type: ignore[arg-type]
             names = bare.select(modules)
         if not names:
             raise AdapterError(_nothing("target_modules", wanted, subjects))
         if has_pattern(exclude):
-            out = {s.name for s in subjects if unwanted(s)}
+            out = {s.name for s in select(unwanted, subjects, "exclude_modules")}
             if not out:
                 raise AdapterError(_nothing("exclude_modules", unwanted, subjects))
             if out >= set(names):
-                raise AdapterError(f"exclude_modules={str(unwanted)!r} leaves out all of\n{listing(names)}")
+                raise AdapterError(f"exclude_modules={short(str(unwanted))} leaves out all of\n{listing(names)}")
             names, config.exclude_modules = [n for n in names if n not in out], None
         config.target_modules = spelled(names, modules)
         config.layers_to_transform = config.layers_pattern = None
     own = NameSelector(config.target_modules, config.exclude_modules or (), (), *config.layer_filter())  # type: ignore[arg-type]
     chosen = [s for s in subjects if own(s.name)]
     if parameters := getattr(config, "target_parameters", None):
-        chosen += [s for s in parameter_subjects(modules, known) if matches(parameters, s.name)]
+        named = Selection(parameters, "target_parameters")
+        chosen += [s for s in parameter_subjects(modules, known) if named(s.name)]
     for name in keyed:
         setattr(config, name, _by_name(name, getattr(config, name), keys[name], chosen))
     if within is not None:
-        names = [s.name for s in chosen if within(s)]
+        names = [s.name for s in select(within, chosen, "feedforward_modules")]
         if not names:
             raise AdapterError(_nothing("feedforward_modules", within, chosen))
         # PEFT reads a list's entries as ends of names; a regular expression says exactly these
@@ -183,7 +185,7 @@ def _by_name(
         if key not in patterns:
             out[key] = value
             continue
-        sites = [s.name for s in chosen if patterns[key](s)]
+        sites = [s.name for s in select(patterns[key], chosen, where)]
         if not sites:
             raise AdapterError(_nothing(where, patterns[key], chosen))
         out.update({f"^{re.escape(site)}": value for site in sites if f"^{re.escape(site)}" not in out})
@@ -192,4 +194,4 @@ def _by_name(
 
 def _nothing(where: str, wanted: Pattern, subjects: Sequence[Subject]) -> str:
     lines = explain(wanted, subjects) or ["each term matches some site, but no site matches all of them"]
-    return f"{where}={str(wanted)!r} selects nothing:\n{listing(lines)}"
+    return f"{where}={short(str(wanted))} selects nothing:\n{listing(lines)}"

@@ -24,8 +24,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
+from fxpeft.passes.globs import glob as compiled_glob
+from fxpeft.passes.regex import DEEPEST, compiled, shown, spend
 from fxpeft.passes.terms import (
     COMPARE,
     AllOf,
@@ -42,13 +44,14 @@ from fxpeft.passes.terms import (
     Regex,
     Subject,
     Suffix,
-    check_regex,
-    compile_glob,
     parts_of,
     word_end,
 )  # fmt: skip
 
 KINDS = ("linear", "embedding", "conv", "conv1d", "conv2d", "conv3d")
+DIGITS = 18  # of a number in a text
+LONGEST = 100_000  # characters of a text
+SHOWN = 400  # characters of a text around the place that a message points at
 _KEYS = ("name", "re", "kind", "class", "role")
 #: what no regular expression for a module's name contains: names have no ":" and no "="
 _MARK = re.compile(
@@ -61,13 +64,13 @@ _MARK = re.compile(
 
 def name(glob: str) -> Pattern:
     """A glob for the whole name."""
-    compile_glob(glob)
+    compiled_glob(glob)
     return Name(glob)
 
 
 def regex(expression: str) -> Pattern:
     """A regular expression for the whole name."""
-    check_regex(expression)
+    compiled(expression, "re:")
     return Regex(expression)
 
 
@@ -85,12 +88,14 @@ def kind(text: str) -> Pattern:
 
 def owner(which: type | str) -> Pattern:
     """Modules of a class, and what lies in them. A string is a glob for the class's name."""
-    return InClass(which if isinstance(which, str) else which.__name__)
+    text = which if isinstance(which, str) else which.__name__
+    compiled_glob(text)
+    return InClass(text)
 
 
 def role(glob: str) -> Pattern:
     """What a site does in the data flow."""
-    compile_glob(glob)
+    compiled_glob(glob)
     return OfRole(glob)
 
 
@@ -149,7 +154,9 @@ class _Parser:
     """Recursive descent over one text."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
+        if len(text) > LONGEST:
+            raise PatternError(f"a pattern of {len(text):,} characters, {shown(text)}; expected at most {LONGEST:,}")
+        self.text, self.at, self.depth = text, 0, 0
 
     def whole(self) -> Pattern:
         found = self.any()
@@ -172,17 +179,20 @@ class _Parser:
 
     def one(self) -> Pattern:
         sign = self.peek()
+        if sign not in ("~", "("):
+            return self.term()
+        start, self.at, self.depth = self.at, self.at + 1, self.depth + 1
+        if self.depth > DEEPEST:
+            raise self.error(f"more than {DEEPEST} parentheses in each other; write it flatter", start)
         if sign == "~":
-            self.at += 1
-            return Not((self.one(),))
-        if sign == "(":
-            start, self.at = self.at, self.at + 1
+            found: Pattern = Not((self.one(),))
+        else:
             found = self.any()
             if self.peek() != ")":
                 raise self.error("this parenthesis is never closed", start)
             self.at += 1
-            return found
-        return self.term()
+        self.depth -= 1
+        return found
 
     def term(self) -> Pattern:
         start, text = self.at, self.word()
@@ -190,7 +200,7 @@ class _Parser:
             raise self.error("expected a term")
         if compared := re.fullmatch(r"(in|out)(!=|<=|>=|=|<|>)(.*)", text):
             side, sign, number = compared.groups()
-            if not number.isdecimal():
+            if not number.isdecimal() or len(number) > DIGITS:
                 raise self.error(f"expected a number after {side}{sign}", start + len(side) + len(sign))
             return Features(side, sign, int(number))
         if text.startswith("layers["):
@@ -217,9 +227,9 @@ class _Parser:
         place = start + len("layers[")
         if not text.endswith("]"):
             raise self.error("expected ']'", start + len(text))
-        if re.fullmatch(r"-?\d+(,-?\d+)*", inside):
+        if re.fullmatch(rf"-?\d{{1,{DIGITS}}}(,-?\d{{1,{DIGITS}}})*", inside):
             return layers[tuple(int(i) for i in inside.split(","))]
-        if not re.fullmatch(r"(-?\d+)?(:(-?\d+)?){1,2}", inside):
+        if not re.fullmatch(rf"(-?\d{{1,{DIGITS}}})?(:(-?\d{{1,{DIGITS}}})?){{1,2}}", inside):
             raise self.error("expected indices as in layers[0,3] or a slice as in layers[4:-2]", place)
         ends = [int(i) if i else None for i in inside.split(":")]
         try:
@@ -241,19 +251,28 @@ class _Parser:
         return self.text[self.at : self.at + 1]
 
     def error(self, what: str, at: int | None = None) -> PatternError:
-        return PatternError(f"{what}\n  {self.text}\n  {' ' * (self.at if at is None else at)}^")
+        at = self.at if at is None else at
+        first = max(at - SHOWN // 2, 0) if len(self.text) > SHOWN else 0
+        return PatternError(f"{what}\n  {self.text[first : first + SHOWN]}\n  {' ' * (at - first)}^")
+
+
+def select(wanted: Pattern, subjects: Iterable[Subject], where: str) -> list[Subject]:
+    """The subjects that a pattern takes, on the budget of :func:`~fxpeft.passes.regex.limited`."""
+    text = str(wanted)
+    return [subject for subject in subjects if spend(lambda left: wanted(subject), where, text)]  # noqa: B023
 
 
 def explain(wanted: Pattern, subjects: Sequence[Subject]) -> list[str]:
     """One line for each term that takes no site, with the nearest that there is; terms behind a ``~`` left out."""
     lines = []
-    for term in dict.fromkeys(wanted.terms(negated=False)):
+    for term in list(dict.fromkeys(wanted.terms(negated=False)))[:1000]:
         if any(term(s) for s in subjects):
             continue
         words = list(dict.fromkeys(w for s in subjects for w in term.words(s)))
-        asked = re.sub(r"[*?{}\\()^$]", "", term.word)
+        asked = re.sub(r"[*?{}\\()^$]", "", term.word[:SHOWN])
         ranked = sorted(words, key=lambda w: -difflib.SequenceMatcher(None, asked, w).ratio())
-        lines.append(f"{term} matches none of {len(subjects)} sites; nearest: {', '.join(ranked[:5]) or 'none'}")
+        told = str(term) if len(str(term)) <= SHOWN else f"{str(term)[:SHOWN]}..."
+        lines.append(f"{told} matches none of {len(subjects)} sites; nearest: {', '.join(ranked[:5]) or 'none'}")
     return lines
 
 

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import abc
 import operator
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 
+from fxpeft.passes.globs import glob
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.names import matches
+from fxpeft.passes.regex import PatternError as PatternError
+from fxpeft.passes.regex import compiled
 
 COMPARE: dict[str, Callable[[int, int], bool]] = {
     "=": operator.eq, "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
 }  # fmt: skip
-
-
-class PatternError(ValueError):
-    """A text that is no pattern; the message shows the place. ``at``: the character, where it is known."""
-
-    def __init__(self, message: str, at: int | None = None) -> None:
-        super().__init__(message)
-        self.at = at
 
 
 @dataclass(frozen=True)
@@ -159,7 +152,7 @@ class Name(Term):
         return f"name:{self.glob}"
 
     def takes(self, subject: Subject) -> bool:
-        return compile_glob(self.glob).fullmatch(subject.name) is not None
+        return glob(self.glob).takes(subject.name)
 
 
 @dataclass(frozen=True)
@@ -172,7 +165,7 @@ class Regex(Term):
         return f"re:{self.expression}" if _closed(self.expression) else f"re:(?:{self.expression})"
 
     def takes(self, subject: Subject) -> bool:
-        return matches(self.expression, subject.name)
+        return compiled(self.expression, "re:").fullmatch(subject.name)
 
 
 @dataclass(frozen=True)
@@ -222,7 +215,7 @@ class InClass(Term):
         return f"class:{self.glob}"
 
     def takes(self, subject: Subject) -> bool:
-        return any(compile_glob(self.glob).fullmatch(c) for c in subject.classes)
+        return any(map(glob(self.glob).takes, subject.classes))
 
     def words(self, subject: Subject) -> Iterable[str]:
         return subject.classes
@@ -238,7 +231,7 @@ class OfRole(Term):
         return f"role:{self.glob}"
 
     def takes(self, subject: Subject) -> bool:
-        return any(compile_glob(self.glob).fullmatch(part) for r in subject.roles for part in (r, r.partition(".")[0]))
+        return any(glob(self.glob).takes(part) for r in subject.roles for part in (r, r.partition(".")[0]))
 
     def words(self, subject: Subject) -> Iterable[str]:
         return subject.roles
@@ -318,14 +311,6 @@ def _enclosed(part: Pattern, binds: int) -> str:
     return f"({part})" if part.binds < binds or (part.binds == binds and binds < 2) else str(part)
 
 
-def check_regex(expression: str) -> None:
-    """``PatternError`` where it is no regular expression."""
-    try:
-        re.compile(expression)
-    except re.error as error:
-        raise PatternError(f"{expression!r} is no regular expression: {error}") from None
-
-
 def word_end(text: str, start: int) -> int:
     """Where the word that begins at ``start`` ends: at a space or sign that is inside no bracket.
 
@@ -355,32 +340,3 @@ def _closed(expression: str) -> bool:
         return word_end(expression, 0) == len(expression)
     except PatternError:
         return False
-
-
-@cache
-def compile_glob(glob: str) -> re.Pattern[str]:
-    """The regular expression of a glob; names are split at dots."""
-    out, at, depth = "", 0, 0
-    while at < len(glob):
-        sign = glob[at]
-        if glob.startswith("**.", at) and (at == 0 or glob[at - 1] == "."):
-            out, at = out + r"(?:.*\.)?", at + 3
-            continue
-        if glob[at:] == ".**":
-            out, at = out + r"(?:\..*)?", at + 3
-            continue
-        if glob.startswith("**", at):
-            out, at = out + ".*", at + 2
-            continue
-        if sign == "{":
-            out, depth = out + "(?:", depth + 1
-        elif sign == "}" and depth:
-            out, depth = out + ")", depth - 1
-        elif sign == "," and depth:
-            out += "|"
-        else:
-            out += {"*": r"[^.]*", "?": r"[^.]"}.get(sign) or re.escape(sign)
-        at += 1
-    if depth:
-        raise PatternError("a brace is never closed")
-    return re.compile(out)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,12 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fxpeft.config import AdapterConfig
+from fxpeft.config import AdapterConfig, check_pattern
 from fxpeft.defaults import default_feedforward
 from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.passes.inject import Rewrite
 from fxpeft.passes.kinds import Conv, Kind
+from fxpeft.passes.names import Endings
+from fxpeft.passes.regex import compiled
 
 
 @dataclass
@@ -46,6 +47,8 @@ class IA3Config(AdapterConfig):
             self.feedforward_modules = sorted(set(own))
         super().__post_init__()
         own, targets = self.feedforward_modules, self.target_modules
+        if isinstance(own, str):
+            check_pattern("feedforward_modules", own)
         if isinstance(own, list) and isinstance(targets, list) and not set(own) <= set(targets):
             missing = ", ".join(sorted(set(own) - set(targets)))
             raise AdapterError(f"feedforward_modules: expected a part of target_modules, which lacks {missing}")
@@ -91,9 +94,9 @@ class Ia3(Method[IA3Config]):
             raise AdapterError(f"{site}: IA3 of an embedding is not supported, as in PEFT; leave the site out")
         names = config.feedforward_modules or ()
         if isinstance(names, str):
-            feedforward = re.fullmatch(names, site) is not None
+            feedforward = compiled(names, "feedforward_modules").fullmatch(site)
         else:
-            feedforward = any(site.endswith(name) for name in names)  # PEFT: an end of the name, dotted or not
+            feedforward = Endings(names)(site)  # PEFT: an end of the name, dotted or not
         return Ia3Plan(kind, 0, 1.0, feedforward)
 
     def shapes(self, config: IA3Config, plan: SitePlan) -> dict[str, tuple[int, ...]]:

@@ -196,7 +196,7 @@ class Lora(Method[LoraConfig]):
 
     def plan(self, config: LoraConfig, site: str, kind: Kind) -> SitePlan:
         rank = pattern_value(config.rank_pattern, site, config.r)
-        alpha = pattern_value(config.alpha_pattern, site, config.lora_alpha)
+        alpha = pattern_value(config.alpha_pattern, site, config.lora_alpha, "alpha_pattern")
         why = kind.check_rank(rank)
         if why:
             raise AdapterError(f"{site}: {why}; change r or rank_pattern, or leave the site out")
