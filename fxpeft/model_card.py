@@ -40,7 +40,7 @@ def write_card(folder: str | Path, model: nn.Module, config: AdapterConfig) -> N
     base = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     if base is not None and (not _REPOSITORY.fullmatch(base) or Path(base).exists()):
         base = None  # a folder of this machine means nothing on the hub, which refuses such a card
-    if not path.is_file():
+    if not path.exists():
         card = ModelCard(f"---\nlibrary_name: peft\n---\n{_text(Path(folder), config, base)}")
     else:
         try:
@@ -51,7 +51,7 @@ def write_card(folder: str | Path, model: nn.Module, config: AdapterConfig) -> N
             return
     before = copy.deepcopy(vars(card.data))
     _update(card.data, model, config, base)
-    if not path.is_file() or vars(card.data) != before:  # what is there stays to the byte where nothing is new
+    if not path.exists() or vars(card.data) != before:  # what is there stays to the byte where nothing is new
         replace_files({path: str(card).encode()})
 
 

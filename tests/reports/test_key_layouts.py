@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, first_output
 from safetensors.torch import load_file, save_file
 from tiny import randomise
 from torch import Tensor
@@ -217,3 +217,40 @@ def test_a_plan_shows_what_is_added() -> None:
     }  # fmt: skip
     fxpeft.apply(plan, model)
     assert fxpeft.active_adapters(model) == ["default"]
+
+
+def test_targets_that_have_other_names_now(tmp_path: Path, installed: None) -> None:
+    """A vision transformer's modules were renamed one by one: the config's names select nothing by themselves."""
+    family = FAMILIES["vit"]
+
+    def outputs(model: Any) -> Tensor:
+        with torch.no_grad():
+            return first_output(model(**family.inputs()))
+
+    theirs = peft.get_peft_model(
+        family.build(),
+        peft.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "o_proj", "fc1", "fc2"], rank_pattern={"fc1": 5},
+                        modules_to_save=["classifier"]),
+    )  # fmt: skip
+    randomise((p for n, p in theirs.named_parameters() if "lora_" in n), seed=4)
+    theirs.save_pretrained(tmp_path)
+    expected = outputs(peft.PeftModel.from_pretrained(family.build(), tmp_path).eval())
+    before = {
+        "vit.layers.": "vit.encoder.layer.", "attention.q_proj": "attention.attention.query",
+        "attention.o_proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
+    }  # fmt: skip
+
+    def old(key: str) -> str:
+        for now, then in before.items():
+            key = key.replace(now, then)
+        return key
+
+    # "dense" is three modules, and in no name of now
+    renamed(tmp_path, old, target_modules=["query", "dense"], rank_pattern={"intermediate.dense": 5})
+    for load in (lambda m: fxpeft.load_adapter(m, tmp_path), lambda m: m.load_adapter(str(tmp_path))):
+        model = family.build()
+        load(model)
+        assert torch.allclose(outputs(model), expected, atol=1e-5)
+    fxpeft.save_adapter(model, tmp_path / "again")
+    theirs = peft.PeftModel.from_pretrained(family.build(), tmp_path / "again").eval()
+    assert torch.allclose(outputs(theirs), expected, atol=1e-5)

@@ -90,6 +90,13 @@ def test_a_card_that_no_one_can_read_is_left_alone(content: bytes, tmp_path: Pat
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
+def test_a_folder_of_that_name_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "README.md").mkdir()
+    save(tmp_path)
+    assert (tmp_path / "README.md").is_dir()
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("base", ["", "folder"])
 def test_a_base_that_is_not_on_the_hub_is_not_named(base: str, tmp_path: Path) -> None:
     metadata = metadata_load(save(tmp_path / "adapter", base=base and str(tmp_path)))
