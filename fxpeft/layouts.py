@@ -75,13 +75,13 @@ def in_layout_of(
     if not whole or (conversions is None and all(_fits(model, key) for key in keys.values())):
         return replace(found, tensors=tensors) if key_mapping else found
     assert isinstance(model, PreTrainedModel)
-    table = copy.deepcopy(list(get_model_conversion_mapping(model) if conversions is None else conversions))
-    renames = [c for c in table if isinstance(c, WeightRenaming)]
+    table = list(get_model_conversion_mapping(model) if conversions is None else conversions)
+    renames = [copy.deepcopy(c) for c in table if isinstance(c, WeightRenaming)]  # they note that they were used
     names = _chosen(model, keys, renames, found.source)
     config, out = found.config, {name: tensors[key] for key, name in names.items()}
     left = {key: part for key, part in keys.items() if key not in names}
     moved = {keys[key].host: _parsed(name, suffixes).host for key, name in names.items()}
-    config = _following(model, config, {old: new for old, new in moved.items() if old != new})
+    config = _following(model, config, {old: new for old, new in moved.items() if old != new}, renames)
     if left and isinstance(config, LoraConfig):
         config = _fused(model, config, table, left, tensors, out, [*moved, *moved.values()], renames, found.source)
     same = not key_mapping and config is found.config and all(key == name for key, name in names.items())
@@ -164,7 +164,9 @@ def _chosen(
     raise CheckpointError(f"{source}: two keys mean one place in the model; nothing was changed.\n{listing(clashes)}")
 
 
-def _following(model: nn.Module, config: AdapterConfig, moved: Mapping[str, str]) -> AdapterConfig:
+def _following(
+    model: nn.Module, config: AdapterConfig, moved: Mapping[str, str], renames: Sequence[WeightRenaming]
+) -> AdapterConfig:
     """The config of a file whose modules moved: it selects them, and gives them the ranks and scales of before."""
     if not moved:
         return config
@@ -191,14 +193,27 @@ def _following(model: nn.Module, config: AdapterConfig, moved: Mapping[str, str]
     known = targets is None or isinstance(targets, Pattern) or targets == "all-linear"
     if known or has_pattern(targets) or has_pattern(config.exclude_modules):
         return config
-    chosen = config.selector().select(modules)
     asked = config.selector()
-    # a target of before that the names of now no longer select
-    lost = [new for old, new in moved.items() if asked(old) and not asked(new)]
-    if lost:
-        config.target_modules = spelled([m for m in modules if m in chosen or m in lost], modules)
+    chosen = asked.select(modules)
+    # what the names of before selected and those of now don't, and the reverse: exclude_modules has old names too
+    lost = {new for old, new in moved.items() if asked(old) and not asked(new)}
+    hosts = set(moved.values())
+    gained = {m for m in chosen if m not in hosts and (old := _before(m, renames)) != m and not asked(old)}
+    if lost or gained:
+        config.target_modules = spelled([m for m in modules if m in lost or (m in chosen and m not in gained)], modules)
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     return config
+
+
+def _before(name: str, renames: Sequence[WeightRenaming]) -> str:
+    """A module's name as Transformers writes it for older ones; its own where the table can't be read backwards."""
+    key = f"{name}.weight"
+    for rename in reversed(renames):
+        try:
+            key, _ = rename.reverse_transform().rename_source_key(key)
+        except (ValueError, NotImplementedError):
+            return name
+    return key.removesuffix(".weight")
 
 
 def _fused(

@@ -124,6 +124,35 @@ def test_the_config_has_old_names_too(name: str, form: str, tmp_path: Path) -> N
     assert torch.allclose(logits(theirs, family), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llava", "paligemma"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r"vision_tower\..*"},
+        {"target_modules": r"language_model\.model\..*(q|v)_proj"},
+        {"target_modules": r"(?!vision_tower).*(q|v)_proj"},
+    ],
+    ids=["excluded", "selected", "not the other"],
+)
+def test_one_tower_by_its_old_name(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    family = MODELS[name]
+    expected = write(tmp_path, family, target_modules=r".*language_model.*(q|v)_proj")
+    renamed(tmp_path, family.old, **fields)
+    model = family.build()
+    fxpeft.load_adapter(model, tmp_path)
+    assert torch.allclose(logits(model, family), expected, atol=1e-5)
+
+
+def test_a_file_that_lacks_a_site_is_still_incomplete(tmp_path: Path) -> None:
+    family = MODELS["llava"]
+    write(tmp_path, family)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if "vision_tower.encoder.layers.1" not in k}, path)
+    renamed(tmp_path, family.old)
+    with pytest.raises(fxpeft.CheckpointError, match=r"doesn't fill:\n  model\.vision_tower\.encoder\.layers\.1"):
+        fxpeft.load_adapter(family.build(), tmp_path)
+
+
 def test_a_whole_module_that_moved(tmp_path: Path) -> None:
     family = MODELS["llava"]
     expected = write(tmp_path, family, modules_to_save=["lm_head", "multi_modal_projector"])
