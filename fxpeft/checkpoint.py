@@ -20,6 +20,7 @@ from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, CheckpointError, listing
 from fxpeft.files import make_folder, replace_files, unfinished
 from fxpeft.fingerprint import KEY, fingerprint
+from fxpeft.keys import below_module, file_keys
 from fxpeft.methods import config_class, method_of
 from fxpeft.methods.base import Base, Method
 from fxpeft.passes.base import PassError, attribute, submodule
@@ -34,11 +35,17 @@ TRIES = 50
 
 @dataclass
 class Checkpoint:
-    """A checkpoint's content, not yet checked against a model. ``source`` is for messages."""
+    """A checkpoint's content, not yet checked against a model. ``source`` is for messages.
+
+    The tensors' keys are those that PEFT's files have, whatever wrappers had put into them (:mod:`fxpeft.keys`).
+    """
 
     source: str
     config: AdapterConfig
     tensors: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        self.tensors = file_keys(self.tensors, self.source)
 
 
 @dataclass
@@ -316,6 +323,7 @@ def assign(
     """
     method, config = method_of(plan.config), plan.config
     kept = {key: tensor for key, tensor in found.tensors.items() if ".original_module." not in key}
+    kept = below_module(model, kept, method.prefix)
     left = {_short(key, method.prefix): tensor for key, tensor in kept.items()}
     values = Values()
     missing: list[str] = []

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, listing
+from fxpeft.keys import PART, check_adapters_own, file_keys
 from fxpeft.methods import method_of
 from fxpeft.methods.base import Method
 from fxpeft.methods.ia3 import IA3Config
@@ -20,13 +21,8 @@ from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.names import NameSelector, matches
 from fxpeft.sites import base_modules
 from fxpeft.targets import spelled
-from fxpeft.wrappers import plain_name, unwrap
+from fxpeft.wrappers import unwrap
 
-# PEFT's names of parameters below a site; an adapter's name may follow, as in PEFT's modules, and then weight or bias
-_PART = re.compile(
-    r"(?P<site>.+?)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector|lora_E|lora_ranknum|ia3_l)"
-    r"(?:\.(?P<name>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
-)
 _WHOLE = "say so in a config, and pass that too"
 
 
@@ -48,34 +44,15 @@ def infer_config(
 
 
 def peft_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter's tensors under the keys of PEFT's files: no adapter's name, no wrapper's, PEFT's prefix.
+    """An adapter's tensors under the keys of PEFT's files, all with PEFT's prefix.
 
     Raises:
-        AdapterError: two tensors get one key, since they are of several adapters; or some are the base's.
+        CheckpointError: they are of several adapters, or some are the base's.
     """
-    found = {key: _PART.fullmatch(_bare(key)) for key in state_dict}
-    names = {match["name"] for match in found.values() if match and match["name"]}
-    if len(names) > 1:
-        raise AdapterError(f"state_dict: expected one adapter's tensors, found those of {', '.join(sorted(names))}")
-    base = [key for key, match in found.items() if match is None and _of_base(key, found)]
-    if base:
-        raise AdapterError(
-            f"state_dict: expected an adapter's tensors, found the base's too:\n{listing(base)}\n"
-            "Pass what adapter_state_dict gives, or peft.get_peft_model_state_dict"
-        )
-    out: dict[str, Tensor] = {}
-    for key, match in found.items():
-        if match is not None:
-            leaf = match["leaf"] if match["part"] in ("lora_A", "lora_B") else None
-            short = ".".join(atom for atom in (match["site"], match["part"], leaf) if atom)
-        else:
-            short = _bare(key)
-            for name in names:
-                short = short.replace(f".modules_to_save.{name}.", ".")
-        out[short if short == "prompt_embeddings" else f"{Method.prefix}{short}"] = state_dict[key]
-    if len(out) < len(state_dict):
-        raise AdapterError(f"state_dict: {len(state_dict)} tensors have only {len(out)} places; are they of two?")
-    return out
+    source = "the state_dict"
+    found = file_keys(state_dict, source)
+    check_adapters_own(found, source)
+    return {key if key == "prompt_embeddings" else f"{Method.prefix}{_bare(key)}": t for key, t in found.items()}
 
 
 def with_sites(config: AdapterConfig, tensors: Mapping[str, Tensor], model: nn.Module) -> AdapterConfig:
@@ -142,21 +119,14 @@ def _inferred(tensors: Mapping[str, Tensor], model: nn.Module | None, alpha: flo
 
 
 def _bare(key: str) -> str:
-    return plain_name(key).removeprefix(Method.prefix)
-
-
-def _of_base(key: str, found: Mapping[str, re.Match[str] | None]) -> bool:
-    """Whether a key is a site's own weight; PEFT saves an embedding's, which may have more rows than the base's."""
-    site, _, leaf = _bare(key).rpartition(".base_layer.")
-    sites = {m["site"] for m in found.values() if m and m["part"] in ("lora_A", "ia3_l")}
-    return leaf == "weight" and site in sites
+    return key.removeprefix(Method.prefix)
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Site -> part of PEFT's key -> tensor."""
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        match = _PART.fullmatch(_bare(key))
+        match = PART.fullmatch(_bare(key))
         if match is not None:
             part = f"{match['part']}.bias" if match["leaf"] == "bias" else match["part"]
             parts.setdefault(match["site"], {})[part] = tensor
@@ -201,7 +171,7 @@ def _saved(tensors: Mapping[str, Tensor], parts: Mapping[str, object]) -> list[s
     for key in tensors:
         short = _bare(key).replace(".modules_to_save.", ".")
         owner, _, leaf = short.rpartition(".")
-        if _PART.fullmatch(short) is None and owner and owner not in parts and not owner.endswith(".base_layer"):
+        if PART.fullmatch(short) is None and owner and owner not in parts and not owner.endswith(".base_layer"):
             owners.setdefault(owner, set()).add(leaf)
     return [owner for owner, leaves in owners.items() if leaves != {"bias"}]
 
@@ -214,7 +184,7 @@ def _bias(tensors: Mapping[str, Tensor], parts: Mapping[str, object]) -> Literal
 
 
 def _biases(tensors: Iterable[str]) -> list[str]:
-    return [key for key in tensors if key.endswith(".bias") and _PART.fullmatch(_bare(key)) is None]
+    return [key for key in tensors if key.endswith(".bias") and PART.fullmatch(_bare(key)) is None]
 
 
 def _compare(said: list[str], found: list[str]) -> None:

@@ -21,6 +21,7 @@ from fxpeft import experts
 from fxpeft.checkpoint import Checkpoint
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import CheckpointError, listing
+from fxpeft.keys import below_module
 from fxpeft.methods import method_of
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.kinds import Embedding, Linear
@@ -68,6 +69,8 @@ def in_layout_of(
     method = method_of(found.config)
     if method.whole:
         return found
+    own = below_module(model, found.tensors, method.prefix)
+    found = found if own is found.tensors else replace(found, tensors=own)
     tensors = {_mapped(key.removeprefix(method.prefix), key_mapping): t for key, t in found.tensors.items()}
     suffixes = {f".{s}": name for kind in _KINDS for name, s in method.keys(kind).items()}
     keys = {key: _parsed(key, suffixes) for key in tensors}

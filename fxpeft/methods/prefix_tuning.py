@@ -107,7 +107,7 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
         """PEFT's rule for layers that are not alike: each takes the first of the heads, and of their numbers.
 
         Raises:
-            AdapterError: a layer has more heads than the largest ones' layer, so that it would get no prefix.
+            AdapterError: a layer has more heads than the widest ones, so that it would get no prefix.
         """
         each = _layer_shapes(model)
         assert config.num_attention_heads is not None

@@ -253,7 +253,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
                    for n in "ab" for k, v in t.items()},
         "expected one adapter's tensors, found those of a, b",
     ),
-    "same place": (wrong(f"{Q}.lora_A.default.weight", torch.ones(3, 32)), "have only .* places"),
+    "same place": (wrong(f"{Q}.lora_A.default.weight", torch.ones(3, 32)), "two tensors have the place .*lora_A"),
     "no adapter": (lambda t: {"wte.weight": torch.ones(2)}, "no key is a LoRA's or an IA3's"),
     "the base's": (wrong(f"{Q}.base_layer.weight", torch.ones(32, 32)), "found the base's too"),
     "no A": (lambda t: {k: v for k, v in t.items() if "lora_A" not in k}, "but no lora_A, whose rows are its rank"),
