@@ -8,6 +8,7 @@ import re
 from torch import nn
 
 from fxpeft.errors import AdapterError
+from fxpeft.passes.live.container import RESERVED, Container
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
 _ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -24,6 +25,8 @@ def check_adapter_name(name: object) -> str:
         raise AdapterError(
             f"adapter name {shown}: expected 1 to 128 of the characters A-Z, a-z, 0-9, _ and -, the first one no -"
         )
-    if keyword.iskeyword(name) or hasattr(nn.Module, name) or name in _ATTRIBUTES:
+    if keyword.iskeyword(name) or hasattr(Container, name) or name in _ATTRIBUTES:
         raise AdapterError(f"adapter name {name!r}: expected no attribute of nn.Module and no Python keyword")
+    if RESERVED.fullmatch(name):
+        raise AdapterError(f"adapter name {name!r}: generated code calls the active adapters so; expected another one")
     return name

@@ -362,7 +362,7 @@ def replace_attached(model: nn.Module, state: ModelState, new: Adapter) -> None:
         state.adapters[old.name] = old
         rebind(touched, state.running())
         raise
-    set_trainable(state)
+    set_trainable(state, [new.name])
     watch_loss(model, state)
 
 
@@ -377,10 +377,11 @@ def switch(model: nn.Module, state: ModelState, names: list[str], enabled: bool)
         state.active, state.enabled = [n for n in old if n in state.adapters], old_enabled
         rebind(touched, state.running())
         raise
+    named = [name for name, adapter in state.adapters.items() if adapter.trained is not None]
     if enabled == old_enabled:  # adapters were chosen, not switched off or on
-        for adapter in state.adapters.values():
-            adapter.trained = None
-    set_trainable(state)
+        for name in named:
+            state.adapters[name].trained = None
+    set_trainable(state, (*old, *names, *named))
     watch_loss(model, state)
 
 

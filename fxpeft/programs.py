@@ -34,6 +34,7 @@ from fxpeft.passes.patterns import from_peft
 from fxpeft.passes.pipeline import Pipeline
 from fxpeft.passes.redirect import RedirectPass
 from fxpeft.passes.slot import LEAST, Slot
+from fxpeft.passes.source import check_all_names, check_path
 from fxpeft.passes.subgraphs import annotate_bodies, copy_graph_module, own_bodies, share_bodies, walk
 from fxpeft.passes.terms import Subject
 from fxpeft.program_sites import Attributes, Found, closed_sites, match_sites
@@ -174,7 +175,20 @@ def _rewrite(
 
 
 def _open(program: ExportedProgram | GraphModule) -> tuple[GraphModule, Any]:
-    """A copy of the graph that can be changed, and its tensors by dotted name."""
+    """A copy of the graph that can be changed, and its tensors by dotted name.
+
+    Raises:
+        AdapterError: a name in it would become code.
+    """
+    try:
+        if isinstance(program, ExportedProgram):
+            for spec in (*program.graph_signature.input_specs, *program.graph_signature.output_specs):
+                check_path(spec.target or "")
+            check_all_names(program.graph_module)
+        else:
+            check_all_names(program)
+    except PassError as error:
+        raise AdapterError(f"the program can't be rewritten: {error}") from None
     if isinstance(program, ExportedProgram):
         return open_program(program), tensors_of(program)
     graph_module = copy_graph_module(program)

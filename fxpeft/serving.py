@@ -291,9 +291,10 @@ def rescale(model: nn.Module, state: ModelState, name: str, strength: float) -> 
 def plan_for(model: nn.Module, serving: Serving, config: AdapterConfig) -> AdapterPlan:
     """The plan for a config; adapters that share one share the search for its sites."""
     key = repr(config)
-    if key not in serving.plans:
-        serving.plans[key] = make_plan(model, config, heads=False)
-    return serving.plans[key]
+    found = serving.plans.recent(key)
+    if found is None:
+        found = serving.plans[key] = make_plan(model, config, heads=False)
+    return found
 
 
 def _bind_slots(model: nn.Module, serving: Serving) -> None:

@@ -20,6 +20,7 @@ from fxpeft.passes.copies import Copies
 from fxpeft.passes.feed import Feed
 from fxpeft.passes.inject import Rewrite
 from fxpeft.passes.live import Container, bare_copy, feed_module, replace_module, rewrite_module, unbind
+from fxpeft.passes.live.container import active_name
 from fxpeft.passes.parameters import parameter_value, read_module
 from fxpeft.sites import AdapterPlan, base_modules, base_state
 from fxpeft.target_parameters import ONE_REWRITE
@@ -266,14 +267,17 @@ def detach(model: nn.Module, adapter: Adapter) -> None:
     adapter.parts = {}
     for module in hosts(model, [adapter]).values():
         container = module._modules.get("adapters")
-        if container is not None:
-            container._modules.pop(adapter.name, None)
+        if isinstance(container, Container):
+            container.drop(adapter.name)
             if not container._modules:
                 del module._modules["adapters"]
 
 
 def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
-    """Give each touched module the forward of the running adapters, or its own where none is there."""
+    """Give each touched module the forward of the running adapters, or its own where none is there.
+
+    The forward finds them by their order, not by their names: see :meth:`Container.show`.
+    """
     inner = {adapter.name: adapter.parameter_sites() for adapter in running}
     adapted = {host for adapter in running for host in adapter.hosts()}
     for name, module in touched.items():
@@ -282,25 +286,27 @@ def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
         redirects: dict[str, tuple[str, Any]] = {}
         whole: str | None = None
         feed: Feed | None = None
-        for adapter in running:
-            if name not in adapter.parts:
-                continue
-            part = adapter.parts[name]
+        here = [adapter for adapter in running if name in adapter.parts]
+        for number, adapter in enumerate(here):
+            part, place = adapter.parts[name], active_name(number)
             if name in adapter.values.saved:
-                whole = f"adapters.{adapter.name}"
+                whole = f"adapters.{place}"
             if isinstance(part, SiteAdapter):
-                rewrite = method_of(adapter.config).rewrite(adapter.name, adapter.config, part)
+                rewrite = method_of(adapter.config).rewrite(place, adapter.config, part)
                 if isinstance(rewrite, Feed):
                     feed = rewrite
                 else:
                     rewrites.append(rewrite)
             for leaf, site in inner[adapter.name].get(name, {}).items():
-                update: Any = method_of(adapter.config).rewrite(adapter.name, adapter.config, adapter.parts[site])  # type: ignore[arg-type]
+                update: Any = method_of(adapter.config).rewrite(place, adapter.config, adapter.parts[site])  # type: ignore[arg-type]
                 parameters.setdefault(leaf, []).append(update)
             for path in adapter.values.tensors:
                 owner, _, leaf = path.rpartition(".")
                 if owner == name:
-                    redirects[leaf] = (f"{adapter.name}.{leaf}", attribute(part, leaf))
+                    redirects[leaf] = (f"{place}.{leaf}", attribute(part, leaf))
+        container = module._modules.get("adapters")
+        if isinstance(container, Container):
+            container.show([adapter.parts[name] for adapter in here])
         if whole:
             replace_module(module, whole)
         elif feed:
@@ -341,14 +347,20 @@ def check_together(adapters: list[Adapter]) -> None:
             )
 
 
-def set_trainable(state: ModelState) -> None:
+def set_trainable(state: ModelState, names: Iterable[str] | None = None) -> None:
     """Active adapters that are not in inference mode are trained, or those that the user named; all others, and
-    all while they are disabled, are frozen."""
-    for adapter in state.adapters.values():
-        usual = adapter.name in state.active and not adapter.config.inference_mode
-        trains = usual if adapter.trained is None else adapter.trained
-        for parameter in adapter.parameters():
-            parameter.requires_grad_(trains and state.enabled)
+    all while they are disabled, are frozen.
+
+    Args:
+        names: those for which that changed: others stay as they are, however many there are. Default: all.
+    """
+    for name in state.adapters if names is None else dict.fromkeys(names):
+        adapter = state.adapters.get(name)
+        if adapter is not None:
+            usual = name in state.active and not adapter.config.inference_mode
+            trains = usual if adapter.trained is None else adapter.trained
+            for parameter in adapter.parameters():
+                parameter.requires_grad_(trains and state.enabled)
 
 
 def placement(

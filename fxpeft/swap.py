@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from fxpeft.methods.base import Base, SlotValues
 from fxpeft.passes.base import PassError, attribute, join, submodule
 from fxpeft.passes.copies import Copies
 from fxpeft.passes.kinds import Kind
+from fxpeft.passes.recent import Recent
 from fxpeft.passes.slot import FEATURES, LEAST, ActiveRank, Slot
 from fxpeft.sites import AdapterPlan, base_value, base_values
 from fxpeft.state import Adapter, ModelState, Values, check_together
@@ -35,7 +37,7 @@ class Serving:
         dirty: site -> number of leading ranks that may hold something other than zero.
         featured: site and feature (gain, shift) that may hold something other than its neutral value.
         holds: module or parameter -> values of the adapter whose copy it holds, ``None`` for the base's.
-        plans: config -> plan, so that adapters of one config share the search for their sites.
+        plans: config -> plan, of the last ones, so that adapters of one config share the search for their sites.
     """
 
     max_rank: int
@@ -51,8 +53,12 @@ class Serving:
     dirty: dict[str, int] = field(default_factory=dict)
     featured: set[tuple[str, str]] = field(default_factory=set)
     holds: dict[str, Values | None] = field(default_factory=dict)
-    plans: dict[str, AdapterPlan] = field(default_factory=dict)
+    plans: Recent[str, AdapterPlan] = field(default_factory=lambda: Recent(limit=64))
     lock: SwapLock = field(default_factory=SwapLock)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.plans = Recent(state["plans"].items(), limit=64)  # a plain dict in older pickles
 
     @functools.cached_property
     def features(self) -> frozenset[str]:

@@ -74,6 +74,13 @@ class GraphPass(PassBase):
         return cast(RewriteResult, super().__call__(graph_module))
 
 
+class TracedModule(GraphModule):
+    """A graph to be rewritten and read, never run: its code is not compiled."""
+
+    def recompile(self) -> Any:
+        """Nothing: torch.fx keeps the source of all that it compiles for ever."""
+
+
 def attribute(root: torch.nn.Module, path: str) -> Any:
     """The object at a dotted path below ``root``; ``AttributeError`` names the missing part.
 

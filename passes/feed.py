@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, join
+from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, TracedModule, join
 from fxpeft.passes.inject import get_attr, install
 
 CALL = "fxpeft.call"  # node.meta key: the call of the whole model; its value is the feed's name once it has one
@@ -39,6 +39,12 @@ class Feed:
     constants: Mapping[str, Any] = field(default_factory=dict)
     container: str = "adapters"
     mixin: type | None = None
+
+    def signature(self) -> tuple[Any, ...]:
+        """What the fed graph depends on, the operands' values left out."""
+        operands = tuple((path, name, isinstance(value, nn.Module)) for path, (name, value) in self.operands.items())
+        constants = tuple((name, type(value), value) for name, value in self.constants.items())
+        return self.function, operands, tuple(self.reads.items()), constants, self.container
 
 
 class FeedPass(GraphPass):
@@ -98,7 +104,7 @@ def call_graph(forward: Callable[..., Any]) -> GraphModule:
     graph.output(call)
     root = nn.Module()
     root.add_module(LEAF, _Stand())
-    return GraphModule(root, graph)
+    return TracedModule(root, graph)
 
 
 def gather(named: dict[str, Any], rest: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -21,17 +21,19 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, join
+from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, TracedModule, join
 from fxpeft.passes.feed import CALL, LEAF
 from fxpeft.passes.inject import Rewrite, get_attr, install
 from fxpeft.passes.kinds import Kind
-from fxpeft.passes.live import base_class, bind_source, given_forward, graph_source
+from fxpeft.passes.live import base_class, bind_source, given_forward
 from fxpeft.passes.match import OPERAND
 from fxpeft.passes.pipeline import Pipeline
+from fxpeft.passes.recent import Recent
 from fxpeft.passes.slot import ActiveRank, Slot
+from fxpeft.passes.source import graph_source
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_sources: dict[tuple[Any, ...], str] = {}
+_sources: Recent[tuple[Any, ...], str] = Recent()
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,7 @@ def read_graph() -> GraphModule:
     graph.output(call)
     root = nn.Module()
     root.add_module(LEAF, nn.Module())  # stands for what the code finds in the live module
-    return GraphModule(root, graph)
+    return TracedModule(root, graph)
 
 
 def read_module(
@@ -265,12 +267,14 @@ def read_module(
             raise PassError("somebody replaced this instance's forward, so it can't be given another parameter to read")
         kinds = {leaf: parameter_kind(module, leaf) for leaf in rewrites}
         key = tuple((leaf, kinds[leaf], *(r.signature() for r in own)) for leaf, own in rewrites.items())
-        if key not in _sources or dump is not None:
+        source = _sources.recent(key) if dump is None else None
+        if source is None:
             given = {leaf: (kinds[leaf], parameter_value(module, leaf), own) for leaf, own in rewrites.items()}
-            _sources[key] = graph_source(Pipeline([ReadPass(given)], dump=dump)(read_graph()).graph)  # type: ignore[arg-type]
+            source = graph_source(Pipeline([ReadPass(given)], dump=dump)(read_graph()).graph)  # type: ignore[arg-type]
+            _sources[key] = source
     except PassError as error:
         raise PassError(f"{name}: {error}") from None
-    bind_source(module, _sources[key])
+    bind_source(module, source)
 
 
 def slot_weight(

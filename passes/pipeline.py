@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from fxpeft.passes.base import GraphPass, PassError, Report
 from fxpeft.passes.draw import Drawing, Picture, drawing_of
+from fxpeft.passes.source import check_names
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ class Pipeline:
         dump: a folder that receives ``01-match-before.py``, ``01-match-after.py``, ... (the
             graph as source) for every run; made where missing.
 
+    A graph with a name that would become code is refused (:func:`fxpeft.passes.source.check_names`).
+
     After a call, :attr:`reports` holds one :class:`Report` per pass of that call, and :meth:`draw`
     shows what it did.
     """
@@ -40,6 +43,7 @@ class Pipeline:
 
     def __call__(self, graph_module: GraphModule) -> GraphModule:
         reports = []
+        check_names(graph_module.graph)
         before = drawing_of(graph_module)
         for number, graph_pass in enumerate(self.passes, start=1):
             stem = f"{number:02d}-{graph_pass.name}"

@@ -12,10 +12,11 @@ from fxpeft.passes.base import PassError
 from fxpeft.passes.kinds import Conv, Embedding, Kind
 from fxpeft.passes.live import base_class, given_forward, signature, trace_module
 from fxpeft.passes.match import TARGET, operands, stored_weight
+from fxpeft.passes.recent import Recent
 
 # forwards that torch.fx may not look into and that are nothing but the product of their kind
 _STOCK = {c.forward for c in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
-_products: dict[tuple[Any, ...], Product] = {}
+_products: Recent[tuple[Any, ...], Product] = Recent()
 
 
 class Product(NamedTuple):
@@ -44,7 +45,7 @@ def product_of(module: nn.Module) -> Product:
             for something else too, or a forward that torch.fx can't look into.
     """
     key = signature(module)
-    product = _products.get(key) if key else None
+    product = _products.recent(key) if key else None
     if product is None:
         product = _read(module)
         if key:

@@ -220,7 +220,12 @@ class Method(abc.ABC, Generic[C]):
 
     @abc.abstractmethod
     def rewrite(self, name: str, config: C, site: SiteAdapter) -> Rewrite | Feed:
-        """The training subgraph of adapter ``name``; of a whole model, what prepares its inputs."""
+        """The training subgraph of an adapter; of a whole model, what prepares its inputs.
+
+        Args:
+            name: the operands' paths begin with it: the adapter's name in a program, its place among the
+                active ones in a live model.
+        """
 
     @abc.abstractmethod
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:

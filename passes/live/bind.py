@@ -1,0 +1,73 @@
+"""Binding: a module runs a generated forward, and gets its own class back."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from fxpeft.passes.feed import LEAF
+from fxpeft.passes.live.container import Container
+from fxpeft.passes.live.generated import generated_class
+from fxpeft.passes.live.instance import base_class, given_forward, is_bound, is_own
+
+
+def bind_source(module: nn.Module, source: str, mixin: type | None = None) -> None:
+    """Move a module to the generated subclass whose ``forward`` is defined by ``source``."""
+    base = base_class(module)
+    state = vars(module)
+    _drop_autocast(module)
+    given, hooked = given_forward(module), "_old_forward" in state
+    if "forward" in state and not hooked and (LEAF not in state or is_own(module, state["forward"])):
+        del state["forward"]  # let the class's forward run
+    if given is not None:
+        state[LEAF] = given  # called as a leaf: this is where the generated code looks for it
+    module.__class__ = generated_class(base, source, mixin)
+    if "_old_forward" in state:  # accelerate's hooks call this bound method; give it the new class's
+        state["_old_forward"] = type(module).forward.__get__(module)
+
+
+def unbind(module: nn.Module) -> None:
+    """Give a module its own class back; the inverse of every bind before."""
+    if not is_bound(module):
+        return
+    state = vars(module)
+    _drop_autocast(module)
+    if "_old_forward" not in state and is_own(module, state.get("forward")):
+        del state["forward"]
+    module.__class__ = base_class(module)
+    given = state.pop(LEAF, None)
+    if "_old_forward" in state:
+        state["_old_forward"] = given or type(module).forward.__get__(module)
+    elif given is not None:
+        state["forward"] = given
+
+
+def _drop_autocast(module: nn.Module) -> None:
+    """Drop the autocast that accelerate wrapped around a generated forward: it would go on calling that one."""
+    state = vars(module)
+    if is_bound(module) and "forward" in state and is_own(module, state.get("_original_forward")):
+        del state["forward"], state["_original_forward"]
+
+
+def bare_copy(module: nn.Module) -> nn.Module:
+    """A deep copy of the base module: no rewrite, no containers, no hooks."""
+    shared = (vars(part).get("_hf_hook") for part in module.modules())
+    copied = copy.deepcopy(module, {id(hook): hook for hook in shared if hook is not None})  # it may hold all weights
+    for part in copied.modules():
+        unbind(part)
+        _unhook(part)
+        for name in [n for n, child in part._modules.items() if isinstance(child, Container)]:
+            del part._modules[name]
+    return copied
+
+
+def _unhook(module: nn.Module) -> None:
+    """Take accelerate's hook off a copy, which has weights of its own to compute with."""
+    state = vars(module)
+    state.pop("_hf_hook", None)
+    if "_old_forward" in state:
+        forward = state.pop("_old_forward")
+        state.pop("forward", None)
+        if not is_own(module, forward):
+            state["forward"] = forward

@@ -1,0 +1,46 @@
+"""What fxpeft adds to a live module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+RESERVED = re.compile(r"_active\d+")  # names under which generated code finds what is active
+
+
+def active_name(number: int) -> str:
+    """Where generated code finds a container's active child: ``_active0``, ..."""
+    return f"_active{number}"
+
+
+class Container(nn.Module):
+    """Holds what fxpeft adds to a live module; never part of the base model.
+
+    Its children have the names that users and files know, such as an adapter's. Generated code reads
+    the active ones at ``_active0``, ``_active1``, ...: the same code serves adapters of every name.
+    """
+
+    def show(self, parts: Sequence[nn.Module]) -> None:
+        """Let these children, and no others, be the active ones, in this order."""
+        state = vars(self)
+        shown = {active_name(number): part for number, part in enumerate(parts)}
+        state.update(shown)
+        for name in [n for n in state if RESERVED.fullmatch(n) and n not in shown]:
+            del state[name]
+
+    def drop(self, name: str) -> None:
+        """Forget a child, active or not."""
+        part = self._modules.pop(name, None)
+        for key in [k for k, value in vars(self).items() if value is part and RESERVED.fullmatch(k)]:
+            del vars(self)[key]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # what stands in the place of a child, a wrapper or DataParallel's replica, is active where that was
+        before = self._modules.get(name) if isinstance(value, nn.Module) else None
+        super().__setattr__(name, value)
+        if before is not None:
+            for key in [k for k, held in vars(self).items() if held is before and RESERVED.fullmatch(k)]:
+                vars(self)[key] = value

@@ -1,0 +1,34 @@
+"""What belongs to an instance and what to its class: forwards that others set, and the class without its rewrite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fxpeft.passes.feed import LEAF
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module without its rewrite."""
+    cls = type(module)
+    return getattr(cls, "_fxpeft_base", cls)
+
+
+def is_bound(module: nn.Module) -> bool:
+    """Whether a module runs a generated forward."""
+    return hasattr(type(module), "_fxpeft_base")
+
+
+def given_forward(module: nn.Module) -> Any:
+    """The forward that somebody gave this instance in place of its class's, or ``None``."""
+    state = vars(module)
+    if LEAF in state:
+        return state[LEAF]
+    found = state.get("_old_forward", state.get("forward"))  # accelerate's hooks keep it as _old_forward
+    return None if is_own(module, found) else found
+
+
+def is_own(module: nn.Module, forward: Any) -> bool:
+    """Whether a bound method is the class's own: accelerate leaves one on the instance."""
+    return getattr(forward, "__func__", None) in (type(module).forward, base_class(module).forward)

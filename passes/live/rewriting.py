@@ -1,0 +1,127 @@
+"""Rewriting one live module: its graph is rewritten, and the generated code becomes its forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from fxpeft.passes.base import PassError
+from fxpeft.passes.feed import Feed, FeedPass, call_graph
+from fxpeft.passes.inject import InjectPass, Rewrite
+from fxpeft.passes.live.bind import bind_source
+from fxpeft.passes.live.container import Container
+from fxpeft.passes.live.generated import MEMBERS, generated_source
+from fxpeft.passes.live.instance import base_class, given_forward, is_bound
+from fxpeft.passes.live.signature import signature
+from fxpeft.passes.live.tracing import trace_any, trace_module
+from fxpeft.passes.pipeline import Pipeline, graph_text
+from fxpeft.passes.recent import Recent
+from fxpeft.passes.redirect import RedirectPass
+from fxpeft.passes.source import check_plain, graph_source
+
+_sources: Recent[tuple[Any, ...], str] = Recent()
+
+
+def rewrite_module(
+    module: nn.Module,
+    rewrites: Sequence[Rewrite],
+    *,
+    name: str,
+    redirects: Mapping[str, tuple[str, Any]] | None = None,
+    container: str = "adapters",
+    dump: str | None = None,
+) -> None:
+    """Trace ``module``, let it read ``redirects``, inject ``rewrites`` in order, bind the result.
+
+    The operands have to be reachable from the module itself at ``container.path``; the graph only
+    names them. Without rewrites the module need not be of a known kind. Code that reads a redirected attribute
+    without calling the module gets the operand too.
+
+    Args:
+        name: the module's dotted name, for messages.
+        redirects: attribute -> (path of the operand, operand), as in :class:`RedirectPass`.
+        container: where the redirects' operands are; each rewrite names its own.
+        dump: folder for the graphs before and after, as in :class:`Pipeline`.
+
+    Raises:
+        PassError: the module can't take the rewrite; it is unchanged then.
+    """
+    redirects = redirects or {}
+    own = signature(module)
+    asked = ((k, path, container) for k, (path, _) in redirects.items())
+    key = own and (own, *(r.signature() for r in rewrites), *asked)
+    source = _sources.recent(key) if key and dump is None else None
+    if source is None:
+        passes = [RedirectPass({"": redirects}, container=container), InjectPass({"": rewrites})]
+        try:
+            traced = trace_module(module) if rewrites else trace_any(module)
+            source = graph_source(Pipeline(passes, dump=dump)(traced).graph)
+        except PassError as error:
+            raise PassError(f"{name}: {error}") from None
+        if key:
+            _sources[key] = source
+    reads = {leaf: _access(f"{container}.{path}") for leaf, (path, _) in redirects.items()}
+    bind_source(module, source + _reading(module, reads))
+
+
+def replace_module(module: nn.Module, path: str) -> None:
+    """Let another module, reachable at ``path`` from ``module``, answer for it.
+
+    It answers all calls, and reads of the module's parameters, buffers and children: code that reads a head's
+    ``weight`` without calling the head gets the weight that a call computes with. Lists of parameters, as
+    ``state_dict`` and ``named_modules`` make them, stay the module's own. Of a module whose weights accelerate's
+    hook fetches, by these attributes, only calls are answered.
+    """
+    access = _access(path)
+    held = (*module._parameters.items(), *module._buffers.items(), *module._modules.items())
+    names = [key for key, value in held if value is not None and not isinstance(value, Container)]
+    source = f"def forward(self, *args, **kwargs):\n    return {access}(*args, **kwargs)\n"
+    bind_source(module, source + _reading(module, {name: f"getattr({access}, {name!r})" for name in names}))
+
+
+def _access(path: str) -> str:
+    """Code that reads a dotted path below a module."""
+    access = "self"
+    for atom in check_plain(path).split("."):
+        access = f"getattr({access}, {atom!r})"
+    return access
+
+
+def _reading(module: nn.Module, attributes: Mapping[str, str]) -> str:
+    """Source of attributes that are read elsewhere: name -> the code that reads it there."""
+    if not attributes or "_hf_hook" in vars(module):
+        return ""
+    lines = "".join(f"    {name!r}: property(lambda self: {code}),\n" for name, code in attributes.items())
+    return f"{MEMBERS}{{\n{lines}}}\n"
+
+
+def feed_module(module: nn.Module, feed: Feed, *, name: str, dump: str | None = None) -> None:
+    """Let ``feed`` prepare the inputs of every call of ``module``, whatever its own forward is.
+
+    With a mixin the bound class is ``class X(mixin, X)``: methods that work with the forward's
+    inputs too, as those of ``generate``. It keeps its name, since whole models are looked up by it.
+
+    Raises:
+        PassError: the forward's arguments have no names; the module is unchanged then.
+    """
+    given, cls = given_forward(module), base_class(module)
+    key = None if given is not None else (cls, cls.forward, *feed.signature())
+    source = _sources.recent(key) if key and dump is None else None
+    if source is None:
+        try:
+            graph = call_graph(given or cls.forward.__get__(module))
+            source = graph_source(Pipeline([FeedPass(feed)], dump=dump)(graph).graph)
+        except PassError as error:
+            raise PassError(f"{name or cls.__name__}: {error}") from None
+        if key:
+            _sources[key] = source
+    bind_source(module, source, feed.mixin)
+
+
+def forward_text(module: nn.Module) -> str:
+    """A module's forward as source: its own graph, or the rewritten one that it runs now."""
+    if not is_bound(module):
+        return graph_text(trace_module(module))
+    return generated_source(module).partition(MEMBERS)[0].rpartition("\n\n")[2]

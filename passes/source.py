@@ -1,0 +1,94 @@
+"""A graph as source: what becomes code is checked first, whatever graph it came from.
+
+torch.fx writes an attribute that is no identifier as ``getattr(x, "NAME")`` without escaping it, and
+arguments' names as they are.
+"""
+
+from __future__ import annotations
+
+import keyword
+import re
+from typing import Any
+
+from torch.fx import Graph, GraphModule
+
+from fxpeft.passes.base import PassError
+from fxpeft.passes.torch_private import import_block
+
+_PLAIN = re.compile(r"[\w-]+")
+
+
+def graph_source(graph: Graph) -> str:
+    """A graph's generated code with the imports it needs, and no more.
+
+    Raises:
+        PassError: it reads what is no plain dotted name, or a name in it would be code.
+    """
+    check_names(graph)
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            check_plain(str(node.target))
+        node.type = None  # an annotation may be a string, which no import gives
+    code = graph.python_code("self")
+    used = {name: value for name, value in code.globals.items() if re.search(rf"\b{name}\b", code.src)}
+    return f"{import_block(used)}\n\n{code.src.strip()}\n"
+
+
+def check_plain(path: str) -> str:
+    """A dotted path, each part of it letters, digits, ``_`` and ``-``, and no keyword of Python.
+
+    Raises:
+        PassError: it is none.
+    """
+    if not all(_PLAIN.fullmatch(atom) and not keyword.iskeyword(atom) for atom in path.split(".")):
+        raise PassError(f"expected a plain dotted name where code reads it, found {_shown(path)}; rename the module")
+    return path
+
+
+def check_names(graph: Graph) -> None:
+    """Refuse a graph with a name that torch.fx would write into its code as code.
+
+    Raises:
+        PassError: of a node, an argument, or an attribute that is read.
+    """
+    for node in graph.nodes:
+        target = str(node.target)
+        if not node.name.isidentifier():
+            raise PassError(f"a node's name: expected an identifier, found {_shown(node.name)}")
+        if node.op == "placeholder":
+            check_argument(re.sub(r"^\*{1,2}", "", target))
+        elif node.op in ("get_attr", "call_module"):
+            check_path(target)
+        elif node.op == "call_method":
+            check_argument(target)
+        for key in node.kwargs if node.op.startswith("call_") else ():
+            check_argument(key)
+    arguments: Any = getattr(getattr(graph._codegen, "pytree_info", None), "orig_args", ())
+    for name in arguments:
+        check_argument(name)
+
+
+def check_all_names(graph_module: GraphModule) -> None:
+    """:func:`check_names` of a graph and of those of all bodies in it."""
+    for module in graph_module.modules():
+        if isinstance(module, GraphModule):
+            check_names(module.graph)
+
+
+def check_argument(name: str) -> None:
+    """Refuse a name of an argument or method that is no identifier."""
+    if not name.isidentifier() or (keyword.iskeyword(name) and name != "self"):
+        raise PassError(f"the name of an argument: expected an identifier, found {_shown(name)}")
+
+
+def check_path(path: str) -> None:
+    """Refuse a dotted name that would end the quotes that torch.fx puts around a part of it."""
+    if '"' in path or "\\" in path or not path.isprintable():
+        raise PassError(
+            f"the name of a module or tensor: expected no quotes, backslashes or control characters, found "
+            f"{_shown(path)}; torch.fx would write it into code as it is. Rename it before it is captured"
+        )
+
+
+def _shown(name: str) -> str:
+    return repr(name) if len(name) <= 120 else f"{name[:120]!r}..."
