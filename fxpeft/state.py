@@ -306,7 +306,10 @@ def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
                     redirects[leaf] = (f"{place}.{leaf}", attribute(part, leaf))
         container = module._modules.get("adapters")
         if isinstance(container, Container):
-            container.show([adapter.parts[name] for adapter in here])
+            active = [adapter.parts[name] for adapter in here]
+            for parts, runs in ((container.show(active), False), (active, True)):
+                for held in (m for part in parts for m in part.modules() if isinstance(m, SiteAdapter)):
+                    held.running = runs
         if whole:
             replace_module(module, whole)
         elif feed:
@@ -321,10 +324,6 @@ def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
             unbind(module)
             if is_fused(module) and any(host.startswith(f"{name}." if name else "") for host in adapted):
                 switch_off(module)
-        for adapter_name, part in module._modules.get("adapters", Container()).named_children():  # type: ignore[union-attr]
-            for held in part.modules():
-                if isinstance(held, SiteAdapter):
-                    held.running = adapter_name in inner
 
 
 def check_together(adapters: list[Adapter]) -> None:

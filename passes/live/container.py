@@ -23,13 +23,15 @@ class Container(nn.Module):
     the active ones at ``_active0``, ``_active1``, ...: the same code serves adapters of every name.
     """
 
-    def show(self, parts: Sequence[nn.Module]) -> None:
-        """Let these children, and no others, be the active ones, in this order."""
+    def show(self, parts: Sequence[nn.Module]) -> list[nn.Module]:
+        """Let these children, and no others, be the active ones, in this order; returns those that were."""
         state = vars(self)
+        before = {name: part for name, part in state.items() if RESERVED.fullmatch(name)}
         shown = {active_name(number): part for number, part in enumerate(parts)}
         state.update(shown)
-        for name in [n for n in state if RESERVED.fullmatch(n) and n not in shown]:
+        for name in before.keys() - shown.keys():
             del state[name]
+        return list(before.values())
 
     def drop(self, name: str) -> None:
         """Forget a child, active or not."""

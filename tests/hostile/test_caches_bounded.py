@@ -90,11 +90,11 @@ def test_loads_under_fresh_names_leave_nothing(prepared: bool, folders: list[Pat
 
 def test_a_load_costs_the_same_beside_hundreds_of_others(folders: list[Path]) -> None:
     model, seconds = net(), []
-    for number in range(500):
+    for number in range(600):
         start = time.perf_counter()
         fxpeft.load_adapter(model, folders[1], f"user-{number}")
         seconds.append(time.perf_counter() - start)
-    assert statistics.median(seconds[-50:]) < 4 * statistics.median(seconds[50:100])
+    assert statistics.median(seconds[-100:]) < 4 * statistics.median(seconds[50:150])
 
 
 def test_configs_that_differ_fill_no_cache_for_ever() -> None:
