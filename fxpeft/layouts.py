@@ -23,6 +23,7 @@ from fxpeft.config import AdapterConfig
 from fxpeft.errors import CheckpointError, listing
 from fxpeft.keys import below_module
 from fxpeft.methods import method_of
+from fxpeft.methods.base import Method
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.kinds import Embedding, Linear
 from fxpeft.passes.names import pattern_value
@@ -30,6 +31,7 @@ from fxpeft.passes.terms import Pattern
 from fxpeft.sites import base_modules
 from fxpeft.target_parameters import parameter_sites
 from fxpeft.targets import has_pattern, spelled
+from fxpeft.wrappers import unwrap
 
 WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save|original_module)(?=\.)")
 _KINDS = (Linear(1, 1), Embedding(1, 1))  # the kinds that name their tensors differently
@@ -68,7 +70,9 @@ def in_layout_of(
     """
     method = method_of(found.config)
     if method.whole:
-        return found
+        wrong = f"{Method.prefix}prompt_embeddings" in found.tensors  # as save_pretrained wrote prompts once
+        own = {key.removeprefix(Method.prefix): tensor for key, tensor in found.tensors.items()}
+        return replace(found, tensors=own) if wrong else found
     own = below_module(model, found.tensors, method.prefix)
     found = found if own is found.tensors else replace(found, tensors=own)
     tensors = {_mapped(key.removeprefix(method.prefix), key_mapping): t for key, t in found.tensors.items()}
@@ -117,12 +121,12 @@ def _parsed(key: str, suffixes: Mapping[str, str]) -> Key:
 
 def _fits(model: nn.Module, key: Key) -> bool:
     """Whether the model has the module, and the tensor where the key is one of the module's own."""
-    module: nn.Module | None = model
+    module = unwrap(model)
     for part in key.host.split(".") if key.host else ():
-        module = module._modules.get(part)  # type: ignore[union-attr]  # aliases of old names are properties
-        if module is None:
+        child = module._modules.get(part)  # aliases of old names are properties
+        if child is None:
             return False
-    assert module is not None
+        module = unwrap(child)
     if key.inner or WRAPPED.match(key.tail):
         return True
     leaf = key.tail.removeprefix(".")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import randomise, tiny_bert, tiny_llama, token_ids
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
@@ -91,6 +91,22 @@ def test_a_head_beside_the_prompt_has_pefts_keys(tmp_path: Path) -> None:
     with torch.no_grad():
         found = theirs(input_ids=token_ids(), attention_mask=torch.ones(2, 6, dtype=torch.long)).logits
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_file_of_before_is_read(tmp_path: Path) -> None:
+    """With keys that save_pretrained wrote once, and no one could read."""
+    model = tiny_bert()
+    fxpeft.add_adapter(model, fxpeft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"))
+    randomise(fxpeft.adapter_state_dict(model).values(), seed=3)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({f"base_model.model.{key}": value for key, value in load_file(path).items()}, path)
+    fresh = tiny_bert()
+    fxpeft.load_adapter(fresh, tmp_path)
+    assert torch.allclose(logits(fresh), logits(model), atol=1e-6)
+    randomise(fxpeft.adapter_state_dict(fresh).values(), seed=4)
+    restore(fresh, tmp_path)
+    assert torch.allclose(logits(fresh), logits(model), atol=1e-6)
 
 
 def test_a_saved_module_below_model_keeps_its_name() -> None:
