@@ -14,7 +14,7 @@ from fxpeft.passes.subgraphs import Call, calls
 
 FOLDED = "fxpeft.folded"  # node.meta key: another node stands for this one now
 # of zeros they make zeros, and of ones, ones
-_SAME = {"type_as", "narrow", "view", "unsqueeze", "to", "t", "permute", "transpose"}
+_SAME = {"type_as", "narrow", "view", "unsqueeze", "to", "t", "permute", "transpose", "flatten", "unflatten"}
 _LINEAR = {F.linear, torch.matmul, F.conv1d, F.conv2d, F.conv3d}
 
 
@@ -96,6 +96,8 @@ def _simplify(node: Node, values: Mapping[Node, int]) -> tuple[int | None, Node 
     if node.target is torch.baddbmm and not node.kwargs:
         factors = {values.get(n) for arg in node.args[1:3] if (n := node_of(arg)) is not None}
         return None, first if 0 in factors else None
+    if node.target is torch.matmul and b == 0:
+        return 0, None
     if node.target in _LINEAR and a == 0:
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         return (0, None) if bias is None else (None, None)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxpeft.passes import convolution
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -56,6 +58,10 @@ class Kind:
     def reduce(self, x: Tensor, a: Tensor) -> Tensor:
         """``[..., in] -> [..., rank]`` in the dtype of ``a``."""
         return F.linear(x.type_as(a), a)
+
+    def reduce_rows(self, x: Tensor, a: Tensor) -> Tensor:
+        """:meth:`reduce` for an A that was narrowed to a number of ranks which a compiler does not know."""
+        return self.reduce(x, a)
 
     def scale(self, h: Tensor, d: Tensor) -> Tensor:
         """Multiply the reduced input by a scalar or by one number per rank, rounding once."""
@@ -169,8 +175,14 @@ class Conv(Kind):
         return out
 
     def reduce(self, x: Tensor, a: Tensor) -> Tensor:
-        dilation = 1 if self.padding == "same" else self.dilation
-        return self._conv(x.type_as(a), a, None, self.stride, self.padding, dilation)
+        return self._conv(x.type_as(a), a, None, self.stride, self.padding, self._dilation_of_a)
+
+    def reduce_rows(self, x: Tensor, a: Tensor) -> Tensor:
+        return convolution.convolve(x.type_as(a), a, self.stride, self.padding, self._dilation_of_a)
+
+    @property
+    def _dilation_of_a(self) -> Any:
+        return 1 if self.padding == "same" else self.dilation
 
     def scale(self, h: Tensor, d: Tensor) -> Tensor:
         return (h * self.per_output(d)).type_as(h)
@@ -180,10 +192,7 @@ class Conv(Kind):
 
     def expand_rows(self, h: Tensor, b: Tensor) -> Tensor:
         # a slot's B is dense: a grouped one is written there with zeros off its blocks
-        weight = b.t()
-        for _ in self.kernel:
-            weight = weight.unsqueeze(-1)
-        return self._conv(h, weight)
+        return convolution.mix(h, b.t(), len(self.kernel))
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._conv(x, weight, None, self.stride, self.padding, self.dilation, self.groups)

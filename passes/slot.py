@@ -170,10 +170,11 @@ def slot(
     if g_in is not None:
         x = (x * kind.per_input(g_in)).type_as(x)
     y = base(x)
+    reduce = kind.reduce
     if rank is not None:
         r = rank.carrier.size(0)
-        a, b, d = a.narrow(0, 0, r), b.narrow(0, 0, r), d.narrow(0, 0, r)
-    h = kind.scale(kind.reduce(x, a), d)
+        a, b, d, reduce = a.narrow(0, 0, r), b.narrow(0, 0, r), d.narrow(0, 0, r), kind.reduce_rows
+    h = kind.scale(reduce(x, a), d)
     # a rank that is off adds nothing to any input, and 0 * inf were NaN: chosen, not multiplied away
     out = y + kind.expand_rows(torch.where(kind.per_output(d) == 0, 0, h), b)
     if g_out is not None:
