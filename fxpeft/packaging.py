@@ -8,6 +8,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +25,9 @@ from fxpeft.fingerprint import fingerprint
 from fxpeft.methods import slot_needs
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.base import PassError, submodule
+from fxpeft.passes.lift import LIFTED
 from fxpeft.passes.live import base_weight, kind_of
-from fxpeft.passes.slot import LEAST
+from fxpeft.passes.slot import CARRIER, LEAST
 from fxpeft.programs import Slots, rewrite
 from fxpeft.prompts_serving import PROMPT_METHODS
 from fxpeft.sites import base_modules, make_plan
@@ -82,11 +84,13 @@ def package(
     args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
     with torch.no_grad():
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        symbols = _symbols(program)
         slotted = rewrite(program, Slots(pattern_of(sites), max_rank, tuple(methods), rank))
+        symbols += [symbol for symbol in _symbols(slotted) if symbol.ranks is not None]
         content = manifest(model, sites, max_rank, methods, rank)
         content |= {"inputs": _inputs(program), "outputs": _outputs(program)}
         weights = _weights(model, sites) if "dora" in methods else {}
-        _write(path, slotted, content, weights, dict(options or {}))
+        _write(path, slotted, content, weights, symbols, dict(options or {}))
     return path
 
 
@@ -176,6 +180,59 @@ def _size(program: ExportedProgram, size: Any) -> Any:
     return {"symbol": str(size.node.expr), "min": finite[0], "max": finite[1]}
 
 
+@dataclass(frozen=True)
+class _Symbol:
+    """A symbolic size of an input as it was before compiling, with the guards that there were on any size then."""
+
+    place: str
+    size: torch.SymInt
+    expression: Any
+    guards: int
+    ranks: range | None
+
+
+def _symbols(program: ExportedProgram) -> list[_Symbol]:
+    """What has to stay symbolic; ``ranks``: the sizes that the active rank's carrier can have."""
+    found = []
+    names = {s.arg.name for s in program.graph_signature.input_specs if s.kind is USER}
+    for node in program.graph.nodes:
+        if node.op != "placeholder" or node.name not in names or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        carrier = str(node.meta.get(LIFTED)).endswith(CARRIER)
+        for dimension, size in enumerate(node.meta["val"].shape):
+            if not isinstance(size, torch.SymInt):
+                continue
+            expression, ranks = size.node.expr, None
+            if carrier:
+                bounds = program.range_constraints[expression]
+                ranks = range(int(bounds.lower), int(bounds.upper) + 1)
+            place = "the active rank" if carrier else f"input {node.name}, dimension {dimension}"
+            found.append(_Symbol(place, size, expression, len(size.node.shape_env.guards), ranks))
+    return found
+
+
+def _check_symbols(symbols: Sequence[_Symbol]) -> None:
+    """Refuse what was compiled for some sizes only.
+
+    A live compile makes a guard of whatever it takes for given about a size, or an error; ahead of time it is taken
+    for given, and other sizes give wrong numbers.
+    """
+    problems = []
+    for symbol in symbols:
+        now, guards = symbol.size.node.expr, symbol.size.node.shape_env.guards[symbol.guards :]
+        if now != symbol.expression:
+            problems.append(f"{symbol.place}: {now}")
+        elif symbol.ranks is not None:
+            own = [g.expr for g in guards if g.expr.free_symbols == {symbol.expression}]
+            failing = [g for g in own if not all(g.subs({symbol.expression: rank}) for rank in symbol.ranks)]
+            problems += [f"{symbol.place}: {g}" for g in failing]
+    if problems:
+        raise AdapterError(
+            "sizes that have to stay free were compiled for some values only, so no package was written:\n"
+            f"{listing(problems)}\nPackage it with rank='static' if it is the rank, else with that size fixed."
+        )
+
+
 def _outputs(program: ExportedProgram) -> list[str]:
     """A name for each output tensor: its key where the output is a dict or a dataclass."""
     root = program.module_call_graph[0].signature
@@ -189,6 +246,7 @@ def _write(
     program: ExportedProgram,
     content: Mapping[str, Any],
     weights: dict[str, Tensor],
+    symbols: Sequence[_Symbol],
     options: dict[str, Any],
 ) -> None:
     from torch._inductor import aot_compile
@@ -202,6 +260,7 @@ def _write(
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         unfinished = Path(folder) / path.name
         files: Any = aot_compile(program.module(check_guards=False), args, kwargs, options=options)
+        _check_symbols(symbols)
         text = json.dumps(content, indent=1, sort_keys=True)
         package_pt2(str(unfinished), aoti_files={"model": files}, extra_files={MANIFEST: text})
         if weights:
