@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from fxpeft.config import AdapterConfig
@@ -139,12 +140,12 @@ class Base:
         return submodule(self.root, self.path)
 
     def weight(self) -> Tensor:
-        """``[out, in, ...]`` in float32, however it is stored.
+        """``[out, in, ...]`` in float32, however it is stored; what accelerate has offloaded is fetched.
 
         Raises:
             PassError: it is no plain tensor.
         """
-        return self._view().float()
+        return self._fetched(self._view).float()
 
     def set_weight(self, value: Tensor) -> None:
         """Write the adapter's own weight, ``[out, in, ...]``."""
@@ -158,9 +159,20 @@ class Base:
         return own.detach() if plain.stride() == stored.stride() else own.detach().t()
 
     def bias(self) -> Tensor | None:
-        """``[out]`` in float32, or ``None``."""
+        """``[out]`` in float32, fetched as the weight is, or ``None``."""
+        bias = self._bias()
+        return None if bias is None else self._fetched(self._bias).detach().float()
+
+    def _bias(self) -> Any:
         bias = self.own.get("bias", attribute(self.module, "bias") if hasattr(self.module, "bias") else None)
-        return bias.detach().float() if isinstance(bias, Tensor) else None
+        return bias if isinstance(bias, Tensor) else None
+
+    def _fetched(self, read: Callable[[], Any]) -> Tensor:
+        value: Tensor = read()
+        if value.is_meta:
+            with align_module_device(self.module):
+                value = read().clone()  # the hook takes its own back
+        return value
 
 
 class Method(abc.ABC, Generic[C]):

@@ -99,7 +99,7 @@ class Dora(Lora):
     def initialise(self, config: LoraConfig, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
         super().initialise(config, plan, parameters, base)
         magnitude = parameters[MAGNITUDE]
-        magnitude.copy_(self._norms(plan, parameters, base.weight().to(magnitude.device)).view_as(magnitude))
+        magnitude.copy_(self._norms(plan, parameters, base.weight()).view_as(magnitude))
 
     def rewrite(self, name: str, config: LoraConfig, site: SiteAdapter) -> Rewrite:
         operands = ("lora_A", "lora_B", "scaling", MAGNITUDE, "lora_A0", "lora_B0", "dropout")
@@ -111,10 +111,11 @@ class Dora(Lora):
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
         ranks = super().lower(plan, parameters, base)
         magnitude, bias = parameters[MAGNITUDE].float(), base.bias()
-        gain = magnitude.flatten() / self._norms(plan, parameters, base.weight().to(magnitude.device))
+        gain = magnitude.flatten() / self._norms(plan, parameters, base.weight())
         return ranks._replace(g_out=gain, shift=None if bias is None else bias.to(gain) * (1 - gain))
 
     def _norms(self, plan: SitePlan, parameters: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        weight = weight.to(parameters[MAGNITUDE].device)
         given = (parameters.get(name) for name in ("lora_A", "lora_B", "lora_A0", "lora_B0"))
         a, b, a0, b0 = (None if p is None else p.to(weight) for p in given)
         assert a is not None

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.fx import Graph
 
 from fxpeft.passes.base import PassError
-from fxpeft.passes.feed import Feed, FeedPass, call_graph
+from fxpeft.passes.feed import LEAF, Feed, FeedPass, call_graph
 from fxpeft.passes.inject import InjectPass, Rewrite
 from fxpeft.passes.live.bind import bind_source
 from fxpeft.passes.live.container import Container
@@ -57,13 +58,21 @@ def rewrite_module(
         passes = [RedirectPass({"": redirects}, container=container), InjectPass({"": rewrites})]
         try:
             traced = trace_module(module) if rewrites else trace_any(module)
-            source = graph_source(Pipeline(passes, dump=dump)(traced).graph)
+            source = graph_source(_read_in_place(Pipeline(passes, dump=dump)(traced).graph))
         except PassError as error:
             raise PassError(f"{name}: {error}") from None
         if key:
             _sources[key] = source
     reads = {leaf: _access(f"{container}.{path}") for leaf, (path, _) in redirects.items()}
     bind_source(module, source + _reading(module, reads))
+
+
+def _read_in_place(graph: Graph) -> Graph:
+    """Let a graph that calls the module as a leaf read that leaf's tensors where they are: in the module itself."""
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            node.target = str(node.target).removeprefix(f"{LEAF}.")
+    return graph
 
 
 def replace_module(module: nn.Module, path: str) -> None:
