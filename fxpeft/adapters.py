@@ -113,7 +113,7 @@ def load_adapter(
     )  # fmt: skip
     found.config.inference_mode = not trainable
     found = in_layout_of(model, found, key_mapping=key_mapping)
-    plan = make_plan(model, found.config, heads=False)
+    plan = make_plan(model, found.config, heads=False, of_file=True)
     misfit = checkpoint.Misfit() if ignore_mismatched_sizes else None
     values = checkpoint.assign(model, plan, found, check_finite=check_finite, misfit=misfit)
     autocast = autocast_adapter_dtype and not is_prepared(model)  # slots have the base's dtype: nothing to gain

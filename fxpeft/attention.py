@@ -6,6 +6,7 @@ from torch import nn
 
 from fxpeft.errors import AdapterError
 from fxpeft.passes.names import NameSelector
+from fxpeft.reads import idle
 from fxpeft.trace import roles
 
 _TAKEN = {f"{kind}.{part}" for kind in ("attention", "cross_attention") for part in ("query", "value", "qkv", "kv")}
@@ -15,13 +16,19 @@ def attention_targets(model: nn.Module) -> list[str]:
     """Names of the modules that project an attention's queries and values, fused ones included.
 
     Suffixes where they select the same modules, full names otherwise; nothing where the model can't
-    be traced or has no attention.
+    be traced, has no attention, or one that reads their weights without calling them.
     """
     try:
         known = roles(model)
     except AdapterError:
         return []
-    names = [name for name, _ in model.named_modules()]
-    found = [name for name in names if _TAKEN.intersection(known.get(name, ()))]
+    modules = dict(model.named_modules())
+    names = list(modules)
+    found = [name for name in names if _TAKEN.intersection(known.get(name, ())) and _can_adapt(name, modules)]
     suffixes = list(dict.fromkeys(name.rpartition(".")[2] for name in found))
     return suffixes if sorted(NameSelector(suffixes).select(names)) == sorted(found) else found
+
+
+def _can_adapt(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether the projection is a module's own: an attention that reads its weights projects itself."""
+    return next(modules[name].children(), None) is None and not idle(name, modules)

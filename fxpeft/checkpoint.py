@@ -357,6 +357,7 @@ def assign(
         if tensor is not None:
             values.tensors[path] = tensor
     _base_weights(model, plan, left, values, wrong, misfit)
+    _leave_out(plan, left, found.source)
     if misfit is not None:
         misfit.missing, misfit.unexpected = missing, list(left)
         missing, left = [], {}
@@ -377,6 +378,19 @@ def assign(
         )
     _restore(model, plan, values, found.source)
     return values
+
+
+def _leave_out(plan: AdapterPlan, left: dict[str, Tensor], source: str) -> None:
+    """Drop the tensors of modules that the plan leaves out, and say so."""
+    dropped: dict[str, int] = {}
+    for key in list(left):
+        site = next((name for name in plan.left_out if key.startswith(f"{name}.")), None)
+        if site is not None:
+            del left[key]
+            dropped[site] = dropped.get(site, 0) + 1
+    if dropped:
+        lines = [f"{site}: {count} tensors; {plan.left_out[site]}" for site, count in dropped.items()]
+        warnings.warn(f"{source}: tensors of these modules are left out\n{listing(lines)}", stacklevel=4)
 
 
 def _restore(model: nn.Module, plan: AdapterPlan, values: Values, source: str) -> None:

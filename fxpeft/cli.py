@@ -186,7 +186,7 @@ def check(
     answer: dict[str, Any] = {"loads": False, "swaps": False, "why_not": None, "sites": 0}
     try:
         found = in_layout_of(bare, found)
-        made = make_plan(bare, found.config, heads=False)
+        made = make_plan(bare, found.config, heads=False, of_file=True)
         values = assign(bare, made, found, check_finite=True)
         answer.update(loads=True, sites=len(made.sites))
         declared = method_of(found.config).declared(found.config)

@@ -67,7 +67,7 @@ def inject(
             tensors, config = found.tensors, found.config
         else:
             config = infer_config(tensors, model) if config is None else with_sites(config, tensors, model)
-        plan = make_plan(model, replace(config, inference_mode=not trainable), heads=False)
+        plan = make_plan(model, replace(config, inference_mode=not trainable), heads=False, of_file=True)
         values = checkpoint.assign(
             model, plan, Checkpoint("the state_dict", plan.config, tensors), check_finite=check_finite
         )

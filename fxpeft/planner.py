@@ -16,6 +16,7 @@ from fxpeft.adapters import add_adapter
 from fxpeft.config import AdapterConfig, matching
 from fxpeft.errors import AdapterError, listing
 from fxpeft.experts import converted
+from fxpeft.fast_path import fused_above
 from fxpeft.methods import config_class, method_of
 from fxpeft.methods.base import SitePlan
 from fxpeft.passes.base import Skip
@@ -26,6 +27,7 @@ from fxpeft.passes.patterns import explain, from_peft
 from fxpeft.passes.roles import roles_of_sites
 from fxpeft.passes.terms import Subject
 from fxpeft.plan_table import PlanDiff, diff_plans, plan_text
+from fxpeft.reads import idle, read_past
 from fxpeft.sites import base_modules, make_plan
 from fxpeft.state import placement, unwrap
 from fxpeft.targets import has_pattern, subjects_of
@@ -205,11 +207,14 @@ def plan(
     subjects = [] if method.whole else subjects_of(modules, known)
     selector = found.config.selector() if subjects else None
     hosts = {site.kind.host(name) for name, site in found.sites.items()}
-    skipped = [
-        Skip(subject.name, _why_not(config, selector, subject, modules[subject.name]))
+    unread = {} if method.whole else {name: why for name in modules if name and (why := idle(name, modules))}
+    reasons = {
+        subject.name: _why_not(config, selector, subject, modules[subject.name])
         for subject in subjects
         if subject.name not in hosts
-    ]
+    } | unread
+    skipped = [Skip(name, reasons[name]) for name in modules if name in reasons]
+    notes += _beside([name for name in modules if name in hosts], modules)
     notes += _unused(config, subjects) if subjects else []
     return Plan(
         base_class(model).__name__, dataclasses.replace(found.config), tuple(sites), tuple(skipped), tuple(found.saved),
@@ -260,6 +265,20 @@ def _why_not(
         return "matches exclude_modules"
     why = from_peft(targets).why_not(subject) if targets is not None and has_pattern(targets) else None
     return why or (selector.why_not(subject.name) if selector is not None else None) or "matches no target"
+
+
+def _beside(hosts: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Sites that are called, and whose weight is read past the call in some branch of the forward."""
+    readers: dict[str, list[str]] = {}
+    for name in hosts:
+        past = read_past(name, modules) if name else None
+        if past is not None and not fused_above(modules[""], [name]):
+            readers.setdefault(past.reader, []).append(name)
+    return [
+        f"{reader} also reads the weight of {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} without calling "
+        "it, in a branch where an adapter has no effect (a fused kernel, for instance)"
+        for reader, names in readers.items()
+    ]
 
 
 def _unused(config: AdapterConfig, subjects: Sequence[Subject]) -> list[str]:

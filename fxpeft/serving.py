@@ -293,7 +293,7 @@ def plan_for(model: nn.Module, serving: Serving, config: AdapterConfig) -> Adapt
     key = repr(config)
     found = serving.plans.recent(key)
     if found is None:
-        found = serving.plans[key] = make_plan(model, config, heads=False)
+        found = serving.plans[key] = make_plan(model, config, heads=False, of_file=True)
     return found
 
 

@@ -21,12 +21,13 @@ from fxpeft.methods.base import SitePlan
 from fxpeft.methods.prompts import PromptMethod
 from fxpeft.passes.base import PassError, join, submodule
 from fxpeft.passes.live import Container, base_class, kind_of
-from fxpeft.passes.names import Endings, PatternTable
+from fxpeft.passes.names import EXCLUDED, Endings, PatternTable
 from fxpeft.passes.parameters import parametrized
 from fxpeft.passes.regex import shown
 from fxpeft.passes.terms import Pattern
+from fxpeft.reads import idle
 from fxpeft.target_parameters import parameter_sites
-from fxpeft.targets import Roles, resolve_parameters, resolve_patterns
+from fxpeft.targets import Roles, resolve_parameters, resolve_patterns, spelled
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
@@ -41,6 +42,7 @@ class AdapterPlan:
             those that are in it.
         tensors: single parameters that it brings (``bias``): dotted names in the base model.
         weights: the same, of weights that follow from the base's and are in no checkpoint.
+        left_out: module -> why a file's tensors for it are left out: nothing would read them, or ``exclude_modules``.
     """
 
     config: AdapterConfig
@@ -48,6 +50,7 @@ class AdapterPlan:
     saved: list[str] = field(default_factory=list)
     tensors: list[str] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -105,7 +108,7 @@ def site_module(model: nn.Module, site: str) -> tuple[nn.Module, str]:
 
 @matching()
 def make_plan(
-    model: nn.Module, config: AdapterConfig, *, heads: bool = True, roles: Roles | None = None
+    model: nn.Module, config: AdapterConfig, *, heads: bool = True, roles: Roles | None = None, of_file: bool = False
 ) -> AdapterPlan:
     """Find an adapter's sites in a model; the plan's config has its defaults filled in as PEFT does.
 
@@ -113,6 +116,8 @@ def make_plan(
         heads: let ``task_type`` add the model's head to ``modules_to_save``. A checkpoint's config
             has it there already.
         roles: what the modules do, where that is known; else the model is traced if a pattern asks.
+        of_file: the config came with tensors: targets where they would do nothing are left out, as whoever
+            trained them got nothing from them, and the plan's config excludes them.
 
     Raises:
         AdapterError: no site was found, a pattern matches nothing, or a target can't be rewritten.
@@ -123,6 +128,7 @@ def make_plan(
         config = _with_heads(config, heads)
         return AdapterPlan(config, whole, _saved(modules, config))
     config = _resolve(model, modules, config, heads, roles)
+    left_out = _leave_out(modules, config) if of_file else {}
     selector = config.selector()
     sites: dict[str, SitePlan] = {}
     for name in selector.select(modules):
@@ -133,7 +139,19 @@ def make_plan(
         raise AdapterError(_nothing_found(config, modules))
     _check_patterns(config, sites)
     weights = [join(site, "weight") for site in sites] if method.brings_weight(config) else []
-    return AdapterPlan(config, sites, saved, _bias_names(modules, method.bias(config), sites, saved), weights)
+    tensors = _bias_names(modules, method.bias(config), sites, saved)
+    return AdapterPlan(config, sites, saved, tensors, weights, left_out)
+
+
+def _leave_out(modules: dict[str, nn.Module], config: AdapterConfig) -> dict[str, str]:
+    """Targets that an adapter would do nothing at, from now on excluded, and what was excluded before: name -> why."""
+    selector = config.selector()
+    found = {name: why for name in selector.select(modules) if (why := idle(name, modules))}
+    out = {n: "exclude_modules names it" for n in modules if selector.why_not(n) == EXCLUDED} | found
+    if found:
+        given = config.exclude_modules
+        config.exclude_modules = [*given, *found] if isinstance(given, list) else spelled(list(out), modules)
+    return out
 
 
 def _resolve(
@@ -162,27 +180,20 @@ def _with_heads(config: AdapterConfig, heads: bool) -> AdapterConfig:
 
 
 def all_linear(model: nn.Module, modules: dict[str, nn.Module], task_type: str | None) -> list[str]:
-    """Every linear module but the output head, as PEFT's ``all-linear``."""
+    """Every linear module but the output head, as PEFT's ``all-linear``, and but those that nothing calls."""
     head: Any = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
     if head is None and task_type == "SEQ_CLS":
         head = next((getattr(model, h) for h in HEADS["SEQ_CLS"] if hasattr(model, h)), None)
     return [
         name
         for name, module in modules.items()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and not _inside_attention(name, modules)
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and not idle(name, modules)
     ]
 
 
-def _inside_attention(name: str, modules: dict[str, nn.Module]) -> bool:
-    return isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)
-
-
 def _site_kind(name: str, modules: dict[str, nn.Module]) -> Any:
-    if _inside_attention(name, modules):
-        raise AdapterError(
-            f"{name}: nn.MultiheadAttention reads this module's weight without calling it, so adapting it would do "
-            "nothing; add it to exclude_modules"
-        )
+    if why := idle(name, modules):
+        raise AdapterError(f"{name}: {why}; add it to exclude_modules")
     try:
         return kind_of(modules[name])
     except PassError as error:

@@ -24,6 +24,7 @@ from fxpeft.passes.kinds import Kind
 from fxpeft.passes.live import base_class
 from fxpeft.passes.names import Selection
 from fxpeft.passes.parameters import ParameterKind, parameter_kind, parameter_value, parametrized
+from fxpeft.reads import read_past
 from fxpeft.skeleton import Skeleton
 
 if TYPE_CHECKING:
@@ -113,8 +114,9 @@ def refuse_parameters(adapters: Iterable[Adapter], what: str) -> None:
 def _kind(name: str, module: nn.Module, modules: Mapping[str, nn.Module], leaf: str) -> ParameterKind:
     if not name:
         raise PassError("it is a parameter of the model itself, which has no module around it to write a file by")
-    if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
-        raise PassError("nn.MultiheadAttention reads it without calling its module, so the update would do nothing")
+    past = read_past(name, modules)
+    if past is not None and not past.called:
+        raise PassError(f"{past.reader} reads it without calling its module, so the update would do nothing")
     if isinstance(module, nn.RNNBase):
         raise PassError(f"{base_class(module).__name__} reads its weights from a list of its own, not by name")
     return parameter_kind(module, leaf)

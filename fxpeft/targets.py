@@ -17,6 +17,7 @@ from fxpeft.passes.names import NameSelector, Selection
 from fxpeft.passes.parameters import parameter_kind, parametrized
 from fxpeft.passes.patterns import explain, from_peft, is_pattern, layers_of, pattern, select
 from fxpeft.passes.terms import OfRole, Pattern, PatternError, Subject
+from fxpeft.reads import idle
 from fxpeft.trace import roles
 
 Roles = Mapping[str, tuple[str, ...]]
@@ -33,10 +34,10 @@ def has_pattern(value: object) -> bool:
 def kind_or_none(name: str, modules: Mapping[str, nn.Module]) -> Kind | None:
     """The kind of a module that a rewrite can take, else ``None``."""
     module = modules[name]
-    if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
-        return None
     if module_kind(module) is None and (not module._parameters or next(module.children(), None) is not None):
         return None  # a container: tracing it would be tracing the model
+    if idle(name, modules):
+        return None
     try:
         return kind_of(module)
     except PassError:

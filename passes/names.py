@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from fxpeft.passes.regex import Expression, compiled, limited
 
+EXCLUDED = "matches exclude_modules"  # a reason of NameSelector.why_not
 V = TypeVar("V")
 Names = str | Collection[str]
 
@@ -182,7 +183,7 @@ class NameSelector:
     def why_not(self, key: str) -> str | None:
         """``None`` where ``key`` is a target, else the reason why it is not."""
         if self.exclude and self._excluded(key):
-            return "matches exclude_modules"
+            return EXCLUDED
         plain, expressions = self._below
         if (plain and not plain.isdisjoint(key.split("."))) or any(each.match(key) for each in expressions):
             return "lies in modules_to_save"

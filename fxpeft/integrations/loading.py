@@ -159,7 +159,7 @@ def fit(
     config = found.config
     state = find_state(model)
     slots = None if state is None else state.serving
-    plan = make_plan(model, config, heads=False) if slots is None else plan_for(model, slots, config)
+    plan = make_plan(model, config, heads=False, of_file=True) if slots is None else plan_for(model, slots, config)
     misfit = checkpoint.Misfit()
     values = checkpoint.assign(model, plan, found, misfit=misfit)
     if not any(values.sites.values()):
