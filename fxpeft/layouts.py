@@ -76,7 +76,8 @@ def in_layout_of(
     own = below_module(model, found.tensors, method.prefix)
     found = found if own is found.tensors else replace(found, tensors=own)
     tensors = {_mapped(key.removeprefix(method.prefix), key_mapping): t for key, t in found.tensors.items()}
-    suffixes = {f".{s}": name for kind in _KINDS for name, s in method.keys(kind).items()}
+    every = {f".{s}": name for kind in _KINDS for name, s in method.keys(kind).items()}
+    suffixes = dict(sorted(every.items(), key=lambda item: -len(item[0])))
     keys = {key: _parsed(key, suffixes) for key in tensors}
     whole = isinstance(model, PreTrainedModel)
     if not whole or (conversions is None and all(_fits(model, key) for key in keys.values())):
@@ -107,7 +108,8 @@ def _mapped(key: str, mapping: Mapping[str, str] | None) -> str:
 
 
 def _parsed(key: str, suffixes: Mapping[str, str]) -> Key:
-    suffix = next((s for s in sorted(suffixes, key=len, reverse=True) if key.endswith(s)), None)
+    """A key in its parts. ``suffixes``: end of a key -> parameter of the method, the longest first."""
+    suffix = next((s for s in suffixes if key.endswith(s)), None)
     if suffix is not None:
         host = key.removesuffix(suffix)
         bare = WRAPPED.sub("", f"{host}.")[:-1]

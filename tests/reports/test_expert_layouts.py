@@ -6,7 +6,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from families import FAMILIES
+import transformers as tf
+from families import DECODER, FAMILIES, MOE
 from safetensors.torch import save_file
 from tiny import randomise, token_ids
 from torch import Tensor
@@ -24,26 +25,55 @@ import fxpeft
 PREFIX = "base_model.model."
 
 
+def _made(cls: type, config: type, **fields: Any) -> Callable[[], Any]:
+    def build() -> Any:
+        torch.manual_seed(0)
+        return cls(config(**{**DECODER, **MOE, **fields})).eval()
+
+    return build
+
+
 @dataclass(frozen=True)
 class Experts:
     """A family's experts as Transformers 4 named them, and where they are now."""
 
-    family: str
+    build: Callable[[], Any]
     before: str
     now: str
     layers: tuple[int, ...]
     branches: tuple[str, str, str]  # gate, up, down
     dense: tuple[str, ...] = ()  # modules of the same names that are no experts'
 
-    def build(self) -> Any:
-        return FAMILIES[self.family].build()
-
-
 MODELS = {
-    "mixtral": Experts("mixtral", "block_sparse_moe.experts", "mlp.experts", (0, 1), ("w1", "w3", "w2")),
+    "mixtral": Experts(
+        FAMILIES["mixtral"].build, "block_sparse_moe.experts", "mlp.experts", (0, 1), ("w1", "w3", "w2")
+    ),
     "qwen3 moe": Experts(
-        "qwen3 moe", "mlp.experts", "mlp.experts", (1,), ("gate_proj", "up_proj", "down_proj"),
+        FAMILIES["qwen3 moe"].build, "mlp.experts", "mlp.experts", (1,), ("gate_proj", "up_proj", "down_proj"),
         ("model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"),
+    ),
+}  # fmt: skip
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+#: other tables of Transformers, which PEFT doesn't follow or not for all modules of these names
+OTHERS = {
+    "shared experts": Experts(
+        _made(tf.Qwen2MoeForCausalLM, tf.Qwen2MoeConfig, num_experts=3, moe_intermediate_size=20,
+              shared_expert_intermediate_size=28),
+        "mlp.experts", "mlp.experts", (0, 1), PROJECTIONS,
+        tuple(f"model.layers.{layer}.mlp.shared_expert.{name}" for layer in (0, 1) for name in PROJECTIONS),
+    ),
+    "jamba": Experts(
+        _made(tf.JambaForCausalLM, tf.JambaConfig, num_experts=3, use_mamba_kernels=False, attn_layer_period=2,
+              attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4),
+        "feed_forward.experts", "feed_forward.experts", (1,), PROJECTIONS,
+        tuple(f"model.layers.0.feed_forward.{name}" for name in PROJECTIONS),
+    ),
+    "deepseek": Experts(
+        _made(tf.DeepseekV3ForCausalLM, tf.DeepseekV3Config, n_routed_experts=4, n_group=2, topk_group=1,
+              moe_intermediate_size=20, first_k_dense_replace=1, q_lora_rank=12, kv_lora_rank=12, qk_rope_head_dim=4,
+              qk_nope_head_dim=4, v_head_dim=8, n_shared_experts=1),
+        "mlp.experts", "mlp.experts", (1,), PROJECTIONS,
+        tuple(f"model.layers.{place}.{name}" for place in ("0.mlp", "1.mlp.shared_experts") for name in PROJECTIONS),
     ),
 }  # fmt: skip
 SETTINGS: dict[str, Any] = {"r": 3, "lora_alpha": 7}
@@ -67,14 +97,21 @@ def own(patterns: dict[str, Any], name: str, default: Any) -> Any:
 
 
 def write(
-    folder: Path, experts: Experts, *, which: Any = lambda name: True, extra: tuple[str, ...] = (), **fields: Any
+    folder: Path,
+    experts: Experts,
+    *,
+    which: Any = lambda name: True,
+    extra: tuple[str, ...] = (),
+    attention: str = "q_proj",
+    **fields: Any,
 ) -> Tensor:
     """A file as PEFT wrote it on Transformers 4; returns what it computes, from the base's weights themselves.
 
     Args:
         which: says of an expert's projection whether it has an adapter. extra: more modules that have one.
+        attention: the end of names of others that do.
     """
-    config = {**SETTINGS, "target_modules": ["q_proj", *experts.branches], "peft_type": "LORA", **fields}
+    config = {**SETTINGS, "target_modules": [attention, *experts.branches], "peft_type": "LORA", **fields}
     config.setdefault("task_type", "CAUSAL_LM")
     generator, tensors, model = torch.Generator().manual_seed(6), {}, experts.build()
     weights = dict(model.named_parameters())
@@ -88,7 +125,7 @@ def write(
         weight += alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) * b @ a
 
     with torch.no_grad():
-        for name in (*(n for n, _ in model.named_modules() if n.endswith("q_proj")), *extra):
+        for name in (*(n for n, _ in model.named_modules() if n.endswith(attention)), *extra):
             add(name, weights[f"{name}.weight"])
         for layer in experts.layers:
             place = f"model.layers.{layer}.{experts.now}"
@@ -151,6 +188,22 @@ def test_dense_layers_of_the_same_names(tmp_path: Path) -> None:
     """A file of Transformers 4 has them too, and PEFT drops them."""
     experts = MODELS["qwen3 moe"]
     expected = write(tmp_path, experts, extra=experts.dense)
+    model = experts.build()
+    fxpeft.load_adapter(model, tmp_path)
+    assert torch.allclose(logits(model), expected, atol=1e-4)
+    fxpeft.save_adapter(model, tmp_path / "again")
+    again = experts.build()
+    fxpeft.load_adapter(again, tmp_path / "again")
+    assert torch.allclose(logits(again), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["experts", "and dense modules"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families(name: str, dense: bool, tmp_path: Path) -> None:
+    experts = OTHERS[name]
+    attention = "kv_b_proj" if name == "deepseek" else "q_proj"
+    expected = write(tmp_path, experts, extra=experts.dense if dense else (), attention=attention)
+    assert not torch.allclose(expected, logits(experts.build()), atol=1e-2)
     model = experts.build()
     fxpeft.load_adapter(model, tmp_path)
     assert torch.allclose(logits(model), expected, atol=1e-4)
