@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fxpeft.checkpoint import Checkpoint
 from fxpeft.config import AdapterConfig, matching
-from fxpeft.errors import AdapterError, listing
+from fxpeft.errors import AdapterError, CheckpointError, listing
 from fxpeft.methods import method_of
+from fxpeft.outside import why_unfit
 from fxpeft.passes.kinds import Embedding, Linear
 from fxpeft.passes.names import pattern_value
 from fxpeft.passes.regex import limited
@@ -57,9 +58,32 @@ def site_keys(found: Checkpoint) -> dict[str, dict[str, str]]:
 def site_tensors(found: Checkpoint) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Site -> parameter -> tensor, and what belongs to no site: whole modules, biases, prompts."""
     keys = site_keys(found)
+    _check_sites(found, keys)
     used = {key for own in keys.values() for key in own.values()}
     sites = {name: {part: found.tensors[key] for part, key in own.items()} for name, own in keys.items()}
     return sites, {key: tensor for key, tensor in found.tensors.items() if key not in used}
+
+
+def _check_sites(found: Checkpoint, keys: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse tensors that no site can have, so that what is worked out of them is.
+
+    Raises:
+        CheckpointError: no floating-point numbers, a factor without ranks, or not both factors; all are named.
+    """
+    problems: list[str] = []
+    for own in keys.values():
+        factor = {part: found.tensors[key] for part, key in own.items() if part in ("lora_A", "lora_B")}
+        for key in own.values():
+            if (why := why_unfit(found.tensors[key], None)) is not None:
+                problems.append(f"{key}: {why}")
+        for part, tensor in factor.items():
+            if tensor.ndim < 2 or not tensor.numel():
+                problems.append(f"{own[part]}: expected a matrix with ranks, found {list(tensor.shape)}")
+        if len(factor) == 1:
+            part, other = ("lora_A", "lora_B") if "lora_A" in factor else ("lora_B", "lora_A")
+            problems.append(f"{own[part]}: expected {other} beside it, found none")
+    if problems:
+        raise CheckpointError(f"{found.source}: tensors that no site can have:\n{listing(problems)}")
 
 
 def site_scale(config: AdapterConfig, site: str, rank: int) -> float:
@@ -203,6 +227,8 @@ def shrink(found: Checkpoint, rank: int) -> tuple[Checkpoint, dict[str, float]]:
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for name, own in sites.items():
+        if "lora_A" not in own or not all(bool(t.isfinite().all()) for t in own.values()):
+            raise AdapterError(f"{name}: expected finite lora_A and lora_B, found NaN, infinity or {', '.join(own)}")
         pair, old = factors(config, name, own), len(own["lora_A"])
         if of_parameter(config, name):
             raise AdapterError(

@@ -86,20 +86,22 @@ def load_adapter(
     subfolder: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    strict: bool = False,
 ) -> None:
     """Load an adapter that fxpeft or PEFT saved, and make it the active one.
 
     Args:
         source: a folder, or an id on the Hugging Face hub.
         trainable: train it further; a loaded adapter is frozen by default.
-        allow_pickle: read ``adapter_model.bin``. Unpickling runs code from the file: only for
-            files that you trust.
+        allow_pickle: read an ``adapter_model.bin`` that holds more than tensors too. Unpickling it runs code from
+            the file: only for files that you trust.
         check_finite: refuse NaN and infinity.
         key_mapping: for files whose modules had other names than Transformers' table knows: regular expression ->
             replacement, in keys without the prefix ``base_model.model.``.
         ignore_mismatched_sizes: give places for which the file has a tensor of another shape the values of a
             fresh adapter, or the base's, with a warning that names them.
         revision, subfolder, token, local_files_only: as in ``huggingface_hub``.
+        strict: refuse a config with fields that fxpeft doesn't know, rather than warn.
 
     Raises:
         CheckpointError: missing, damaged, foreign or mismatching files; every key that was not
@@ -109,7 +111,7 @@ def load_adapter(
     check_name(model, name)
     found = checkpoint.read(
         source, allow_pickle=allow_pickle, revision=revision, subfolder=subfolder, token=token,
-        local_files_only=local_files_only,
+        local_files_only=local_files_only, strict=strict,
     )  # fmt: skip
     found.config.inference_mode = not trainable
     found = in_layout_of(model, found, key_mapping=key_mapping)

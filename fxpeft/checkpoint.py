@@ -15,22 +15,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fxpeft.config import AdapterConfig
-from fxpeft.errors import AdapterError, CheckpointError, listing
+from fxpeft.errors import AdapterError, CheckpointError, clipped, listing, short
 from fxpeft.files import make_folder, replace_files, unfinished
 from fxpeft.fingerprint import KEY, fingerprint
 from fxpeft.keys import below_module, file_keys
 from fxpeft.methods import config_class, method_of
 from fxpeft.methods.base import Base, Method
+from fxpeft.outside import dense, read_json, why_unfit
 from fxpeft.passes.base import PassError, attribute, submodule
-from fxpeft.sites import AdapterPlan, base_state
-from fxpeft.state import Adapter, Values
+from fxpeft.sites import AdapterPlan, base_state, base_values
+from fxpeft.state import Adapter, Values, find_state
 
 PREFIX = Method.prefix
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 STAMP = "fxpeft_config"  # in the metadata of the tensors' file: the stamp of the config that was saved with it
 TRIES = 50
+LONGEST = 1_000  # characters of a key
+# what safetensors and torch raise for headers that make no tensors
+_DAMAGED = (KeyError, ValueError, TypeError, RuntimeError, OverflowError, AttributeError, MemoryError)
 
 
 @dataclass
@@ -45,7 +50,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
     def __post_init__(self) -> None:
-        self.tensors = file_keys(self.tensors, self.source)
+        self.tensors = file_keys(dense(self.tensors, self.source), self.source)
 
 
 @dataclass
@@ -70,8 +75,13 @@ def read(
     subfolder: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    strict: bool = False,
 ) -> Checkpoint:
     """Read a checkpoint from a folder or from the Hugging Face hub.
+
+    Args:
+        allow_pickle: unpickle an ``adapter_model.bin`` that holds more than tensors and plain values.
+        strict: refuse a config with fields that fxpeft doesn't know; otherwise they are told of.
 
     Raises:
         CheckpointError: a file is missing, damaged, or no adapter of a known method.
@@ -87,17 +97,21 @@ def read(
     path = _config_path(find, str(source))
     weights = find(WEIGHTS)
     if weights is not None:
-        return Checkpoint(str(source), *read_pair(path, weights))
-    config = _config(_values(path), path)
+        return Checkpoint(str(source), *read_pair(path, weights, strict=strict))
+    config = _config(_values(path), path, strict)
     pickled = find(PICKLE)
     if pickled is None:
         raise CheckpointError(f"{source}: expected {WEIGHTS}, found none; is this an adapter's folder?")
-    if not allow_pickle:
-        raise CheckpointError(
-            f"{pickled}: unpickling a file can run any code in it. Convert it to {WEIGHTS}, or pass allow_pickle=True "
-            "if you trust where it comes from"
-        )
-    return Checkpoint(str(source), config, read_pickle(pickled, weights_only=False))
+    try:
+        tensors = read_pickle(pickled, weights_only=True)
+    except CheckpointError as error:
+        if not allow_pickle:
+            raise CheckpointError(
+                f"{error}\nUnpickling the rest can run any code in the file. Convert it to {WEIGHTS}, or pass "
+                "allow_pickle=True if you trust where it comes from"
+            ) from error
+        tensors = read_pickle(pickled, weights_only=False)
+    return Checkpoint(str(source), config, tensors)
 
 
 def read_pickle(path: Path, *, weights_only: bool) -> dict[str, Tensor]:
@@ -111,17 +125,21 @@ def read_pickle(path: Path, *, weights_only: bool) -> dict[str, Tensor]:
     except Exception as error:
         what = "read as a pickled state_dict of tensors" if weights_only else "unpickled"
         raise CheckpointError(f"{path}: can't be {what}: {error}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
+    if not isinstance(tensors, dict):
         raise CheckpointError(f"{path}: expected a dict of tensors, found {type(tensors).__name__}")
-    return tensors
+    return dense(tensors, str(path))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file's tensors, in memory of their own; ``CheckpointError`` where it is damaged."""
     try:
-        return load_file(path, backend="pread")  # a mapped file that is written over changes the tensors
-    except (SafetensorError, OSError) as error:
+        tensors = load_file(path, backend="pread")  # a mapped file that is written over changes the tensors
+    except (SafetensorError, OSError, *_DAMAGED) as error:
         raise CheckpointError(f"{path}: damaged or cut short, can't be read as safetensors: {error}") from error
+    long = [f"{short(key)} ({len(key):,} characters)" for key in tensors if len(key) > LONGEST]
+    if long:
+        raise CheckpointError(f"{path}: keys of more than {LONGEST:,} characters:\n{listing(long)}")
+    return tensors
 
 
 def base_of(folder: str | Path) -> str | None:
@@ -133,7 +151,7 @@ def _metadata(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, *_DAMAGED) as error:
         raise CheckpointError(f"{path}: damaged or cut short, can't be read as safetensors: {error}") from error
 
 
@@ -143,7 +161,7 @@ def read_config(find: Callable[[str], Path | None], source: str) -> AdapterConfi
     return _config(_values(path), path)
 
 
-def read_pair(path: Path, weights: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+def read_pair(path: Path, weights: Path, *, strict: bool = False) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """A config and the tensors that were saved with it, whoever saves into their folder meanwhile.
 
     fxpeft's own tensors' files say which config is theirs. Where that is not the one that is there, a save is between
@@ -153,7 +171,7 @@ def read_pair(path: Path, weights: Path) -> tuple[AdapterConfig, dict[str, Tenso
     for _ in range(TRIES):
         before = _identity(path), _identity(weights)
         values = _values(path)  # first: a save replaces it last, so that tensors without a note are no newer
-        config = _config(values, path)
+        config = _config(values, path, strict)
         noted, tensors = _metadata(weights).get(STAMP), read_safetensors(weights)
         if noted is not None and stamp(values) != noted:
             others = (_pending(other) for other in unfinished(path))
@@ -163,7 +181,7 @@ def read_pair(path: Path, weights: Path) -> tuple[AdapterConfig, dict[str, Tenso
                 own = values
             if own is None:
                 continue
-            config = _config(own, path)
+            config = _config(own, path, strict)
         if _identity(weights) == before[1]:
             return config, tensors
     raise CheckpointError(f"{path.parent}: its files were replaced each of the {TRIES} times that they were read")
@@ -198,20 +216,16 @@ def _config_path(find: Callable[[str], Path | None], source: str) -> Path:
 
 
 def _values(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged, can't be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected an object, found {type(values).__name__}")
-    return values
+    return read_json(path)
 
 
-def _config(values: Mapping[str, Any], path: Path) -> AdapterConfig:
+def _config(values: Mapping[str, Any], path: Path, strict: bool = False) -> AdapterConfig:
     try:
-        return config_class(values.get("peft_type"), str(path)).from_dict(dict(values), source=str(path))
+        return config_class(values.get("peft_type"), str(path)).from_dict(
+            dict(values), source=str(path), loading=True, strict=strict
+        )
     except AdapterError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(clipped(str(error))) from error
 
 
 def _from_hub(
@@ -227,6 +241,8 @@ def _from_hub(
             )
         )
     except LocalEntryNotFoundError as error:
+        if name == WEIGHTS:  # the cache may hold a pickled file alone
+            return None
         raise CheckpointError(f"{repo}: no such folder, not in the hub's cache, and the hub can't be asked") from error
     except EntryNotFoundError:
         return None
@@ -329,7 +345,7 @@ def assign(
     missing: list[str] = []
     wrong: list[str] = []
 
-    def take(key: str, shape: torch.Size | tuple[int, ...]) -> Tensor | None:
+    def take(key: str, shape: torch.Size | tuple[int, ...], own: torch.dtype | None = None) -> Tensor | None:
         tensor = left.pop(key, None)
         if tensor is None:
             missing.append(f"{key} {list(shape)}" if misfit is None else key)
@@ -337,7 +353,9 @@ def assign(
             misfit.mismatched.append((key, tuple(tensor.shape), tuple(shape)))
             return None
         elif tuple(tensor.shape) != tuple(shape):
-            wrong.append(f"{key}: expected {list(shape)}, found {list(tensor.shape)}")
+            wrong.append(f"{key}: expected {list(shape)}, found {list(tensor.shape)}{_cure(model, shape, tensor)}")
+        elif (why := why_unfit(tensor, own)) is not None:
+            wrong.append(f"{key}: {why}")
         elif check_finite and not torch.isfinite(tensor).all():
             wrong.append(f"{key}: expected finite values, found NaN or infinity")
         return tensor
@@ -348,7 +366,7 @@ def assign(
         values.sites[site] = {n: t for n, t in taken.items() if t is not None}
     for path in plan.saved:
         own = base_state(submodule(model, path))
-        taken = {k: take(f"{path}.{k}", v.shape) for k, v in own.items()}
+        taken = {k: take(f"{path}.{k}", v.shape, v.dtype) for k, v in own.items()}
         values.saved[path] = {k: t for k, t in taken.items() if t is not None}
     for path in plan.tensors:
         owner, _, leaf = path.rpartition(".")
@@ -358,6 +376,7 @@ def assign(
             values.tensors[path] = tensor
     _base_weights(model, plan, left, values, wrong, misfit)
     _leave_out(plan, left, found.source)
+    _into_declared(model, values)
     if misfit is not None:
         misfit.missing, misfit.unexpected = missing, list(left)
         missing, left = [], {}
@@ -413,6 +432,17 @@ def _restore(model: nn.Module, plan: AdapterPlan, values: Values, source: str) -
             ) from None
 
 
+def _into_declared(model: nn.Module, values: Values) -> None:
+    """Give a base weight in the file the slot of its module, where the model was prepared with one for it."""
+    state = find_state(model)
+    declared = () if state is None or state.serving is None else state.serving.saved
+    for module in declared:
+        brought = [path for path in values.tensors if path.startswith(f"{module}.")]
+        if brought and module not in values.saved:
+            own = {k: v.detach() for k, v in base_values(submodule(model, module)).items()}
+            values.saved[module] = own | {p[len(module) + 1 :]: values.tensors.pop(p) for p in brought}
+
+
 def _base_weights(
     model: nn.Module,
     plan: AdapterPlan,
@@ -427,22 +457,34 @@ def _base_weights(
     """
     for key in list(left):
         path = key.replace(".base_layer.", ".")
-        if not path.endswith(".weight"):
+        if path.rpartition(".")[2] not in ("weight", "bias"):
             continue
         try:
             own = attribute(model, path)
         except AttributeError:
             continue
+        if not isinstance(own, Tensor):
+            continue
         tensor = left.pop(key)
         if own.shape != tensor.shape and misfit is not None:
             misfit.mismatched.append((key, tuple(tensor.shape), tuple(own.shape)))
         elif own.shape != tensor.shape:
-            wrong.append(
-                f"{key}: expected {list(own.shape)}, found {list(tensor.shape)}; if the vocabulary was changed in "
-                "training, call resize_token_embeddings first"
-            )
+            cure = _cure(model, own.shape, tensor)
+            wrong.append(f"{key}: expected {list(own.shape)}, found {list(tensor.shape)}{cure}")
+        elif (why := why_unfit(tensor, own.dtype)) is not None:
+            wrong.append(f"{key}: {why}")
         elif not own.is_meta and not torch.equal(own.detach().cpu(), tensor.to(own.dtype)):
             values.tensors[path] = tensor
+
+
+def _cure(model: nn.Module, own: torch.Size | tuple[int, ...], tensor: Tensor) -> str:
+    """What to do where a tensor has a row for each token of another vocabulary."""
+    embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    weight = getattr(embeddings, "weight", None)
+    rows = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim else None
+    if not own or not tensor.ndim or own[0] != rows or tuple(own[1:]) != tuple(tensor.shape[1:]):
+        return ""
+    return f"; if the vocabulary was resized in training, call model.resize_token_embeddings({tensor.shape[0]}) first"
 
 
 def _short(key: str, prefix: str) -> str:

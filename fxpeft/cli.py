@@ -251,7 +251,7 @@ def _adapted(adapter: str, base: str | None) -> tuple[Any, str]:
     if base is None:
         raise AdapterError(f"{adapter}: names no base model; say which with --model")
     whole = loaded_model(base)
-    fxpeft.load_adapter(whole, adapter)
+    fxpeft.load_adapter(whole, adapter, check_finite=True)
     return whole, base
 
 

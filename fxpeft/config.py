@@ -6,12 +6,14 @@ import copy
 import dataclasses
 import types
 import typing
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
-from fxpeft.errors import AdapterError, listing
+from fxpeft.errors import AdapterError, clipped, listing, short
+from fxpeft.outside import why_odd
 from fxpeft.passes.names import NameSelector, check_expression
 from fxpeft.passes.patterns import is_pattern, pattern
 from fxpeft.passes.regex import limited
@@ -20,6 +22,19 @@ from fxpeft.passes.terms import Pattern, PatternError
 Self = TypeVar("Self", bound="AdapterConfig")
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 PEFT_VERSION = "0.21.0"  # whose format fxpeft writes
+LARGEST_SCALE = 3.4e38
+#: fields of a trained adapter's config that change nothing of what it computes, and where they would: the field that
+#: has to be on for that, or the value of init_lora_weights
+HARMLESS: Mapping[str, tuple[str, object]] = {
+    "corda_config": ("init_lora_weights", "corda"),
+    "lora_ga_config": ("init_lora_weights", "lora_ga"),
+    "megatron_core": ("megatron_config", ...),
+    "merge_weights": ("", None),  # PEFT 0.2: whether evaluation merged
+    "qalora_group_size": ("use_qalora", ...),
+    "runtime_config": ("", None),  # PEFT's hints on where to compute
+    "transformers_version": ("", None),
+    "unsloth_fixed": ("", None),
+}
 
 
 @dataclass
@@ -92,11 +107,13 @@ class AdapterConfig:
         """Check every field against its annotation; files from elsewhere come through here too."""
         hints = _hints(type(self))
         for f in dataclasses.fields(self):
-            if not _fits(getattr(self, f.name), hints[f.name]):
+            value = getattr(self, f.name)
+            if not _fits(value, hints[f.name]):
                 raise AdapterError(
-                    f"{type(self).__name__}.{f.name}: expected {_readable(hints[f.name])}, "
-                    f"found {getattr(self, f.name)!r}"
+                    f"{type(self).__name__}.{f.name}: expected {_readable(hints[f.name])}, found {short(value)}"
                 )
+            if (why := why_odd(value)) is not None:
+                raise AdapterError(f"{type(self).__name__}.{f.name}: {why}")
 
     def selector(self) -> NameSelector:
         """The targets by name; ``target_modules`` must be resolved: not ``None``, ``all-linear`` or a pattern."""
@@ -126,8 +143,20 @@ class AdapterConfig:
         }
 
     @classmethod
-    def from_dict(cls: type[Self], values: Mapping[str, Any], source: str = "config") -> Self:
+    def from_dict(
+        cls: type[Self],
+        values: Mapping[str, Any],
+        source: str = "config",
+        *,
+        loading: bool = False,
+        strict: bool = True,
+    ) -> Self:
         """Read a config that PEFT or fxpeft wrote.
+
+        Args:
+            loading: the adapter was trained already: null stands for a default, a whole number may be written as 8.0,
+                and what matters in training alone is passed over.
+            strict: refuse fields that are unknown and not empty, also when loading; otherwise they are told of.
 
         Raises:
             AdapterError: an unknown or unsupported field that is not at its default, or a value of
@@ -137,16 +166,34 @@ class AdapterConfig:
         rest = {k: v for k, v in values.items() if k not in known and k not in ("peft_type", "peft_version")}
         # a field that only a later PEFT knows is harmless while it is off
         active = {k: v for k, v in rest.items() if v and v != cls.unsupported.get(k)}
+        if loading:
+            active = {k: v for k, v in active.items() if not _is_harmless(k, values)}
+        unknown = {k: v for k, v in active.items() if k not in cls.unsupported}
+        if loading and unknown and not strict:
+            lines = (f"{short(k)[1:-1]} = {short(v)}" for k, v in unknown.items())
+            warnings.warn(
+                f"{source}: fields that {cls.__name__} doesn't know are passed over:\n{listing(lines)}\nThe adapter is "
+                "loaded where each of its tensors has a place; strict=True refuses it.",
+                stacklevel=2,
+            )
+            active = {k: v for k, v in active.items() if k not in unknown}
         if active:
-            lines = (f"{k} = {v!r} ({'unsupported' if k in cls.unsupported else 'unknown'})" for k, v in active.items())
+            lines = (
+                f"{short(k)[1:-1]} = {short(v)} ({'unsupported' if k in cls.unsupported else 'unknown'})"
+                for k, v in active.items()
+            )
             raise AdapterError(
                 f"{source}: fields that {cls.__name__} can't honour:\n{listing(lines)}\n"
                 "Set them to their defaults, or use an adapter that was trained without them."
             )
+        own = {k: v for k, v in values.items() if k in known}
+        if loading:
+            hints = _hints(cls)
+            own = {k: _whole(v, hints[k]) for k, v in own.items() if v is not None or _fits(None, hints[k])}
         try:
-            return cls(**{k: v for k, v in values.items() if k in known})
+            return cls(**own)
         except AdapterError as error:
-            raise AdapterError(f"{source}: {error}") from None
+            raise AdapterError(f"{source}: {clipped(str(error))}") from None
 
 
 @dataclass
@@ -174,9 +221,13 @@ class RankConfig(AdapterConfig):
         for name in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, name):
                 check_pattern(name, key)
-        for where, rank in (("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
+        for where, rank in (("r", self.r), *((f"rank_pattern[{short(k)}]", v) for k, v in self.rank_pattern.items())):
             if rank <= 0:
                 raise AdapterError(f"{where}: expected a positive integer, found {rank}")
+        alphas = ((f"alpha_pattern[{short(k)}]", v) for k, v in self.alpha_pattern.items())
+        for where, alpha in (("lora_alpha", self.lora_alpha), *alphas):
+            if abs(alpha) > LARGEST_SCALE:
+                raise AdapterError(f"{where}: expected a number whose float32 is finite, found {alpha}")
 
 
 def _plain(value: Any) -> Any:
@@ -208,6 +259,28 @@ def matching() -> Iterator[None]:
             yield
         except PatternError as error:
             raise AdapterError(str(error)) from None
+
+
+def _is_harmless(name: str, values: Mapping[str, Any]) -> bool:
+    """Whether a field has no effect on what a trained adapter computes, beside the other fields."""
+    if name not in HARMLESS:
+        return False
+    other, effective = HARMLESS[name]
+    return not values.get(other) if effective is ... else not other or values.get(other) != effective
+
+
+def _whole(value: Any, hint: Any) -> Any:
+    """A float that is a whole number as an integer, where only an integer is expected."""
+    if _fits(value, hint):
+        return value
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and _fits(int(value), hint) else value
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        whole = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in items}
+        made: Any = whole if isinstance(value, dict) else list(whole.values())
+        return made if _fits(made, hint) else value
+    return value
 
 
 _known_hints: dict[type, dict[str, Any]] = {}

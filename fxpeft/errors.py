@@ -23,6 +23,11 @@ def short(value: object, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
+def clipped(text: str, most: int = 2000) -> str:
+    """A message that may repeat what a stranger wrote, cut in the middle."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
 def listing(items: Iterable[object], most: int = 20) -> str:
     """One item a line, indented; a long list ends in a count of the rest."""
     lines = [f"  {item}" for item in items]

@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
     WeightTransform,
 )
 
-from fxpeft.config import AdapterConfig
+from fxpeft.config import AdapterConfig, matching
 from fxpeft.errors import AdapterError, CheckpointError, listing
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.names import matches, pattern_value
@@ -100,6 +100,7 @@ def _fusions(conversions: Iterable[WeightTransform]) -> dict[str, tuple[str, ...
     return found
 
 
+@matching()
 def converted(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     """A new adapter's config with the stacked parameters in the place of expert projections that it names.
 

@@ -18,6 +18,7 @@ from fxpeft.methods import method_of
 from fxpeft.methods.base import Method
 from fxpeft.methods.ia3 import IA3Config
 from fxpeft.methods.lora import LoraConfig
+from fxpeft.outside import dense
 from fxpeft.passes.names import NameSelector, matches
 from fxpeft.sites import base_modules
 from fxpeft.targets import spelled
@@ -43,14 +44,23 @@ def infer_config(
     return _inferred(peft_keys(state_dict), None if model is None else unwrap(model), lora_alpha)
 
 
-def peft_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def peft_keys(state_dict: Mapping[str, Tensor], *, shapes_only: bool = False) -> dict[str, Tensor]:
     """An adapter's tensors under the keys of PEFT's files, all with PEFT's prefix.
 
+    Args:
+        shapes_only: tensors may be on the meta device; they get values that are no one's.
+
     Raises:
-        CheckpointError: they are of several adapters, or some are the base's.
+        CheckpointError: a key or value of another sort; they are of several adapters, or some are the base's.
     """
     source = "the state_dict"
-    found = file_keys(state_dict, source)
+    if shapes_only:
+        state_dict = {
+            key: value.new_zeros((), device="cpu").expand(value.shape)
+            if isinstance(value, Tensor) and value.is_meta else value
+            for key, value in state_dict.items()
+        }  # fmt: skip
+    found = file_keys(dense(state_dict, source), source)
     check_adapters_own(found, source)
     return {key if key == "prompt_embeddings" else f"{Method.prefix}{_bare(key)}": t for key, t in found.items()}
 

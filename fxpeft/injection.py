@@ -60,7 +60,7 @@ def inject(
         make = _empty_values if empty else fresh_values
         values = make(model, plan, autocast=autocast_adapter_dtype)
     else:
-        tensors = peft_keys(state_dict)
+        tensors = peft_keys(state_dict, shapes_only=empty)
         given = Checkpoint("the state_dict", infer_config(tensors) if config is None else config, tensors)
         found = in_layout_of(model, given)
         if found is not given:

@@ -19,7 +19,7 @@ from transformers.core_model_loading import WeightRenaming, WeightTransform
 
 from fxpeft import experts
 from fxpeft.checkpoint import Checkpoint
-from fxpeft.config import AdapterConfig
+from fxpeft.config import AdapterConfig, matching
 from fxpeft.errors import CheckpointError, listing
 from fxpeft.keys import below_module
 from fxpeft.methods import method_of
@@ -51,6 +51,7 @@ class Key:
     inner: str
 
 
+@matching()
 def in_layout_of(
     model: nn.Module,
     found: Checkpoint,

@@ -261,7 +261,7 @@ def _rewrites(
     values = None
     if isinstance(adapter, str | Path):
         read = checkpoint.read(adapter)
-        plan = _plan(model, read.config, skipped, closed)
+        plan = _plan(model, read.config, skipped, closed, loading=True)
         values = checkpoint.assign(model, plan, read, check_finite=check_finite)
     else:
         plan = adapter if isinstance(adapter, AdapterPlan) else _plan(model, adapter, skipped, closed)
@@ -295,7 +295,9 @@ def _rewrites(
     return rewrites, redirects, None, 0
 
 
-def _plan(model: nn.Module, config: AdapterConfig, skipped: list[str], closed: Mapping[str, str]) -> AdapterPlan:
+def _plan(
+    model: nn.Module, config: AdapterConfig, skipped: list[str], closed: Mapping[str, str], *, loading: bool = False
+) -> AdapterPlan:
     targets = config.target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         raise AdapterError(
@@ -308,7 +310,7 @@ def _plan(model: nn.Module, config: AdapterConfig, skipped: list[str], closed: M
             "modules_to_save and bias='all' need the live model: add the adapter to it, then capture the program"
         )
     try:
-        return make_plan(model, config, heads=False)
+        return make_plan(model, config, heads=False, of_file=loading)
     except AdapterError as error:
         left = f"\ntargets that can't be rewritten:\n{listing(skipped)}" if skipped else ""
         raise AdapterError(f"{error}{left}") from None

@@ -209,6 +209,7 @@ def hotswap(
     subfolder: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    strict: bool = False,
 ) -> None:
     """Replace an adapter of a prepared model by another one. Nothing recompiles.
 
@@ -220,7 +221,7 @@ def hotswap(
         name: the adapter to replace; the active one by default.
         config: for a state_dict: its config. Default: the replaced adapter's.
         check_finite: refuse NaN and infinity.
-        key_mapping: as in :func:`fxpeft.load_adapter`.
+        key_mapping, strict: as in :func:`fxpeft.load_adapter`.
 
     Raises:
         AdapterError: the model is not prepared, or the adapter doesn't fit its slots.
@@ -238,7 +239,7 @@ def hotswap(
     else:
         found = checkpoint.read(
             source, allow_pickle=allow_pickle, revision=revision, subfolder=subfolder, token=token,
-            local_files_only=local_files_only,
+            local_files_only=local_files_only, strict=strict,
         )  # fmt: skip
     found = in_layout_of(model, found, key_mapping=key_mapping)
     plan = plan_for(model, serving, found.config)

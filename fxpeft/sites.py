@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,7 +118,9 @@ def make_plan(
             has it there already.
         roles: what the modules do, where that is known; else the model is traced if a pattern asks.
         of_file: the config came with tensors: targets where they would do nothing are left out, as whoever
-            trained them got nothing from them, and the plan's config excludes them.
+            trained them got nothing from them, and the plan's config excludes them. Patterns of ranks that no site
+            has and modules_to_save that the model lacks are told of, as PEFT passes over them; for a new adapter
+            they are typos.
 
     Raises:
         AdapterError: no site was found, a pattern matches nothing, or a target can't be rewritten.
@@ -126,18 +129,18 @@ def make_plan(
     if isinstance(method, PromptMethod):
         config, whole = method.find(model, config)
         config = _with_heads(config, heads)
-        return AdapterPlan(config, whole, _saved(modules, config))
+        return AdapterPlan(config, whole, _saved(modules, config, of_file))
     config = _resolve(model, modules, config, heads, roles)
     left_out = _leave_out(modules, config) if of_file else {}
     selector = config.selector()
     sites: dict[str, SitePlan] = {}
     for name in selector.select(modules):
         sites[name] = method.plan(config, name, _site_kind(name, modules))
-    saved = _saved(modules, config)
+    saved = _saved(modules, config, of_file)
     sites |= parameter_sites(modules, config, sites, saved)
     if not sites:
         raise AdapterError(_nothing_found(config, modules))
-    _check_patterns(config, sites)
+    _check_patterns(config, sites, of_file)
     weights = [join(site, "weight") for site in sites] if method.brings_weight(config) else []
     tensors = _bias_names(modules, method.bias(config), sites, saved)
     return AdapterPlan(config, sites, saved, tensors, weights, left_out)
@@ -209,14 +212,14 @@ def saved_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:
     return _saved(dict(base_modules(model)), AdapterConfig(modules_to_save=list(wanted) or None))
 
 
-def _saved(modules: dict[str, nn.Module], config: AdapterConfig) -> list[str]:
+def _saved(modules: dict[str, nn.Module], config: AdapterConfig, loading: bool = False) -> list[str]:
     wanted = config.modules_to_save or []
     ends = Endings(wanted)
     found = [n for n in modules if ends(n)]  # PEFT: a suffix, dotted or not
     met = {end for n in found for end in ends.of(n)}.union(HEADS.get(config.task_type or "", ()))
     missing = [w for w in wanted if w not in met]
     if missing:
-        raise AdapterError(f"modules_to_save: no module of the model is named\n{listing(missing)}")
+        _tell(f"modules_to_save: no module of the model is named\n{listing(map(short, missing))}", loading)
     around = set(found)
     found = [n for n in found if not any(n[:at] in around for at, sign in enumerate(n) if sign == ".")]
     lists = {n: _parts(n, modules) for n in found if isinstance(modules[n], nn.ModuleList | nn.ModuleDict)}
@@ -257,12 +260,19 @@ def _bias_names(modules: dict[str, nn.Module], mode: str, sites: dict[str, SiteP
     return [join(n, "bias") for n in owners if isinstance(modules[n]._parameters.get("bias"), nn.Parameter)]
 
 
-def _check_patterns(config: AdapterConfig, sites: dict[str, SitePlan]) -> None:
+def _check_patterns(config: AdapterConfig, sites: dict[str, SitePlan], loading: bool) -> None:
     """A pattern that matches no site is a typo; PEFT would ignore it silently."""
     for name in config.patterns:
         unused = PatternTable(getattr(config, name, None) or {}, name).unmatched(sites)
         if unused:
-            raise AdapterError(f"{name}: {shown(unused[0])} matches none of the adapter's {len(sites)} sites")
+            _tell(f"{name}: {shown(unused[0])} matches none of the adapter's {len(sites)} sites", loading)
+
+
+def _tell(problem: str, loading: bool) -> None:
+    """An error in a new adapter's config; a warning in that of one that was trained."""
+    if not loading:
+        raise AdapterError(problem)
+    warnings.warn(f"{problem}; it is passed over, as in PEFT", stacklevel=4)
 
 
 def _nothing_found(config: AdapterConfig, modules: dict[str, nn.Module]) -> str:

@@ -62,6 +62,12 @@ def to_pickle(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
 
 
+def to_pickled_objects(folder: Path) -> None:
+    """Beside the tensors an object, which only unpickling whatever is there makes."""
+    torch.save({**load_file(folder / WEIGHTS), "path": Path("x")}, folder / PICKLE)
+    (folder / WEIGHTS).unlink()
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / CONFIG).unlink(), rf"expected {CONFIG}, found none"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), rf"expected {WEIGHTS}, found none"),
@@ -76,7 +82,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut short": (cut, rf"{WEIGHTS}: damaged or cut short"),
     "empty weights": (lambda f: (f / WEIGHTS).write_bytes(b""), rf"{WEIGHTS}: damaged or cut short"),
     "not safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"\x00" * 64), rf"{WEIGHTS}: damaged or cut short"),
-    "pickle": (to_pickle, rf"{PICKLE}.*any code.*allow_pickle=True"),
+    "pickle": (to_pickled_objects, rf"{PICKLE}.*any code.*allow_pickle=True"),
     "foreign key": (
         lambda f: edit_tensors(f, lambda t: t.update({"base_model.model.other.lora_A.weight": torch.ones(3, 2)})),
         r"no place in the model:\n  other\.lora_A\.weight \[3, 2\]",
@@ -95,7 +101,6 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another rank in the config": (lambda f: edit_config(f, r=4), r"lora_A\.weight: expected \[4, 32\], found \[3,"),
     "no such target": (lambda f: edit_config(f, target_modules=["quarry"]), r"no module of the model is a target"),
-    "pattern without a site": (lambda f: edit_config(f, rank_pattern={"k_proj": 2}), "'k_proj' matches none"),
 }
 
 
@@ -148,7 +153,7 @@ def test_values_that_are_not_finite(value: float, folder: Path) -> None:
 def test_pickle_of_something_else_is_refused(content: object, folder: Path) -> None:
     to_pickle(folder)
     torch.save(content, folder / PICKLE)
-    with pytest.raises(CheckpointError, match=f"{PICKLE}: expected a dict of tensors"):
+    with pytest.raises(CheckpointError, match=f"{PICKLE}: (expected a dict of tensors|no tensors(?s:.*)found int)"):
         fxpeft.load_adapter(tiny_llama(), folder, allow_pickle=True)
     (folder / PICKLE).write_bytes(b"no pickle")
     with pytest.raises(CheckpointError, match=f"{PICKLE}: can't be unpickled"):

@@ -26,6 +26,7 @@ from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, CheckpointError, listing
 from fxpeft.layouts import in_layout_of
 from fxpeft.methods import config_class, method_of
+from fxpeft.outside import read_json
 from fxpeft.serving import plan_for
 from fxpeft.sites import AdapterPlan, make_plan, site_module
 from fxpeft.state import Values, find_state, placement
@@ -232,7 +233,7 @@ def split_adapter_kwargs(source: object, kwargs: dict[str, Any]) -> dict[str, An
     if path is None or (local and (Path(source, lookup.get("subfolder", "")) / "config.json").is_file()):
         return kwargs
     embedded = local and Path(source, "config.json").is_file()
-    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    config = read_json(Path(path))
     if not embedded and not config.get("base_model_name_or_path"):
         raise AdapterError(
             f"{path}: base_model_name_or_path: expected the base model's folder or id, found none. Write it there, or "

@@ -128,13 +128,15 @@ class LoraConfig(RankConfig):
 
 
 def _sub_config(cls: type[S], given: Any) -> S:
+    name = "eva_config" if cls is EvaConfig else "loftq_config"
     if isinstance(given, cls):
         return given
     if not isinstance(given, dict):
-        raise AdapterError(f"expected a {cls.__name__} or a dict of its fields, found {given!r}")
+        raise AdapterError(f"{name}: expected a {cls.__name__} or a dict of its fields, found {given!r}")
     unknown = ", ".join(sorted(map(str, given.keys() - cls.__dataclass_fields__.keys())))
     if unknown:
-        raise AdapterError(f"{cls.__name__} has no fields {unknown}; it has {', '.join(cls.__dataclass_fields__)}")
+        known = ", ".join(cls.__dataclass_fields__)
+        raise AdapterError(f"{name}: {cls.__name__} has no fields {unknown}; it has {known}")
     return cls(**given)
 
 
