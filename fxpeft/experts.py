@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -32,7 +33,7 @@ from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.names import matches, pattern_value
 from fxpeft.passes.terms import Pattern
 from fxpeft.sites import base_modules
-from fxpeft.targets import has_pattern, spelled
+from fxpeft.targets import has_pattern, resolve_parameters, spelled
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,9 @@ def converted(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     leaves = {stack.leaf: len(stack.branches) for stack in hit}
     wide = {rf".*\.{re.escape(leaf)}": count for leaf, count in leaves.items() if count > 1}
     return _with_parameters(
-        config, list(leaves), kept,
-        {key: config.r * count for key, count in wide.items()},
-        {key: config.lora_alpha * count for key, count in wide.items()},
+        model, config, list(leaves), kept,
+        {**config.rank_pattern, **{key: config.r * count for key, count in wide.items()}},
+        {**config.alpha_pattern, **{key: config.lora_alpha * count for key, count in wide.items()}},
     )  # fmt: skip
 
 
@@ -162,19 +163,21 @@ def _names(targets: str | Iterable[str], stack: Stack, branch: str) -> bool:
 
 
 def _with_parameters(
+    model: nn.Module,
     config: LoraConfig,
     parameters: list[str],
     modules: str | list[str],
-    ranks: Mapping[str, int],
-    alphas: Mapping[str, int | float],
+    ranks: dict[str, int],
+    alphas: dict[str, int | float],
 ) -> LoraConfig:
-    """The config with these ``target_parameters`` added to its own."""
+    """The config with these ``target_parameters`` added to its own, and these patterns."""
+    config = copy.deepcopy(config)
+    resolve_parameters(model, dict(base_modules(model)), config)  # a pattern or expression can't have names beside it
     own = config.target_parameters or []
-    assert not isinstance(own, Pattern)
-    own = [own] if isinstance(own, str) else list(own)
+    assert not isinstance(own, str | Pattern)
     return replace(
-        copy.deepcopy(config), target_modules=modules, target_parameters=sorted({*own, *parameters}),
-        rank_pattern={**ranks, **config.rank_pattern}, alpha_pattern={**alphas, **config.alpha_pattern},
+        config, target_modules=modules, target_parameters=sorted({*own, *parameters}), rank_pattern=ranks,
+        alpha_pattern=alphas,
     )  # fmt: skip
 
 
@@ -266,7 +269,7 @@ def with_stacks(
         if any(_hit(key, name) for name in old) and not any(_hit(key, name) for name in (*hosts, *sites))
     ]  # fmt: skip
     kept = {field: {k: v for k, v in getattr(config, field).items() if k not in gone} for field in config.patterns}
-    found: dict[str, dict[str, int | float]] = {"rank_pattern": {}, "alpha_pattern": {}}
+    found: dict[str, dict[str, Any]] = {"rank_pattern": {}, "alpha_pattern": {}}
     for field, name, default in (("rank_pattern", "rank", config.r), ("alpha_pattern", "alpha", config.lora_alpha)):
         for leaf in leaves:
             wanted = {site: getattr(fused[site], name) for site in sorted(sites) if site.endswith(f".{leaf}")}
@@ -288,14 +291,9 @@ def with_stacks(
             f"lora_dropout={dropout} is off: the experts are parameters, whose update is added whatever the input",
             stacklevel=4,
         )
-    return replace(
-        _with_parameters(
-            replace(copy.deepcopy(config), lora_dropout=0.0, rank_pattern=kept["rank_pattern"],
-                    alpha_pattern=kept["alpha_pattern"]),
-            names, [], found["rank_pattern"], found["alpha_pattern"],  # type: ignore[arg-type]
-        ),
-        target_modules=targets,
-    )  # fmt: skip
+    ranks, alphas = ({**found[field], **kept[field]} for field in config.patterns)
+    fixed = replace(copy.deepcopy(config), lora_dropout=0.0)
+    return replace(_with_parameters(model, fixed, names, [], ranks, alphas), target_modules=targets)
 
 
 def _hit(pattern: str, name: str) -> bool:

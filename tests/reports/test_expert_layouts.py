@@ -279,6 +279,21 @@ def test_a_new_adapter_is_pefts(name: str, way: str, form: str, tmp_path: Path, 
     assert torch.allclose(logits(loaded), logits(model), atol=1e-4)
 
 
+@pytest.mark.parametrize("parameters", [r".*layers\.1\.mlp\.gate\.weight", ["layers.1.mlp.gate.weight"]])
+def test_parameters_that_are_named_beside_them(parameters: Any) -> None:
+    experts = MODELS["mixtral"]
+    settings = {**SETTINGS, "target_modules": ["q_proj", "w2", "w1", "w3"], "rank_pattern": {"gate_up_proj": 5}}
+    model = experts.build()
+    fxpeft.add_adapter(model, fxpeft.LoraConfig(target_parameters=parameters, **settings))
+    found = {key: list(value.shape) for key, value in fxpeft.adapter_state_dict(model).items()}
+    theirs = peft.get_peft_model(
+        experts.build(), peft.LoraConfig(target_parameters=["layers.1.mlp.gate.weight"], **settings)
+    )
+    assert found == {key: list(value.shape) for key, value in peft.get_peft_model_state_dict(theirs).items()}
+    assert found[f"{PREFIX}model.layers.0.mlp.experts.base_layer.lora_A.weight"] == [3 * 5, 32]  # the user's rank
+    assert found[f"{PREFIX}model.layers.1.mlp.gate.lora_A.weight"] == [3, 32]
+
+
 def test_dense_modules_that_are_left_out_are_named() -> None:
     experts = MODELS["qwen3 moe"]
     with pytest.warns(UserWarning, match=r"left out, as PEFT does:\n  model\.layers\.0\.mlp\.down_proj"):
