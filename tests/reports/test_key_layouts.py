@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from families import FAMILIES, first_output
 from safetensors.torch import load_file, save_file
 from tiny import randomise
 from torch import Tensor
+from typer.testing import CliRunner
 from vision_language import MODELS, VisionLanguage
 
 import fxpeft
+from fxpeft.cli import app
 
 PREFIX = "base_model.model."
 
@@ -28,14 +31,14 @@ def logits(model: Any, family: VisionLanguage) -> Tensor:
     return found
 
 
-def write(folder: Path, family: VisionLanguage, **fields: Any) -> Tensor:
+def write(folder: Path, family: VisionLanguage, *, seed: int = 4, **fields: Any) -> Tensor:
     """A file that PEFT writes, in both towers; returns the outputs of PEFT's freshly loaded model."""
     settings = {
         "r": 3, "lora_alpha": 7, "target_modules": list(family.targets), "rank_pattern": {r".*layers\.1.*q_proj": 5},
         "alpha_pattern": {"v_proj": 11}, **fields,
     }  # fmt: skip
     model = peft.get_peft_model(family.build(), peft.LoraConfig(**settings))
-    randomise((p for n, p in model.named_parameters() if "lora_" in n), seed=4)
+    randomise((p for n, p in model.named_parameters() if "lora_" in n), seed)
     model.save_pretrained(folder)
     return logits(peft.PeftModel.from_pretrained(family.build(), folder).eval(), family)
 
@@ -235,6 +238,32 @@ def test_tensors_in_memory(given: bool, tmp_path: Path) -> None:
     fxpeft.add_adapter(slots, config)
     fxpeft.hotswap(slots, tensors)
     assert torch.allclose(logits(slots, family), expected, atol=1e-4)
+
+
+def test_swapped_by_transformers(tmp_path: Path, installed: None) -> None:
+    family = MODELS["qwen2 vl"]
+    expected = {seed: write(tmp_path / str(seed), family, seed=seed) for seed in (4, 5)}
+    assert not torch.allclose(expected[4], expected[5], atol=1e-2)
+    for slots in (True, False):
+        model = family.build()
+        if slots:
+            model.enable_peft_hotswap(target_rank=8)
+        model.load_adapter(str(tmp_path / "4"))
+        for seed in (5, 4):
+            folder = tmp_path / f"{seed} {slots}"
+            shutil.copytree(tmp_path / str(seed), folder)
+            model.load_adapter(str(renamed(folder, family.old)), "default", hotswap=True)
+            assert torch.allclose(logits(model, family), expected[seed], atol=1e-4)
+
+
+def test_the_command_line_says_that_it_loads(tmp_path: Path) -> None:
+    family = MODELS["llava"]
+    family.build().config.save_pretrained(tmp_path / "base")
+    write(tmp_path / "adapter", family)
+    renamed(tmp_path / "adapter", family.old)
+    done = CliRunner().invoke(app, ["check", str(tmp_path / "adapter"), "--model", str(tmp_path / "base"), "--json"])
+    answer = json.loads(done.stdout)
+    assert (answer["loads"], answer["swaps"], answer["sites"]) == (True, True, 8)
 
 
 def test_a_plan_shows_what_is_added() -> None:
