@@ -25,10 +25,12 @@ from fxpeft.errors import AdapterError, CheckpointError
 from fxpeft.files import replace_files
 from fxpeft.packaging import MANIFEST, VERSION, WEIGHTS, pattern_of
 from fxpeft.passes.slot import FEATURES
+from fxpeft.program_inputs import fit
 from fxpeft.skeleton import Outline, kind_from_json, skeleton
 from fxpeft.state import state_of
 from fxpeft.swap import serving_of
 
+_FIELDS = frozenset(("fingerprint", "max_rank", "methods", "rank", "device", "sites", "modules", "inputs", "outputs"))
 _PLAIN = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", None)
 
 
@@ -81,19 +83,22 @@ class Package:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model.
 
+        A tensor that lies in memory in another way than the example did (a transposed or an expanded one) is copied.
+
         Raises:
-            AdapterError: arguments of another structure, or a tensor whose dtype or shape the package wasn't made for.
+            AdapterError: arguments of another structure, or a flag, dtype, device or shape it wasn't made for.
         """
         leaves, spec = pytree.tree_flatten((args, _ordered(kwargs, self._in_spec)))
         if spec != self._in_spec:
             raise AdapterError(f"{self.path}: expected arguments like {self._in_spec}, found {spec}")
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        self._check(tensors)
+        tensors = fit(self.manifest, leaves, str(self.path))
         rank = self._serving.rank
         with self._serving.lock.read():
             if rank is not None:
                 tensors.append(self._carrier(rank.rank))
-            outputs = self._runner.loader.boxed_run(tensors)
+            # a copy of the list, which it empties: a tensor that it frees while it runs needs the interpreter's lock,
+            # which another thread holds that waits for this run
+            outputs = self._runner.loader.boxed_run([*tensors])
         if self._out_spec is not None:
             return pytree.tree_unflatten(outputs, self._out_spec)
         return dict(zip(self.manifest["outputs"], outputs, strict=True))
@@ -102,26 +107,6 @@ class Package:
         if rank not in self._carriers:
             self._carriers[rank] = torch.zeros(rank, dtype=torch.uint8, device=self.manifest["device"])
         return self._carriers[rank]
-
-    def _check(self, tensors: Sequence[Tensor]) -> None:
-        wanted = self.manifest["inputs"]
-        if len(tensors) != len(wanted):
-            raise AdapterError(f"{self.path}: expected {len(wanted)} tensors, found {len(tensors)}")
-        sizes: dict[str, int] = {}
-        for tensor, want in zip(tensors, wanted, strict=True):
-            fits = str(tensor.dtype) == f"torch.{want['dtype']}" and tensor.dim() == len(want["shape"])
-            for size, limit in zip(tensor.shape, want["shape"], strict=False):
-                if isinstance(limit, dict):
-                    fits &= sizes.setdefault(limit["symbol"], size) == size and size >= (limit["min"] or 0)
-                    fits &= limit["max"] is None or size <= limit["max"]
-                else:
-                    fits &= limit is None or size == limit
-            if not fits:
-                raise AdapterError(
-                    f"{self.path}: input {want['name']}: expected {want['dtype']} {_readable(want['shape'])}, found "
-                    f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}; package the model with other "
-                    "example_inputs or dynamic_shapes"
-                )
 
     def load_adapter(
         self, source: str | Path, name: str = "default", *, check_finite: bool = False, any_base: bool = False
@@ -210,7 +195,9 @@ class Package:
 def open_package(path: str | Path, *, num_runners: int = 1) -> Package:
     """Open a ``.pt2`` that :func:`fxpeft.package` wrote: a callable with slots for adapters.
 
-    A package is machine code, as any AOTInductor package: open files that you trust.
+    **Opening a package runs native code from the file**, as opening any AOTInductor package does, and as unpickling
+    runs Python code: whoever wrote it can do all that this process may. Never open a file of somebody you don't
+    trust. Adapters that are loaded into an open package are data, and no code.
 
     Args:
         num_runners: how many calls can run at a time; others wait.
@@ -224,23 +211,39 @@ def open_package(path: str | Path, *, num_runners: int = 1) -> Package:
 def _load(path: Path, num_runners: int) -> tuple[dict[str, Any], Any]:
     from torch.export.pt2_archive._package import load_pt2
 
-    if not path.is_file():
-        raise AdapterError(f"{path}: no such file")
+    manifest = _manifest(path)  # first, so that no code of a file runs that doesn't even say it is a package
     try:
         content = load_pt2(str(path), num_runners=num_runners)
     except Exception as error:  # torch raises what its archive reader and the dynamic linker raise
         raise AdapterError(f"{path}: can't be opened as a .pt2 package: {error}") from error
-    if MANIFEST not in content.extra_files or "model" not in content.aoti_runners:
+    if "model" not in content.aoti_runners:
         raise AdapterError(f"{path}: expected {MANIFEST} and a compiled model in it; was it made by fxpeft.package?")
-    text = content.extra_files[MANIFEST]
+    return manifest, content.aoti_runners["model"]
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """What a package says of itself."""
+    if not path.is_file():
+        raise AdapterError(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = next((n for n in archive.namelist() if n.partition("/")[2] == f"extra/{MANIFEST}"), None)
+            text = archive.read(member) if member else b""
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        raise AdapterError(f"{path}: can't be opened as a .pt2 package: {error}") from error
+    if member is None:
+        raise AdapterError(f"{path}: expected {MANIFEST} and a compiled model in it; was it made by fxpeft.package?")
     try:
         manifest = json.loads(text)
         version = manifest["version"]
-    except (ValueError, TypeError, KeyError) as error:
+        missing = _FIELDS - manifest.keys() if version == VERSION else frozenset()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise AdapterError(f"{path}: {MANIFEST} is damaged: {error}") from error
     if version != VERSION:
         raise AdapterError(f"{path}: expected manifest version {VERSION}, found {version}; open it with that fxpeft")
-    return manifest, content.aoti_runners["model"]
+    if missing:
+        raise AdapterError(f"{path}: {MANIFEST} is damaged: it lacks {', '.join(sorted(missing))}")
+    return dict(manifest)
 
 
 def _weights(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -273,11 +276,3 @@ def _is_plain(spec: Mapping[str, Any]) -> bool:
 def _ordered(kwargs: dict[str, Any], spec: Any) -> dict[str, Any]:
     names = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)[1] if kwargs else {}
     return {k: kwargs[k] for k in names if k in kwargs} | kwargs
-
-
-def _readable(shape: Sequence[Any]) -> str:
-    sizes = [
-        f"{s['min']}..{'' if s['max'] is None else s['max']}" if isinstance(s, dict) else str("any" if s is None else s)
-        for s in shape
-    ]
-    return f"[{', '.join(sizes)}]"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import tempfile
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch.utils import _pytree as pytree
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, listing
 from fxpeft.exported import USER
+from fxpeft.files import make_folder, replacing
 from fxpeft.fingerprint import fingerprint
 from fxpeft.methods import slot_needs
 from fxpeft.methods.lora import LoraConfig
@@ -28,6 +28,7 @@ from fxpeft.passes.base import PassError, submodule
 from fxpeft.passes.lift import LIFTED
 from fxpeft.passes.live import base_weight, kind_of
 from fxpeft.passes.slot import CARRIER, LEAST
+from fxpeft.program_inputs import dense, describe
 from fxpeft.programs import Slots, rewrite
 from fxpeft.prompts_serving import PROMPT_METHODS
 from fxpeft.sites import base_modules, make_plan
@@ -57,7 +58,8 @@ def package(
 
     Args:
         path: ends in ``.pt2``; written beside it first, then renamed.
-        example_inputs: positional or keyword arguments of a forward, tensors with the devices and dtypes to come.
+        example_inputs: positional or keyword arguments of a forward: tensors with the devices, dtypes and order in
+            memory (such as ``channels_last``) to come, and flags with the only values to come.
         targets: as in :func:`fxpeft.prepare_hotswap`, or a config whose targets are taken.
         methods: any of those of ``prepare_hotswap`` but prompts. With ``dora``, whose gains are computed from the
             base's weights, the file holds those of the sites twice: compiled, and to be read.
@@ -82,13 +84,14 @@ def package(
         raise AdapterError("Inductor's freezing folds slots into constants, so swaps would have no effect")
     sites = _sites(model, targets, max_rank)
     args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+    args, kwargs = dense((args, kwargs))
     with torch.no_grad():
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         symbols = _symbols(program)
         slotted = rewrite(program, Slots(pattern_of(sites), max_rank, tuple(methods), rank))
         symbols += [symbol for symbol in _symbols(slotted) if symbol.ranks is not None]
         content = manifest(model, sites, max_rank, methods, rank)
-        content |= {"inputs": _inputs(program), "outputs": _outputs(program)}
+        content |= {**describe(program), "outputs": _outputs(program)}
         weights = _weights(model, sites) if "dora" in methods else {}
         _write(path, slotted, content, weights, symbols, dict(options or {}))
     return path
@@ -156,28 +159,6 @@ def _weights(model: nn.Module, sites: Collection[str]) -> dict[str, Tensor]:
         if isinstance(bias := getattr(module, "bias", None), Tensor):
             tensors[f"{site}.bias"] = bias.detach().cpu().clone()
     return tensors
-
-
-def _inputs(program: ExportedProgram) -> list[dict[str, Any]]:
-    """The inputs, for the check that a compiled program doesn't make: a size, or a symbol with its range."""
-    found = []
-    names = {s.arg.name for s in program.graph_signature.input_specs if s.kind is USER}
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder" and node.name in names and isinstance(value, Tensor):
-            shape = [_size(program, size) for size in value.shape]
-            found.append({"name": node.name, "dtype": str(value.dtype).removeprefix("torch."), "shape": shape})
-    return found
-
-
-def _size(program: ExportedProgram, size: Any) -> Any:
-    if not isinstance(size, torch.SymInt):
-        return size
-    bounds = program.range_constraints.get(size.node.expr)
-    if bounds is None:
-        return None  # an expression of other sizes
-    finite = [int(b) if b.is_Integer else None for b in (bounds.lower, bounds.upper)]
-    return {"symbol": str(size.node.expr), "min": finite[0], "max": finite[1]}
 
 
 @dataclass(frozen=True)
@@ -254,14 +235,13 @@ def _write(
 
     # Inductor writes one-dimensional constants of up to 8 numbers into the code, where no swap reaches them
     options = {**options, "aot_inductor.package": True, "always_keep_tensor_constants": True}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     assert program.example_inputs is not None
     args, kwargs = program.example_inputs
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        unfinished = Path(folder) / path.name
-        files: Any = aot_compile(program.module(check_guards=False), args, kwargs, options=options)
-        _check_symbols(symbols)
-        text = json.dumps(content, indent=1, sort_keys=True)
+    files: Any = aot_compile(program.module(check_guards=False), args, kwargs, options=options)
+    _check_symbols(symbols)
+    text = json.dumps(content, indent=1, sort_keys=True)
+    with replacing(path) as (unfinished,):
         package_pt2(str(unfinished), aoti_files={"model": files}, extra_files={MANIFEST: text})
         if weights:
             with zipfile.ZipFile(unfinished, "a") as archive:  # package_pt2 takes text only
@@ -271,4 +251,3 @@ def _write(
         lost = [name for name in program.constants if name.startswith("slot.") and name not in held]
         if lost:
             raise AdapterError(f"Inductor folded slots into the code, where no swap reaches them:\n{listing(lost)}")
-        unfinished.replace(path)
