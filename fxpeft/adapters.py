@@ -22,7 +22,7 @@ from fxpeft.methods import method_of
 from fxpeft.methods.base import Base, SiteAdapter
 from fxpeft.methods.prompts import PromptMethod
 from fxpeft.model_card import write_card
-from fxpeft.passes.base import PassError, attribute, submodule
+from fxpeft.passes.base import PassError, attribute
 from fxpeft.passes.live import unbind
 from fxpeft.penalty import unwatch_loss, watch_loss
 from fxpeft.plain import has_to_be_plain
@@ -49,6 +49,7 @@ from fxpeft.state import (
     unwrap,
 )  # fmt: skip
 from fxpeft.swap import activate
+from fxpeft.wrappers import submodule
 
 
 def add_adapter(

@@ -8,6 +8,7 @@ from fxpeft.errors import AdapterError
 from fxpeft.passes.names import NameSelector
 from fxpeft.reads import idle
 from fxpeft.trace import roles
+from fxpeft.wrappers import named_modules
 
 _TAKEN = {f"{kind}.{part}" for kind in ("attention", "cross_attention") for part in ("query", "value", "qkv", "kv")}
 
@@ -22,7 +23,7 @@ def attention_targets(model: nn.Module) -> list[str]:
         known = roles(model)
     except AdapterError:
         return []
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     names = list(modules)
     found = [name for name in names if _TAKEN.intersection(known.get(name, ())) and _can_adapt(name, modules)]
     suffixes = list(dict.fromkeys(name.rpartition(".")[2] for name in found))

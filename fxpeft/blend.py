@@ -14,12 +14,12 @@ from fxpeft.adapters import check_name
 from fxpeft.derived import add_lora, brought, factorise, in_order, refactorise
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
-from fxpeft.passes.base import submodule
 from fxpeft.passes.kinds import Conv, Kind
 from fxpeft.passes.product import why_no_delta
 from fxpeft.state import Adapter, state_of, unwrap
 from fxpeft.target_parameters import refuse_parameters
 from fxpeft.task_vectors import PRUNING, Sign, merge
+from fxpeft.wrappers import submodule
 
 Combination = Literal[
     "svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd", "dare_linear_svd",

@@ -25,9 +25,10 @@ from fxpeft.keys import below_module, file_keys
 from fxpeft.methods import config_class, method_of
 from fxpeft.methods.base import Base, Method
 from fxpeft.outside import dense, read_json, why_unfit
-from fxpeft.passes.base import PassError, attribute, submodule
+from fxpeft.passes.base import PassError, attribute
 from fxpeft.sites import AdapterPlan, base_state, base_values
 from fxpeft.state import Adapter, Values, find_state
+from fxpeft.wrappers import submodule
 
 PREFIX = Method.prefix
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -250,9 +251,25 @@ def _from_hub(
         raise CheckpointError(f"{repo}: no such folder, and the hub has no such adapter: {error}") from error
 
 
+def _check_whole(adapter: Adapter, current: Values) -> None:
+    """Refuse parameters of which this process holds a part only."""
+    cut = [
+        f"{site}: {name}: expected {list(own[name].shape)}, found {list(value.shape)}"
+        for site, own in adapter.values.sites.items()
+        for name, value in current.sites[site].items()
+        if value.shape != own[name].shape
+    ]
+    if cut:
+        raise AdapterError(
+            f"adapter {adapter.name!r}: its parameters are not whole here:\n{listing(cut)}\nwith FSDP1, call this "
+            "inside of FullyShardedDataParallel.summon_full_params(model), on every process"
+        )
+
+
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """An adapter's tensors under PEFT's keys."""
     method, values = method_of(adapter.config), adapter.current()
+    _check_whole(adapter, values)
     tensors: dict[str, Tensor] = {}
     for site, parameters in values.sites.items():
         plan = adapter.plan.sites[site]

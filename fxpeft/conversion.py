@@ -14,12 +14,13 @@ from fxpeft.errors import AdapterError, listing
 from fxpeft.inplace import accumulator, fold_weight
 from fxpeft.methods import method_of
 from fxpeft.methods.base import Base, SitePlan, SlotValues
-from fxpeft.passes.base import PassError, submodule
+from fxpeft.passes.base import PassError
 from fxpeft.passes.kinds import Conv
 from fxpeft.passes.live import base_weight
 from fxpeft.passes.product import why_no_delta
 from fxpeft.state import Adapter, state_of, unwrap
 from fxpeft.target_parameters import refuse_parameters
+from fxpeft.wrappers import submodule
 
 
 @torch.no_grad()

@@ -24,10 +24,10 @@ from fxpeft.errors import AdapterError, listing
 from fxpeft.methods.base import SitePlan
 from fxpeft.methods.inits import EvaConfig
 from fxpeft.methods.lora import LoraConfig
-from fxpeft.passes.base import submodule
 from fxpeft.passes.names import pattern_value
 from fxpeft.sites import make_plan
 from fxpeft.state import Adapter, state_of, unwrap
+from fxpeft.wrappers import submodule
 
 
 def initialize_eva(

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from fxpeft.passes.base import submodule
 from fxpeft.passes.live import bind_source, is_bound
+from fxpeft.wrappers import submodule
 
 # class -> the attribute that it asks, and the answer that switches the fast path off
 SWITCHES: dict[type[nn.Module], tuple[str, Any]] = {

@@ -20,6 +20,7 @@ from fxpeft.methods import method_of
 from fxpeft.passes.base import attribute
 from fxpeft.sites import AdapterPlan, base_state, make_plan, site_module
 from fxpeft.state import Adapter, Values, is_prepared, only_active, placement, state_of, unwrap
+from fxpeft.wrappers import submodule
 
 
 def inject(
@@ -137,7 +138,7 @@ def _empty_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Val
         _, dtype = placement(module, model, autocast, leaf)
         shapes = method.shapes(plan.config, own)
         values.sites[site] = {n: torch.empty(shape, dtype=dtype, device="meta") for n, shape in shapes.items()}
-    values.saved = {path: base_state(model.get_submodule(path)) for path in plan.saved}
+    values.saved = {path: base_state(submodule(model, path)) for path in plan.saved}
     values.tensors = {path: attribute(model, path) for path in (*plan.tensors, *plan.weights)}
     return _nowhere(values)
 

@@ -24,7 +24,7 @@ from fxpeft.files import make_folder, replacing
 from fxpeft.fingerprint import fingerprint
 from fxpeft.methods import slot_needs
 from fxpeft.methods.lora import LoraConfig
-from fxpeft.passes.base import PassError, submodule
+from fxpeft.passes.base import PassError
 from fxpeft.passes.lift import LIFTED
 from fxpeft.passes.live import base_weight, kind_of
 from fxpeft.passes.slot import CARRIER, LEAST
@@ -34,6 +34,8 @@ from fxpeft.prompts_serving import PROMPT_METHODS
 from fxpeft.sites import base_modules, make_plan
 from fxpeft.skeleton import kind_to_json
 from fxpeft.state import find_state, placement, unwrap
+from fxpeft.trace import check_module_names, tracing
+from fxpeft.wrappers import submodule
 
 MANIFEST = "fxpeft.json"
 WEIGHTS = "fxpeft/weights.safetensors"  # in the archive, below its root: the sites' weights and biases, for DoRA
@@ -86,7 +88,9 @@ def package(
     args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
     args, kwargs = dense((args, kwargs))
     with torch.no_grad():
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        check_module_names(model)
+        with tracing():
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         symbols = _symbols(program)
         slotted = rewrite(program, Slots(pattern_of(sites), max_rank, tuple(methods), rank))
         symbols += [symbol for symbol in _symbols(slotted) if symbol.ranks is not None]

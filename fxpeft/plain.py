@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from fxpeft.errors import AdapterError
 from fxpeft.methods import inits
 from fxpeft.methods.lora import LoraConfig
-from fxpeft.passes.base import PassError, attribute, submodule
+from fxpeft.passes.base import PassError, attribute
 from fxpeft.passes.live import base_weight
 from fxpeft.state import Adapter
+from fxpeft.wrappers import submodule
 
 
 def has_to_be_plain(model: nn.Module, adapter: Adapter) -> bool:

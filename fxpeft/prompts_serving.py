@@ -16,6 +16,7 @@ from fxpeft.methods import METHODS, method_of
 from fxpeft.methods.prompts import PromptLearningConfig, PromptMethod, PromptPlan
 from fxpeft.passes.live import Container, feed_module, is_bound, unbind
 from fxpeft.state import Adapter, placement
+from fxpeft.wrappers import submodule
 
 PROMPT_METHODS = {method.name: method for method in METHODS if isinstance(method, PromptMethod)}
 
@@ -37,9 +38,9 @@ class PromptSlot(Container):
     @classmethod
     def of(cls, model: nn.Module, site: str, plan: PromptPlan) -> PromptSlot:
         """A slot on the device of the site, in the dtype of its embeddings; the model is not touched."""
-        host = model.get_submodule(site)
+        host = submodule(model, site)
         device, _ = placement(host, model, autocast=False)
-        weight: Tensor = host.get_submodule(plan.embed).weight  # type: ignore[assignment]
+        weight: Tensor = submodule(host, plan.embed).weight  # type: ignore[assignment]
         return cls(site, plan, device=device, dtype=weight.dtype)
 
 
@@ -76,7 +77,7 @@ def declare(
 
 def release(model: nn.Module, slot: PromptSlot) -> None:
     """Take the slot out; the model's class is its own again."""
-    host = model.get_submodule(slot.site)
+    host = submodule(model, slot.site)
     unbind(host)
     host._modules.pop("slot", None)
 
@@ -114,7 +115,7 @@ def show(model: nn.Module, slot: PromptSlot | None, adapters: Sequence[Adapter])
     """Put the prompt among ``adapters`` into the slot; without one the model runs its own forward."""
     if slot is None:
         return
-    host = model.get_submodule(slot.site)
+    host = submodule(model, slot.site)
     shown = next((a.prompt for a in adapters if a.prompt is not None), None)
     if shown is None:
         unbind(host)

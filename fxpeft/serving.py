@@ -22,7 +22,7 @@ from fxpeft.layouts import in_layout_of
 from fxpeft.lock import guard_forwards, unguard_forwards
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.lora import LoraConfig
-from fxpeft.passes.base import PassError, submodule
+from fxpeft.passes.base import PassError
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
 from fxpeft.passes.parameters import read_module, slot_rewrite
 from fxpeft.passes.slot import LEAST, ActiveRank, Slot
@@ -48,6 +48,7 @@ from fxpeft.state import (
 )  # fmt: skip
 from fxpeft.swap import Serving, activate, check_gains, check_ranks, lower, serving_of, settle
 from fxpeft.target_parameters import check_hosts
+from fxpeft.wrappers import submodule
 
 
 def prepare_hotswap(

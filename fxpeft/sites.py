@@ -20,7 +20,7 @@ from fxpeft.errors import AdapterError, listing, short
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SitePlan
 from fxpeft.methods.prompts import PromptMethod
-from fxpeft.passes.base import PassError, join, submodule
+from fxpeft.passes.base import PassError, join
 from fxpeft.passes.live import Container, base_class, kind_of
 from fxpeft.passes.names import EXCLUDED, Endings, PatternTable
 from fxpeft.passes.parameters import parametrized
@@ -29,6 +29,7 @@ from fxpeft.passes.terms import Pattern
 from fxpeft.reads import idle
 from fxpeft.target_parameters import parameter_sites
 from fxpeft.targets import Roles, resolve_parameters, resolve_patterns, spelled
+from fxpeft.wrappers import submodule, unwrap
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
@@ -55,8 +56,8 @@ class AdapterPlan:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``named_modules`` of the base model: what fxpeft put into it is left out."""
-    stack: list[tuple[str, nn.Module]] = [("", model)]
+    """``named_modules`` of the base model: what fxpeft put into it is left out, and wrappers are seen through."""
+    stack: list[tuple[str, nn.Module]] = [("", unwrap(model))]
     seen: set[nn.Module] = set()
     while stack:
         name, module = stack.pop()
@@ -64,7 +65,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(module)
         yield name, module
-        children = [(join(name, k), m) for k, m in module.named_children() if not isinstance(m, Container)]
+        children = [(join(name, k), unwrap(m)) for k, m in module.named_children() if not isinstance(m, Container)]
         stack.extend(reversed(children))
 
 

@@ -15,7 +15,7 @@ from fxpeft.errors import AdapterError, listing
 from fxpeft.fast_path import fused_above, is_fused, switch_off
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SiteAdapter, SlotValues
-from fxpeft.passes.base import attribute, join, submodule
+from fxpeft.passes.base import attribute, join
 from fxpeft.passes.copies import Copies
 from fxpeft.passes.feed import Feed
 from fxpeft.passes.inject import Rewrite
@@ -24,6 +24,7 @@ from fxpeft.passes.live.container import active_name
 from fxpeft.passes.parameters import parameter_value, read_module
 from fxpeft.sites import AdapterPlan, base_modules, base_state
 from fxpeft.target_parameters import ONE_REWRITE
+from fxpeft.wrappers import submodule
 from fxpeft.wrappers import unwrap as unwrap
 
 if TYPE_CHECKING:

@@ -15,13 +15,14 @@ from fxpeft.errors import AdapterError, listing
 from fxpeft.lock import SwapLock
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.base import Base, SlotValues
-from fxpeft.passes.base import PassError, attribute, join, submodule
+from fxpeft.passes.base import PassError, attribute, join
 from fxpeft.passes.copies import Copies
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.recent import Recent
 from fxpeft.passes.slot import FEATURES, LEAST, ActiveRank, Slot
 from fxpeft.sites import AdapterPlan, base_value, base_values
 from fxpeft.state import Adapter, ModelState, Values, check_together
+from fxpeft.wrappers import submodule
 
 
 @dataclass

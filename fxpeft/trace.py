@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import os
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -20,13 +22,33 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from fxpeft.errors import AdapterError
+from fxpeft.passes.base import PassError, join
 from fxpeft.passes.flow import Flow, flow_of
 from fxpeft.passes.live import Container, base_class, unbind
 from fxpeft.passes.match import module_kind
 from fxpeft.passes.roles import roles_of_sites
+from fxpeft.passes.source import check_path
+from fxpeft.wrappers import named_modules, unwrap
 
 BATCH, LENGTH = 2, 6
+_tracing = threading.RLock()  # torch.export keeps what it is at in variables of the process
 _flows: WeakKeyDictionary[nn.Module, tuple[list[Any], Flow]] = WeakKeyDictionary()
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """One thread at a time captures a model."""
+    with _tracing:
+        yield
+
+
+def _free_after_fork() -> None:
+    global _tracing
+    _tracing = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_after_fork)
 
 
 def skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -41,7 +63,10 @@ def skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
                 memo[id(child)] = Container()
         if "_fxpeft" in vars(part):
             memo[id(vars(part)["_fxpeft"])] = None  # adapters and slots: not the base's
-    copied = copy.deepcopy(model, memo)
+    copied = unwrap(copy.deepcopy(model, memo))
+    for part in list(copied.modules()):
+        for name, child in part._modules.items():
+            part._modules[name] = None if child is None else unwrap(child)
     for part in list(copied.modules()):
         unbind(part)
         for name, child in list(part._modules.items()):
@@ -113,6 +138,7 @@ def trace_model(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Gr
     Raises:
         AdapterError: no inputs are known, or the model can't be exported.
     """
+    check_module_names(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     bare = skeleton(model, mode)
     given = example_inputs(model) if inputs is None else dict(inputs)
@@ -132,7 +158,7 @@ def trace_model(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Gr
     for attempt in tries:
         moved = tree_map(lambda v: _fake(v, mode) if isinstance(v, Tensor) else v, attempt)
         try:
-            with torch.no_grad(), warnings.catch_warnings(), _quiet("torch._subclasses.fake_tensor"):
+            with tracing(), torch.no_grad(), warnings.catch_warnings(), _quiet("torch._subclasses.fake_tensor"):
                 warnings.simplefilter("ignore")
                 program = torch.export.export(bare, (), moved, strict=False)
                 return program.module(check_guards=False)
@@ -143,6 +169,20 @@ def trace_model(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Gr
         f"torch.export can't trace {type(model).__name__}: {type(failure).__name__}: {lines[0]}\npass inputs={{...}} "
         "to fxpeft.roles or fxpeft.plan, or name targets by name:, kind:, class:, layers[] instead of role:"
     ) from failure
+
+
+def check_module_names(model: nn.Module) -> None:
+    """Refuse a model that can't be captured, since a module's or tensor's name would become code.
+
+    Raises:
+        AdapterError: the name, and what is wrong with it.
+    """
+    try:
+        for name, module in named_modules(model):
+            for leaf in ("", *module._parameters, *module._buffers):
+                check_path(join(name, leaf))
+    except PassError as error:
+        raise AdapterError(f"{base_class(model).__name__} can't be captured: {error}") from None
 
 
 @contextmanager
@@ -176,18 +216,21 @@ def model_flow(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Flo
     Kept for as long as the model lives and its modules stay the same: tracing takes seconds. To be read only.
     """
     if inputs is not None:
-        return _flow(model, inputs)
+        return _flow(unwrap(model), inputs)
+    model = unwrap(model)
     own = [(name, base_class(m), *(t.shape for t in m._parameters.values() if t is not None))
-           for name, m in model.named_modules()]  # fmt: skip
-    if model not in _flows or _flows[model][0] != own:
-        _flows[model] = (own, _flow(model, None))
-    return _flows[model][1]
+           for name, m in named_modules(model)]  # fmt: skip
+    with tracing():
+        if model not in _flows or _flows[model][0] != own:
+            _flows[model] = (own, _flow(model, None))
+        return _flows[model][1]
 
 
 def _flow(model: nn.Module, inputs: Mapping[str, Any] | None) -> Flow:
     flow = flow_of(trace_model(model, inputs))
-    first = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
-    names = {name: first[module] for name, module in model.named_modules(remove_duplicate=False)}
+    modules = list(named_modules(model, remove_duplicate=False))
+    first = {module: name for name, module in reversed(modules)}
+    names = {name: first[module] for name, module in modules}
     for _, attributes in flow.nodes(data=True):
         attributes["site"] = names.get(attributes["site"], attributes["site"])
     return flow

@@ -40,6 +40,7 @@ from fxpeft.methods.base import Method
 from fxpeft.passes.base import join
 from fxpeft.sites import make_plan
 from fxpeft.state import Adapter, ModelState, Values, state_of
+from fxpeft.wrappers import plain_name
 
 NO_ADAPTER = "No adapter loaded. Please load an adapter first."
 
@@ -357,7 +358,7 @@ def _options(
 
 
 def _values_in(adapter: Adapter, state_dict: Mapping[str, Tensor]) -> Values:
-    tensors = {key.removeprefix("_orig_mod."): tensor for key, tensor in state_dict.items()}
+    tensors = {plain_name(key): tensor for key, tensor in state_dict.items()}
 
     def take(host: str, key: str) -> Tensor:
         path = f"{host}.adapters.{adapter.name}.{key}"

@@ -22,6 +22,7 @@ from fxpeft.methods import method_of
 from fxpeft.model_card import CARD, write_card
 from fxpeft.passes.live import Container
 from fxpeft.state import Adapter, state_of
+from fxpeft.wrappers import plain_name
 
 ENCODER = "prompt_encoder.safetensors"  # a prompt in training, of which PEFT's format has only what comes out
 USED = ("save_directory", "is_main_process", "state_dict", "push_to_hub", "token", "save_peft_format")
@@ -52,7 +53,7 @@ def saves_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 def base_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     """The model's ``state_dict`` without what fxpeft put into it."""
     own = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Container))
-    return {key: value for key, value in model.state_dict().items() if not key.startswith(own)}
+    return {plain_name(key): value for key, value in model.state_dict().items() if not key.startswith(own)}
 
 
 def encoder_of(adapter: Adapter) -> dict[str, Tensor]:

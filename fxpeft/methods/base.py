@@ -12,12 +12,13 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from fxpeft.config import AdapterConfig
-from fxpeft.passes.base import attribute, join, submodule
+from fxpeft.passes.base import attribute, join
 from fxpeft.passes.feed import Feed
 from fxpeft.passes.inject import Rewrite
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.live import base_weight
 from fxpeft.passes.slot import FEATURES
+from fxpeft.wrappers import submodule
 
 C = TypeVar("C", bound=AdapterConfig)
 

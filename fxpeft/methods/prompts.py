@@ -24,6 +24,7 @@ from fxpeft.passes.feed import Feed
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.live import base_class
 from fxpeft.prompt_inputs import FedModel, PromptGeneration, cache_argument, cache_prompt, embed_prompt
+from fxpeft.wrappers import named_modules, submodule
 
 WHOLE_MODEL = Kind(0, 0)  # no target: a forward as a whole has no linear algebra of its own
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -241,14 +242,14 @@ class PromptMethod(Method[P]):
         assert config.num_layers is not None
         assert config.num_attention_heads is not None
         assert config.task_type is not None
-        host = model.get_submodule(site)
+        host = submodule(model, site)
         rows = config.num_virtual_tokens * (1 if self.in_cache else config.num_transformer_submodules or 1)
         width = config.token_dim * (2 * config.num_layers if self.in_cache else 1)
         plan = PromptPlan(
             WHOLE_MODEL, config.num_virtual_tokens, 1.0, rows, width, self.in_cache, config.task_type,
             _embeddings_name(host), config.num_layers, config.num_attention_heads,
             site == "" and bool(base_class(model).can_generate()),  # type: ignore[attr-defined]
-            next((n for n, m in host.named_modules() if isinstance(m, GradientCheckpointingLayer)), ""),
+            next((n for n, m in named_modules(host) if isinstance(m, GradientCheckpointingLayer)), ""),
             cache_argument(forward_arguments(host)), self.layer_shapes(model, config),
         )  # fmt: skip
         return config, {site: plan}
@@ -317,7 +318,7 @@ def forward_arguments(module: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def _embeddings_name(host: nn.Module) -> str:
-    names: dict[object, str] = {module: name for name, module in host.named_modules()}
+    names: dict[object, str] = {module: name for name, module in named_modules(host)}
     return names[host.get_input_embeddings()]  # type: ignore[operator]
 
 
