@@ -3,115 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from method_cases import KINDS, METHODS, KindCase, MethodCase, adapted, close, output, served
 from tiny import randomise, tiny_bert, tiny_gpt2, tiny_llama
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
 import fxpeft
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 README = Path(__file__).parents[2] / "README.md"
-
-
-class Net(nn.Module):
-    """Two targets of one kind that read the same input."""
-
-    def __init__(self, make: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = make(), make()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Whatever the targets take; their outputs' sum."""
-        return self.first(x).tanh() + self.second(x)
-
-
-@dataclass(frozen=True)
-class KindCase:
-    """A layer and an input for it."""
-
-    layer: Callable[[], nn.Module]
-    input: Callable[[], Tensor]
-
-    def net(self) -> Net:
-        net = Net(self.layer).eval()
-        randomise((p for n, p in net.named_parameters() if n.endswith("bias")), seed=9)
-        return net
-
-
-KINDS = {
-    "Linear": KindCase(lambda: nn.Linear(6, 5), lambda: torch.randn(3, 6)),
-    "Conv1D": KindCase(lambda: Conv1D(5, 6), lambda: torch.randn(3, 6)),  # transformers', its weight is [in, out]
-    "Embedding": KindCase(lambda: nn.Embedding(9, 5), lambda: torch.arange(6).view(2, 3)),
-    "Conv1d": KindCase(lambda: nn.Conv1d(6, 5, 3, padding=1), lambda: torch.randn(3, 6, 7)),
-    "Conv2d": KindCase(lambda: nn.Conv2d(6, 5, (2, 3), stride=(1, 2)), lambda: torch.randn(3, 6, 5, 7)),
-    "Conv3d": KindCase(lambda: nn.Conv3d(4, 5, (1, 2, 2)), lambda: torch.randn(3, 4, 2, 3, 4)),
-}
-
-
-@dataclass(frozen=True)
-class MethodCase:
-    """A config of both libraries, and the kinds that PEFT has no such method for."""
-
-    ours: type[Any]
-    theirs: type[Any]
-    settings: dict[str, Any]
-    declared: str
-    refused: tuple[str, ...] = ()  # by fxpeft too
-    alone: tuple[str, ...] = ()  # PEFT lacks them
-
-    def config(self, **changes: Any) -> Any:
-        return self.ours(target_modules=["first", "second"], **{**self.settings, **changes})
-
-
-LORA = {"r": 4, "lora_alpha": 6, "rank_pattern": {"second": 3}, "alpha_pattern": {"second": 5}}
-METHODS = {
-    "LoRA": MethodCase(fxpeft.LoraConfig, peft.LoraConfig, LORA, "lora"),
-    "rsLoRA": MethodCase(fxpeft.LoraConfig, peft.LoraConfig, {**LORA, "use_rslora": True}, "lora"),
-    "LoRA with `lora_bias`": MethodCase(
-        fxpeft.LoraConfig, peft.LoraConfig, {**LORA, "lora_bias": True}, "lora_bias", refused=("Embedding",)
-    ),
-    "DoRA": MethodCase(fxpeft.LoraConfig, peft.LoraConfig, {**LORA, "use_dora": True}, "dora"),
-    "AdaLoRA": MethodCase(
-        fxpeft.AdaLoraConfig, peft.AdaLoraConfig, {"init_r": 4, "lora_alpha": 6, "total_step": 9}, "adalora",
-        refused=("Embedding", "Conv1d", "Conv3d"),
-    ),
-    "IA3": MethodCase(
-        fxpeft.IA3Config, peft.IA3Config, {"feedforward_modules": ["second"]}, "ia3", refused=("Embedding",),
-        alone=("Conv1d",),
-    ),
-}  # fmt: skip
-
-
-@torch.no_grad()
-def output(model: nn.Module, x: Tensor) -> Tensor:
-    found: Tensor = model(x)
-    return found
-
-
-def adapted(method: MethodCase, kind: KindCase, seed: int = 0, **changes: Any) -> Net:
-    """A net with an adapter whose every tensor is random; gains and magnitudes are around one."""
-    net = kind.net()
-    fxpeft.add_adapter(net, method.config(**changes))
-    tensors = fxpeft.adapter_state_dict(net)
-    randomise(tensors.values(), seed)
-    with torch.no_grad():
-        for key, value in tensors.items():
-            if "magnitude" in key or "ia3" in key:
-                value.add_(1)
-    return net
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=tolerance)
 
 
 def trains(method: MethodCase, kind: KindCase, folder: Path) -> None:
@@ -164,24 +71,32 @@ def serves(method: MethodCase, kind: KindCase, folder: Path) -> None:
             assert torch.equal(output(net, x), bare)
 
 
+@functools.cache
+def compiled(kind: str) -> tuple[nn.Module, Callable[..., Any]]:
+    """A kind's net with slots for all of its methods, compiled by Inductor: once for all cells of its column."""
+    net = served(KINDS[kind], kind)
+    graph = torch.compile(net, fullgraph=True)
+    output(graph, KINDS[kind].input())
+    return net, graph
+
+
 def swaps(method: MethodCase, kind: KindCase, folder: Path) -> None:
-    """Two adapters, of other values and ranks, and none, in one graph."""
+    """Two adapters, of other values and ranks, and none, in one graph of Inductor's that serves other methods too."""
     changes = {} if method.declared in ("ia3", "adalora") else {"r": 2, "rank_pattern": {"first": 5}}
     nets, x = [adapted(method, kind), adapted(method, kind, seed=1, **changes)], kind.input()
-    served = kind.net()
-    fxpeft.prepare_hotswap(served, 8, targets=["first", "second"], methods=(method.declared,))
-    for i, net in enumerate(nets):
-        fxpeft.save_adapter(net, folder / str(i))
-        fxpeft.load_adapter(served, folder / str(i), f"a{i}")
-    torch._dynamo.reset()
-    compiled = torch.compile(served, backend="eager", fullgraph=True)
-    output(compiled, x)
+    net, graph = compiled(next(name for name, case in KINDS.items() if case is kind))
     with torch._dynamo.config.patch(error_on_recompile=True):
+        for i, each in enumerate(nets):
+            fxpeft.save_adapter(each, folder / str(i))
+            fxpeft.load_adapter(net, folder / str(i), f"a{i}")
         for i in (0, 1, 0):
-            fxpeft.set_adapter(served, f"a{i}")
-            close(output(compiled, x), output(nets[i], x))
-        fxpeft.disable_adapters(served)
-        assert torch.equal(output(compiled, x), output(kind.net(), x))
+            fxpeft.set_adapter(net, f"a{i}")
+            close(output(graph, x), output(nets[i], x))
+        fxpeft.disable_adapters(net)
+        close(output(graph, x), output(kind.net(), x), 1e-6)
+        fxpeft.enable_adapters(net)
+        for i in (0, 1):
+            fxpeft.delete_adapter(net, f"a{i}")
 
 
 def folds(method: MethodCase, kind: KindCase, folder: Path) -> None:

@@ -1,0 +1,123 @@
+"""Every kind of target and every method, with a config of both libraries: what the method table is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from tiny import randomise
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import fxpeft
+
+
+class Net(nn.Module):
+    """Two targets of one kind that read the same input."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = make(), make()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Whatever the targets take; their outputs' sum."""
+        return self.first(x).tanh() + self.second(x)
+
+
+@dataclass(frozen=True)
+class KindCase:
+    """A layer and an input for it."""
+
+    layer: Callable[[], nn.Module]
+    input: Callable[[], Tensor]
+
+    def net(self) -> Net:
+        net = Net(self.layer).eval()
+        randomise((p for n, p in net.named_parameters() if n.endswith("bias")), seed=9)
+        return net
+
+
+KINDS = {
+    "Linear": KindCase(lambda: nn.Linear(6, 5), lambda: torch.randn(3, 6)),
+    "Conv1D": KindCase(lambda: Conv1D(5, 6), lambda: torch.randn(3, 6)),  # transformers', its weight is [in, out]
+    "Embedding": KindCase(lambda: nn.Embedding(9, 5), lambda: torch.arange(6).view(2, 3)),
+    "Conv1d": KindCase(lambda: nn.Conv1d(6, 5, 3, padding=1), lambda: torch.randn(3, 6, 7)),
+    "Conv2d": KindCase(lambda: nn.Conv2d(6, 5, (2, 3), stride=(1, 2)), lambda: torch.randn(3, 6, 5, 7)),
+    "Conv3d": KindCase(lambda: nn.Conv3d(4, 5, (1, 2, 2)), lambda: torch.randn(3, 4, 2, 3, 4)),
+}
+
+
+@dataclass(frozen=True)
+class MethodCase:
+    """A config of both libraries, and the kinds that PEFT has no such method for."""
+
+    ours: type[Any]
+    theirs: type[Any]
+    settings: dict[str, Any]
+    declared: str
+    refused: tuple[str, ...] = ()  # by fxpeft too
+    alone: tuple[str, ...] = ()  # PEFT lacks them
+
+    def config(self, **changes: Any) -> Any:
+        return self.ours(target_modules=["first", "second"], **{**self.settings, **changes})
+
+
+LORA = {"r": 4, "lora_alpha": 6, "rank_pattern": {"second": 3}, "alpha_pattern": {"second": 5}}
+METHODS = {
+    "LoRA": MethodCase(fxpeft.LoraConfig, peft.LoraConfig, LORA, "lora"),
+    "rsLoRA": MethodCase(fxpeft.LoraConfig, peft.LoraConfig, {**LORA, "use_rslora": True}, "lora"),
+    "LoRA with `lora_bias`": MethodCase(
+        fxpeft.LoraConfig, peft.LoraConfig, {**LORA, "lora_bias": True}, "lora_bias", refused=("Embedding",)
+    ),
+    "DoRA": MethodCase(fxpeft.LoraConfig, peft.LoraConfig, {**LORA, "use_dora": True}, "dora"),
+    "AdaLoRA": MethodCase(
+        fxpeft.AdaLoraConfig, peft.AdaLoraConfig, {"init_r": 4, "lora_alpha": 6, "total_step": 9}, "adalora",
+        refused=("Embedding", "Conv1d", "Conv3d"),
+    ),
+    "IA3": MethodCase(
+        fxpeft.IA3Config, peft.IA3Config, {"feedforward_modules": ["second"]}, "ia3", refused=("Embedding",),
+        alone=("Conv1d",),
+    ),
+}  # fmt: skip
+
+
+@torch.no_grad()
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    found: Tensor = model(x)
+    return found
+
+
+def adapted(method: MethodCase, kind: KindCase, seed: int = 0, **changes: Any) -> Net:
+    """A net with an adapter whose every tensor is random; gains and magnitudes are around one."""
+    net = kind.net()
+    fxpeft.add_adapter(net, method.config(**changes))
+    spread(fxpeft.adapter_state_dict(net), seed)
+    return net
+
+
+def spread(tensors: dict[str, Tensor], seed: int = 0) -> None:
+    """Random values for an adapter's tensors."""
+    randomise(tensors.values(), seed)
+    with torch.no_grad():
+        for key, value in tensors.items():
+            if "magnitude" in key or "ia3" in key:
+                value.add_(1)
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=tolerance)
+
+
+MAX_RANK = 8
+
+
+def served(kind: KindCase, name: str) -> Net:
+    """A net with slots at both targets for every method that the kind has."""
+    methods = dict.fromkeys(case.declared for case in METHODS.values() if name not in case.refused)
+    net = kind.net()
+    fxpeft.prepare_hotswap(net, MAX_RANK, targets=["first", "second"], methods=tuple(methods))
+    return net
