@@ -5,6 +5,9 @@ A module is traced on its own, its leaf graph is rewritten, and the generated co
 class, as torch's parametrize and FSDP2 do: names, hooks, ``isinstance`` and state_dict keys of the
 base survive, and moving it back restores it exactly. Classes are cached by their source, so all
 sites of one kind share one, and per-layer compilation keeps one graph.
+
+A pickle of a bound module holds its source, which un-pickling runs, as un-pickling runs any code that a pickle
+names: for files that you wrote, never for a stranger's.
 """
 
 from fxpeft.passes.live.bind import bare_copy, bind_source, unbind
