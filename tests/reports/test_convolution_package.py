@@ -70,6 +70,7 @@ def test_every_rank_and_size(tmp_path: Path) -> None:
         torch.testing.assert_close(served(other), net()(other), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_package_that_holds_for_one_rank_only_is_not_written(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(Conv, "reduce_rows", Conv.reduce)  # Inductor's convolution fixes every size of its weight
     model = nn.Sequential(nn.Conv2d(3, 4, 1)).eval()
@@ -95,6 +96,7 @@ class Fixing(nn.Module):
         return torch.nn.functional.conv1d(h[:2].t()[None], h[:, :, None])
 
 
+@pytest.mark.slow
 def test_an_input_that_is_compiled_for_one_size_only_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(fxpeft.AdapterError, match=r"input x, dimension 0: 5"):
         fxpeft.package(
