@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from fxpeft import checkpoint, serving
 from fxpeft.adapter_name import check_adapter_name
+from fxpeft.change import changes, changing, ordinary
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, listing
 from fxpeft.experts import converted
+from fxpeft.guard import unguard_forwards
 from fxpeft.inplace import exchange
 from fxpeft.layouts import in_layout_of
 from fxpeft.methods import method_of
@@ -52,6 +54,7 @@ from fxpeft.swap import activate
 from fxpeft.wrappers import submodule
 
 
+@changes
 def add_adapter(
     model: nn.Module, config: AdapterConfig, name: str = "default", *, autocast_adapter_dtype: bool = True
 ) -> None:
@@ -72,6 +75,7 @@ def add_adapter(
     install_adapter(model, Adapter(name, plan, fresh_values(model, plan, autocast=autocast_adapter_dtype)))
 
 
+@ordinary()
 def load_adapter(
     model: nn.Module,
     source: str | Path,
@@ -115,18 +119,19 @@ def load_adapter(
         local_files_only=local_files_only, strict=strict,
     )  # fmt: skip
     found.config.inference_mode = not trainable
-    found = in_layout_of(model, found, key_mapping=key_mapping)
-    plan = make_plan(model, found.config, heads=False, of_file=True)
-    misfit = checkpoint.Misfit() if ignore_mismatched_sizes else None
-    values = checkpoint.assign(model, plan, found, check_finite=check_finite, misfit=misfit)
-    autocast = autocast_adapter_dtype and not is_prepared(model)  # slots have the base's dtype: nothing to gain
-    if misfit is not None and (misfit.missing or misfit.unexpected):
-        checkpoint.assign(model, plan, found)  # whose error names them
-    if misfit is not None and misfit.mismatched:
-        complete(values, fresh_values(model, plan, autocast=autocast))
-        lines = (f"{key}: expected {list(own)}, found {list(theirs)}" for key, theirs, own in misfit.mismatched)
-        warnings.warn(f"{source}: tensors of other shapes were left out:\n{listing(lines)}", stacklevel=2)
-    install_adapter(model, Adapter(name, plan, placed(model, values, autocast=autocast)))
+    with changing(model):
+        found = in_layout_of(model, found, key_mapping=key_mapping)
+        plan = make_plan(model, found.config, heads=False, of_file=True)
+        misfit = checkpoint.Misfit() if ignore_mismatched_sizes else None
+        values = checkpoint.assign(model, plan, found, check_finite=check_finite, misfit=misfit)
+        autocast = autocast_adapter_dtype and not is_prepared(model)  # slots have the base's dtype: nothing to gain
+        if misfit is not None and (misfit.missing or misfit.unexpected):
+            checkpoint.assign(model, plan, found)  # whose error names them
+        if misfit is not None and misfit.mismatched:
+            complete(values, fresh_values(model, plan, autocast=autocast))
+            lines = (f"{key}: expected {list(own)}, found {list(theirs)}" for key, theirs, own in misfit.mismatched)
+            warnings.warn(f"{source}: tensors of other shapes were left out:\n{listing(lines)}", stacklevel=3)
+        install_adapter(model, Adapter(name, plan, placed(model, values, autocast=autocast)))
 
 
 def save_adapter(
@@ -161,6 +166,7 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
     return checkpoint.to_tensors(state.get(name if name is not None else only_active(state)))
 
 
+@changes
 def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     """Make these adapters, and no others, the active ones; their updates add up.
 
@@ -210,6 +216,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         _set_enabled(model, before)
 
 
+@changes
 def set_scale(model: nn.Module, name: str, scale: float) -> None:
     """Multiply an adapter's own scale (alpha / rank) by ``scale``; 1 is the adapter as trained.
 
@@ -229,6 +236,7 @@ def set_scale(model: nn.Module, name: str, scale: float) -> None:
             part.set_strength(scale)
 
 
+@changes
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Forget an adapter. Where it was active, the others that were stay so."""
     model, state = unwrap(model), state_of(model)
@@ -246,6 +254,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         drop_state(model)
 
 
+@changes
 def remove(model: nn.Module) -> None:
     """Take everything out of the model that fxpeft put in: it is then what it was before.
 
@@ -255,7 +264,7 @@ def remove(model: nn.Module) -> None:
     model, state = unwrap(model), state_of(model)
     bare = {} if state.folded is None else state.folded.bare(model)
     if state.serving is not None:
-        serving.release_slots(model, state)
+        serving.release_slots(model, state, state.serving)
     else:
         for adapter in state.adapters.values():
             for module in hosts(model, [adapter]).values():
@@ -264,6 +273,7 @@ def remove(model: nn.Module) -> None:
     exchange(model, bare)
     unwatch_loss(model)
     drop_state(model)
+    unguard_forwards(model)
 
 
 # --- what add, load and hotswap share ---
@@ -328,6 +338,7 @@ def placed(model: nn.Module, values: Values, *, autocast: bool) -> Values:
     return out
 
 
+@changes
 def install_adapter(model: nn.Module, adapter: Adapter) -> None:
     """Put a finished adapter into the model and make it the active one."""
     fresh = find_state(model) is None
@@ -349,6 +360,7 @@ def install_adapter(model: nn.Module, adapter: Adapter) -> None:
         raise
 
 
+@changes
 def replace_attached(model: nn.Module, state: ModelState, new: Adapter) -> None:
     """Put an adapter in the place of an attached one of the same name; on an error the old one is back."""
     old = state.get(new.name)
@@ -388,6 +400,7 @@ def switch(model: nn.Module, state: ModelState, names: list[str], enabled: bool)
     watch_loss(model, state)
 
 
+@changes
 def _set_enabled(model: nn.Module, enabled: bool) -> None:
     model, state = unwrap(model), state_of(model)
     if not enabled and state.folded is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft.adapters import check_name
+from fxpeft.change import changes
 from fxpeft.derived import add_lora, brought, factorise, in_order, refactorise
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
@@ -27,6 +28,7 @@ Combination = Literal[
 ]  # fmt: skip
 
 
+@changes
 def add_weighted_adapter(
     model: nn.Module,
     adapters: Sequence[str],

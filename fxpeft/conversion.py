@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft.adapters import check_name
+from fxpeft.change import changes
 from fxpeft.derived import add_lora, brought, factorise, in_order, refactorise
 from fxpeft.errors import AdapterError, listing
 from fxpeft.inplace import accumulator, fold_weight
@@ -23,6 +24,7 @@ from fxpeft.target_parameters import refuse_parameters
 from fxpeft.wrappers import submodule
 
 
+@changes
 @torch.no_grad()
 def convert(
     model: nn.Module, name: str, to: Literal["lora"] = "lora", *, new_name: str | None = None, rank: int | None = None
@@ -86,7 +88,7 @@ def convert(
         warnings.warn(
             f"{new_name!r} approximates {name!r} at rank {rank}: the update is off by up to {errors[worst]:.1%} of its "
             f"norm (at {worst}), {sum(errors.values()) / len(errors):.1%} on average; fold {name!r} to have it exactly",
-            stacklevel=2,
+            stacklevel=4,
         )
 
 

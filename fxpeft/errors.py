@@ -28,6 +28,14 @@ def clipped(text: str, most: int = 2000) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
+class LockError(RuntimeError):
+    """A swap, or a backward across one, that can't be; raised before anything was changed."""
+
+
+class LockTimeout(LockError, TimeoutError):
+    """A forward or a swap that waited for others longer than ``prepare_hotswap(..., lock_timeout=)`` allows."""
+
+
 def listing(items: Iterable[object], most: int = 20) -> str:
     """One item a line, indented; a long list ends in a count of the rest."""
     lines = [f"  {item}" for item in items]

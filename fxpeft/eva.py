@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fxpeft.adapters import disabled, fresh_values, replace_attached
+from fxpeft.change import ordinary
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods.base import SitePlan
 from fxpeft.methods.inits import EvaConfig
@@ -30,6 +31,7 @@ from fxpeft.state import Adapter, state_of, unwrap
 from fxpeft.wrappers import submodule
 
 
+@ordinary()
 def initialize_eva(
     model: nn.Module,
     dataloader: Iterable[Any],

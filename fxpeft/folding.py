@@ -8,15 +8,15 @@ forward. Weights keep their memory, so a compiled graph of the bare model goes o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fxpeft.adapters import remove, switch
+from fxpeft.change import changes
 from fxpeft.errors import AdapterError, listing
 from fxpeft.inplace import (
     Folded,
@@ -26,7 +26,9 @@ from fxpeft.inplace import (
     first_name,
     fold_weight,
     product_at,
+    put_back,
     settle_shared,
+    values_at,
 )
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.base import Base, SlotValues
@@ -36,6 +38,7 @@ from fxpeft.state import Adapter, ModelState, check_together, state_of, unwrap
 from fxpeft.swap import activate, lower, settle
 
 
+@changes
 def fold(
     model: nn.Module,
     names: str | Sequence[str] | None = None,
@@ -87,17 +90,17 @@ def _fold(
     safe: bool,
 ) -> None:
     """Fold ``wanted`` and leave ``stay`` active."""
-    with _exclusive(state):
-        work = _compute(model, [state.get(n) for n in wanted], {}, keep)
-        if safe:
-            check_finite(work.writes, wanted)
-        before = _apply(model, state, work.writes, stay)
+    work = _compute(model, [state.get(n) for n in wanted], {}, keep)
+    if safe:
+        check_finite(work.writes, wanted)
+    before = _apply(model, state, work.writes, stay)
     if keep is None:
-        state.baked += wanted
+        state.baked = [*state.baked, *wanted]
     else:
         state.folded = Folded(wanted, keep, {p: v for p, v in before.items() if p not in work.subtracted}, work.steps)
 
 
+@changes
 def refold(model: nn.Module, names: str | Sequence[str], *, safe: bool = False) -> None:
     """Fold these adapters, and no others, in the place of what is folded: a hot swap without slots.
 
@@ -121,16 +124,16 @@ def refold(model: nn.Module, names: str | Sequence[str], *, safe: bool = False) 
     old = state.folded or Folded([], "original")
     state.check_unfolded([n for n in wanted if n not in old.names], "folding it again would add it twice")
     _check_enabled(state)
-    with _exclusive(state):
-        bare = old.bare(model)
-        work = _compute(model, [state.get(n) for n in wanted], bare, old.keep)
-        if safe:
-            check_finite(work.writes, wanted)
-        before = _apply(model, state, {**bare, **work.writes}, [])
+    bare = old.bare(model)
+    work = _compute(model, [state.get(n) for n in wanted], bare, old.keep)
+    if safe:
+        check_finite(work.writes, wanted)
+    before = _apply(model, state, {**bare, **work.writes}, [])
     originals = {p: bare.get(p, before[p]) for p in work.writes if p not in work.subtracted}
     state.folded = Folded(wanted, old.keep, originals, work.steps)
 
 
+@changes
 def unfold(model: nn.Module) -> None:
     """Take folded adapters out of the weights again and make them active: the outputs stay what they were.
 
@@ -150,8 +153,7 @@ def unfold(model: nn.Module) -> None:
     check_together([state.get(n) for n in active])
     state.folded = None
     try:
-        with _exclusive(state):
-            _apply(model, state, folded.bare(model), active)
+        _apply(model, state, folded.bare(model), active)
     except BaseException:
         state.folded = folded
         raise
@@ -163,6 +165,7 @@ def folded_adapters(model: nn.Module) -> list[str]:
     return [*state.baked, *(state.folded.names if state.folded else ())]
 
 
+@changes
 def merge_and_unload(
     model: nn.Module, names: str | Sequence[str] | None = None, *, safe: bool = False
 ) -> nn.Module:
@@ -350,25 +353,30 @@ def _like(tensor: Tensor, value: Tensor) -> Tensor:
 
 def _apply(model: nn.Module, state: ModelState, writes: Mapping[str, Tensor], active: list[str]) -> dict[str, Tensor]:
     """Write and activate as one swap, all or nothing; returns what was there."""
-    old = state.active
-    before = exchange(model, writes)
-    try:
-        _run(model, state, active)
-    except BaseException:
-        exchange(model, before)
-        _run(model, state, old)
-        raise
+    old, serving = state.active, state.serving
+    if serving is None:
+        before = exchange(model, writes)
+        try:
+            _run(model, state, active)
+        except BaseException:
+            exchange(model, before)
+            _run(model, state, old)
+            raise
+        return before
+    records = serving.lock.repair
+
+    def undo() -> None:
+        put_back(model, before)
+        serving.torn = True  # the slots' copies of the base may be of what was written
+        serving.lock.repair = records
+        if records is not None:
+            records()
+
+    before = values_at(model, writes)
+    serving.lock.repair = undo
+    exchange(model, writes)
+    _run(model, state, active)
     return before
-
-
-@contextmanager
-def _exclusive(state: ModelState) -> Iterator[None]:
-    """Keep the forwards of a prepared model out, from before the first trace on: torch.fx patches ``nn.Module``."""
-    if state.serving is None:
-        yield
-        return
-    with state.serving.lock.write():
-        yield
 
 
 def _run(model: nn.Module, state: ModelState, active: list[str]) -> None:
@@ -377,8 +385,8 @@ def _run(model: nn.Module, state: ModelState, active: list[str]) -> None:
         switch(model, state, active, state.enabled)
         return
     state.serving.holds = {}  # copies of the base's modules and biases are out of date
-    for adapter in state.adapters.values():
+    for name, adapter in list(state.adapters.items()):
         if any(values.features() for values in adapter.lowered.values()):
-            settle(lower(model, state.serving, adapter))  # DoRA's gain depends on the base
+            state.adapters[name] = settle(lower(model, state.serving, replace(adapter)))  # DoRA's gain depends on it
     activate(model, state, [state.adapters[n] for n in active] if state.enabled else [])
     state.active = active

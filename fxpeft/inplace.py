@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods.base import SlotValues
 from fxpeft.passes.base import attribute, join
+from fxpeft.passes.copies import Copies
 from fxpeft.passes.kinds import Conv, Kind
 from fxpeft.passes.parameters import parameter_kind
 from fxpeft.passes.product import Product, check_stored, product_of
@@ -101,18 +102,27 @@ def accumulator(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def values_at(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
+    """Copies of tensors of the model."""
+    return {path: attribute(model, path).detach().clone() for path in paths}
+
+
+def put_back(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Write values that were there before, each in the memory of its tensor, with as little of torch as can be."""
+    Copies((attribute(model, path).detach(), value) for path, value in values.items()).run()
+
+
 @torch.no_grad()
 def exchange(model: nn.Module, writes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Write values into the model's own memory; returns copies of what was there. On an error nothing stays."""
-    before: dict[str, Tensor] = {}
+    before = values_at(model, writes)
     try:
         for path, value in writes.items():
             tensor: Tensor = attribute(model, path)
-            before[path] = tensor.detach().clone()
-            tensor.copy_(value)
+            with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # such a one is written only so
+                tensor.copy_(value)
     except BaseException:
-        for path, value in reversed(before.items()):
-            attribute(model, path).copy_(value)
+        put_back(model, before)
         raise
     return before
 

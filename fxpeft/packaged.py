@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxpeft import adapters, checkpoint, serving
+from fxpeft.change import ordinary
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, CheckpointError
 from fxpeft.files import replace_files
@@ -192,6 +193,7 @@ class Package:
             )
 
 
+@ordinary()
 def open_package(path: str | Path, *, num_runners: int = 1) -> Package:
     """Open a ``.pt2`` that :func:`fxpeft.package` wrote: a callable with slots for adapters.
 

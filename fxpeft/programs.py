@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from fxpeft import checkpoint
 from fxpeft.adapter_name import check_adapter_name
 from fxpeft.adapters import fresh_values, placed
+from fxpeft.change import ordinary
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, listing
 from fxpeft.exported import KEYWORDS, close_program, eject_program, lower_to_aten, open_program, tensors_of
@@ -73,6 +74,7 @@ class Slots:
         return {feature for m in self.methods for feature in known[m]}
 
 
+@ordinary()
 def rewrite(
     program: P,
     adapter: AdapterConfig | AdapterPlan | Slots | str | Path,
@@ -195,6 +197,7 @@ def _open(program: ExportedProgram | GraphModule) -> tuple[GraphModule, Any]:
     return graph_module, Attributes(graph_module, annotate_sources(graph_module))
 
 
+@ordinary()
 def eject(program: P, targets: str | Collection[str] | None = None) -> P:
     """The inverse of :func:`rewrite`: the graph is exactly what it was, node for node.
 

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from fxpeft import checkpoint, prompts_serving
 from fxpeft.adapter_name import check_adapter_name
+from fxpeft.change import changes, changing, ordinary
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
 from fxpeft.experts import converted
 from fxpeft.fast_path import fused_above, switch_off
+from fxpeft.guard import drain, guard_forwards, unguard_forwards
 from fxpeft.layouts import in_layout_of
-from fxpeft.lock import guard_forwards, unguard_forwards
+from fxpeft.lock import TIMEOUT, SwapLock
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.base import PassError
@@ -51,6 +53,7 @@ from fxpeft.target_parameters import check_hosts
 from fxpeft.wrappers import submodule
 
 
+@changes
 def prepare_hotswap(
     model: nn.Module,
     max_rank: int = 128,
@@ -63,6 +66,8 @@ def prepare_hotswap(
     rank: Literal["dynamic", "static"] = "dynamic",
     num_virtual_tokens: int | None = None,
     target_parameters: str | Pattern | Collection[str] | None = None,
+    lock_timeout: float = TIMEOUT,
+    hold_generate: bool = True,
 ) -> None:
     """Give every target a slot. From then on loading, swapping, mixing and switching off are copies.
 
@@ -82,9 +87,12 @@ def prepare_hotswap(
         modules_to_save, bias: as in :class:`~fxpeft.LoraConfig`, for adapters that bring them.
         rank: ``"dynamic"``: pay for the rank in use; ``"static"``: pay for ``max_rank``, in a
             graph without symbolic sizes.
+        lock_timeout: seconds that a swap waits for forwards, or a forward for a swap, before it gives up.
+        hold_generate: let a whole ``generate`` hold swaps off, so that all tokens come from one adapter.
 
     Raises:
         AdapterError: unknown targets or methods, or an adapter that doesn't fit; nothing was changed.
+        LockTimeout: a forward of another thread went on for longer than ``lock_timeout``; nothing was changed.
     """
     model = unwrap(model)
     known = slot_needs()
@@ -105,6 +113,7 @@ def prepare_hotswap(
     serving = Serving(
         max_rank, ActiveRank(max_rank) if rank == "dynamic" else None, tuple(methods),
         *_declare(model, adapters, targets, exclude, modules_to_save, bias, methods, target_parameters),
+        lock=SwapLock(lock_timeout, hold_generate),
     )  # fmt: skip
     prompts = prompts_serving.declare(model, methods, num_virtual_tokens, adapters)
     if prompts is not None:
@@ -115,26 +124,36 @@ def prepare_hotswap(
     check_ranks(serving, [a for a in trial if a.name in active])
     check_gains([a for a in trial if a.name in active])
 
+    with serving.lock.write():  # nobody else has it; from here on they wait at it
+        try:
+            guard_forwards(model, serving.lock, serving.locked())
+            drain(model, serving.lock, serving.locked())
+            _enter_slots(model, serving, adapters)
+        except BaseException as error:
+            unguard_forwards(model)
+            if isinstance(error, PassError):
+                raise AdapterError(str(error)) from None
+            raise
+
+
+def _enter_slots(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
+    """From the adapters' own parameters to slots; on an error everything is as it was."""
+    bare = find_state(model) is None
     state = ensure_state(model)
-    for adapter in adapters:
-        detach(model, adapter)
     try:
-        _bind_slots(model, serving)
-    except PassError as error:
-        _unbind_slots(model, serving)
         for adapter in adapters:
-            attach(model, adapter)
-        rebind(hosts(model, adapters), state.running())
-        set_trainable(state)
-        if existing is None:
+            detach(model, adapter)
+        _bind_slots(model, serving)
+        state.serving = serving
+        for adapter in adapters:
+            settle(lower(model, serving, adapter))
+        activate(model, state, state.running())
+    except BaseException:
+        _leave_slots(model, state, serving)
+        if bare:
             drop_state(model)
-        raise AdapterError(str(error)) from None
-    state.serving = serving
+        raise
     unwatch_loss(model)
-    guard_forwards(model)
-    for adapter in adapters:
-        settle(lower(model, serving, adapter))
-    activate(model, state, state.running())
 
 
 def _declare(
@@ -173,30 +192,38 @@ def _declare(
     return kinds, frozenset(saved), frozenset(tensors)
 
 
+@changes
 def release_hotswap(model: nn.Module) -> None:
     """Take the slots out again. The adapters stay, at their own ranks and trainable as before."""
     model, state = unwrap(model), state_of(model)
-    release_slots(model, state)
+    serving = serving_of(state)
+    _leave_slots(model, state, serving)
+    if not state.adapters:
+        drop_state(model)
+    unguard_forwards(model)
+
+
+def _leave_slots(model: nn.Module, state: ModelState, serving: Serving) -> None:
+    """From slots back to the adapters' own parameters."""
+    release_slots(model, state, serving)
     for adapter in state.adapters.values():
-        attach(model, adapter)
+        if not adapter.parts:
+            attach(model, adapter)
     rebind(hosts(model, state.adapters.values()), state.running())
     set_trainable(state)
     watch_loss(model, state)
-    if not state.adapters:
-        drop_state(model)
 
 
-def release_slots(model: nn.Module, state: ModelState) -> None:
-    """Drop the slots; every module has its own class again."""
-    serving = serving_of(state)
-    with serving.lock.write():
-        _unbind_slots(model, serving)
-        unguard_forwards(model)
-        state.serving = None
+def release_slots(model: nn.Module, state: ModelState, serving: Serving) -> None:
+    """Drop the slots; every module has its own forward again, and is still locked."""
+    serving.lock.repair = None
+    _unbind_slots(model, serving)
+    state.serving = None
     for adapter in state.adapters.values():
         adapter.lowered, adapter.copies, adapter.prompt = {}, None, None
 
 
+@ordinary()
 def hotswap(
     model: nn.Module,
     source: str | Path | Mapping[str, Tensor],
@@ -228,26 +255,34 @@ def hotswap(
         AdapterError: the model is not prepared, or the adapter doesn't fit its slots.
     """
     model, state = unwrap(model), state_of(model)
-    serving = serving_of(state)
+    serving_of(state)
+    _replaced(state, name)  # what is wrong with it is told before files are read
+    given = None if isinstance(source, Mapping) else checkpoint.read(
+        source, allow_pickle=allow_pickle, revision=revision, subfolder=subfolder, token=token,
+        local_files_only=local_files_only, strict=strict,
+    )  # fmt: skip
+    with changing(model):
+        state = state_of(model)
+        old = _replaced(state, name)
+        found = given or checkpoint.Checkpoint("the state_dict", config or old.config, dict(source))  # type: ignore[arg-type]
+        found = in_layout_of(model, found, key_mapping=key_mapping)
+        plan = plan_for(model, serving_of(state), found.config)
+        values = checkpoint.assign(model, plan, found, check_finite=check_finite)
+        replace_adapter(model, state, Adapter(old.name, plan, values, old.strength), owned=given is not None)
+
+
+def _replaced(state: ModelState, name: str | None) -> Adapter:
+    """The adapter that a hotswap replaces."""
     if name is None:
         if len(state.active) != 1:
             raise AdapterError(f"{len(state.active)} adapters are active; say which to replace: {list(state.adapters)}")
         name = state.active[0]
     old = state.get(check_adapter_name(name))
     state.check_unfolded([name], "it can't be replaced")
-    if isinstance(source, Mapping):
-        found = checkpoint.Checkpoint("the state_dict", config or old.config, dict(source))
-    else:
-        found = checkpoint.read(
-            source, allow_pickle=allow_pickle, revision=revision, subfolder=subfolder, token=token,
-            local_files_only=local_files_only, strict=strict,
-        )  # fmt: skip
-    found = in_layout_of(model, found, key_mapping=key_mapping)
-    plan = plan_for(model, serving, found.config)
-    values = checkpoint.assign(model, plan, found, check_finite=check_finite)
-    replace_adapter(model, state, Adapter(name, plan, values, old.strength), owned=not isinstance(source, Mapping))
+    return old
 
 
+@changes
 def replace_adapter(model: nn.Module, state: ModelState, adapter: Adapter, *, owned: bool) -> None:
     """Put an adapter in the place of the one of its name in a prepared model, active where that is.
 
@@ -265,23 +300,31 @@ def replace_adapter(model: nn.Module, state: ModelState, adapter: Adapter, *, ow
 
 
 def hold(model: nn.Module) -> AbstractContextManager[None]:
-    """Keep swaps of other threads out of a ``with`` block, for instance of a whole ``generate``.
+    """Keep swaps of other threads out of a ``with`` block, so that all of it sees one adapter.
 
-    Single forwards need no help: each call of the model holds the lock on its own, eager or compiled
-    with ``torch.compile(model)``. Only where the model is inlined into a larger compiled function,
-    that function's call has to be held with this.
+    Calls of the model, of its parts and of ``generate`` need no help: each holds the lock on its own, eager or
+    compiled with ``torch.compile(model)``. Only where the model is inlined into a larger compiled function, that
+    function's call has to be held with this. Inside the block this thread can't swap, and must not wait for other
+    threads that call the model: they wait for a waiting swap, which waits for this block.
+
+    Raises:
+        LockTimeout: a swap took longer than ``prepare_hotswap(..., lock_timeout=)``.
     """
     return serving_of(state_of(model)).lock.read()
 
 
+@changes
 def install(model: nn.Module, state: ModelState, adapter: Adapter) -> None:
     """Add an adapter to the store of a prepared model and make it the active one."""
+    if adapter.name in state.adapters:  # another thread was first
+        raise AdapterError(f"there is an adapter named {adapter.name!r} already")
     settle(lower(model, serving_of(state), adapter))
     activate(model, state, [adapter] if state.enabled else [])
     state.adapters[adapter.name] = adapter
     state.active = [adapter.name]
 
 
+@changes
 def rescale(model: nn.Module, state: ModelState, name: str, strength: float) -> None:
     """Change an adapter's strength in the slots."""
     changed = lower(model, serving_of(state), replace(state.get(name), strength=strength))

@@ -73,7 +73,7 @@ class Adapter:
             parameter -> what is below that.
         lowered: on a prepared model: site -> slot values. prompt: there, the finished prompt of a prompt method.
         settled: whether the slot values are contiguous, so that showing them is a plain copy.
-        copies: ``Slot.generation`` and how to show the adapter alone in the slots of that time.
+        copies: how to show the adapter alone in the slots, and the list of places where those were.
         trained: what :func:`fxpeft.set_requires_grad` said since the active adapters were last chosen.
     """
 
@@ -85,7 +85,7 @@ class Adapter:
     lowered: dict[str, SlotValues] = field(default_factory=dict)
     prompt: Tensor | None = None
     settled: bool = False
-    copies: tuple[int, Copies] | None = field(default=None, compare=False)
+    copies: tuple[list[int], Copies] | None = field(default=None, compare=False)
     trained: bool | None = None
 
     def __post_init__(self) -> None:

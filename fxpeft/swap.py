@@ -39,6 +39,8 @@ class Serving:
         featured: site and feature (gain, shift) that may hold something other than its neutral value.
         holds: module or parameter -> values of the adapter whose copy it holds, ``None`` for the base's.
         plans: config -> plan, of the last ones, so that adapters of one config share the search for their sites.
+        places: where the slots' memory is. Copies that were prepared for another list of places are made anew.
+        torn: a swap began to write and did not come to its end.
     """
 
     max_rank: int
@@ -55,10 +57,12 @@ class Serving:
     featured: set[tuple[str, str]] = field(default_factory=set)
     holds: dict[str, Values | None] = field(default_factory=dict)
     plans: Recent[str, AdapterPlan] = field(default_factory=lambda: Recent(limit=64))
+    places: list[int] = field(default_factory=list)
+    torn: bool = False
     lock: SwapLock = field(default_factory=SwapLock)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update({"places": [], "torn": False, **state})
         self.plans = Recent(state["plans"].items(), limit=64)  # a plain dict in older pickles
 
     @functools.cached_property
@@ -71,6 +75,10 @@ class Serving:
         """Names of the modules that have placeholders."""
         sites = {kind.host(site) for site, kind in self.kinds.items()}
         return {*sites, *self.saved, *(path.rpartition(".")[0] for path in self.tensors)}
+
+    def locked(self) -> set[str]:
+        """Names of the modules that a change of adapters writes to or binds anew."""
+        return self.hosts() if self.prompts is None else {*self.hosts(), self.prompts.site}
 
 
 def serving_of(state: ModelState) -> Serving:
@@ -139,9 +147,7 @@ def settle(adapter: Adapter) -> Adapter:
 
 
 def activate(model: nn.Module, state: ModelState, adapters: list[Adapter], *, fresh: Adapter | None = None) -> None:
-    """Put lowered adapters into the slots, side by side along the rank; none: the bare model.
-
-    On any error the slots hold what they held before.
+    """Put lowered adapters into the slots, side by side along the rank; none: the bare model. Part of a change.
 
     Args:
         fresh: the one that is shown for the first time and may be the last: it is settled when it comes again.
@@ -153,16 +159,20 @@ def activate(model: nn.Module, state: ModelState, adapters: list[Adapter], *, fr
     check_together(adapters)
     check_ranks(serving, adapters)
     check_gains(adapters)
-    with serving.lock.write():
-        try:
-            _show(model, serving, adapters)
-        except BaseException:
-            serving.dirty = dict.fromkeys(serving.slots, serving.max_rank)
-            serving.holds = {}
-            serving.featured = {(site, name) for site, slot in serving.slots.items() for name in slot.features}
-            _show(model, serving, serving.shown)
-            raise
-        serving.shown = list(adapters)
+    reshow(model, serving, adapters)
+
+
+def reshow(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
+    """Write the slots, whatever they hold now. Where that breaks off, they are torn until it is done again."""
+    if serving.torn:
+        serving.dirty = dict.fromkeys(serving.slots, serving.max_rank)
+        serving.holds = {}
+        serving.featured = {(site, name) for site, slot in serving.slots.items() for name in slot.features}
+    serving.torn = True
+    serving.lock.version += 1
+    _show(model, serving, adapters)
+    serving.shown = list(adapters)
+    serving.torn = False
 
 
 def check_ranks(serving: Serving, adapters: list[Adapter]) -> None:
@@ -201,6 +211,11 @@ def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
     """Write the slots. Everything was checked; only copies are left."""
     used: dict[str, int] = {}
     copies = []
+    places = [t.data_ptr() for slot in serving.slots.values() for t in (slot.a, slot.b, slot.d)]
+    if places != serving.places:  # ``.to(device)``, ``.data =`` and the like: views made before lead elsewhere
+        serving.places = places
+        for slot in serving.slots.values():
+            slot.windows.clear()
     for adapter in adapters:
         copies.append(_copies(serving, adapter, used))
         for site, value in adapter.lowered.items():
@@ -223,14 +238,14 @@ def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
         idle = not used.get(site) and not any((site, name) in serving.featured for name in slot.features)
         if slot.idle is not idle:  # setting an attribute of a module costs more than all the rest here
             slot.idle = idle
-    if serving.rank is not None and serving.rank.rank != active:
+    if serving.rank is not None and len(serving.rank.carrier) != active:
         serving.rank.set(active)
 
 
 def _copies(serving: Serving, adapter: Adapter, used: Mapping[str, int]) -> Copies:
     """The copies of an adapter to behind the ranks in use; kept where it is alone."""
     alone = not used
-    if alone and adapter.copies is not None and adapter.copies[0] == Slot.generation:
+    if alone and adapter.copies is not None and adapter.copies[0] is serving.places:
         return adapter.copies[1]
     pairs: list[tuple[Tensor, Tensor]] = []
     for site, value in adapter.lowered.items():
@@ -238,13 +253,13 @@ def _copies(serving: Serving, adapter: Adapter, used: Mapping[str, int]) -> Copi
         pairs += zip(window, value[:3], strict=True)
     copies = Copies(pairs)
     if alone:
-        adapter.copies = (Slot.generation, copies)
+        adapter.copies = (serving.places, copies)
     return copies
 
 
 def _window(slot: Slot, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Views of a slot's ranks, kept: making three views costs more than copying a small adapter."""
-    key = (start, count, Slot.generation)
+    key = (start, count)
     if key not in slot.windows:
         if len(slot.windows) > 64:
             slot.windows.clear()

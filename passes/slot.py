@@ -12,7 +12,7 @@ is symbolic in a compiled graph, so one graph serves every rank and does only th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -41,11 +41,13 @@ class ActiveRank:
 
     def set(self, rank: int) -> int:
         """Make ``rank`` the active one, at least :data:`LEAST`; returns what was set."""
-        self.rank = max(rank, LEAST)
-        self.carrier = torch.empty(self.rank, 0)
+        rank = max(rank, LEAST)
+        with torch.inference_mode(False):  # to Dynamo a tensor of inference mode is another kind
+            carrier = torch.empty(rank, 0)
         if self.max_rank > LEAST:
-            torch._dynamo.mark_dynamic(self.carrier, 0, min=LEAST, max=self.max_rank)
-        return self.rank
+            torch._dynamo.mark_dynamic(carrier, 0, min=LEAST, max=self.max_rank)
+        self.rank, self.carrier = rank, carrier
+        return rank
 
     def __getstate__(self) -> tuple[int, int]:
         return self.max_rank, self.rank
@@ -72,7 +74,6 @@ class Slot(Container):
     g_in: Tensor
     g_out: Tensor
     shift: Tensor
-    generation: ClassVar[int] = 0  # counts new and replaced placeholders (``.to(device)``): views made before are stale
 
     def __init__(
         self,
@@ -85,9 +86,8 @@ class Slot(Container):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        Slot.generation += 1
         self.kind, self.rank, self.idle = kind, rank, False
-        self.windows: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}  # views, kept by the swap
+        self.windows: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}  # views, kept by the swap
         self.stacks: tuple[Any, ...] = ()  # what compiled code reads in the place of several slots' A's
         for name, shape in zip("ab", kind.slot_shapes(max_rank), strict=True):
             self.register_buffer(name, torch.zeros(shape, device=device, dtype=dtype), persistent=False)
@@ -117,13 +117,13 @@ class Slot(Container):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
         exact = {name: buffer for name, buffer in self._buffers.items() if name in ("d", *FEATURES)}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in exact.items():
-            assert buffer is not None
-            self._buffers[name] = buffer.to(self.a.device)
+        super()._apply(fn, recurse)
+        with torch.inference_mode(False):
+            for name, buffer in exact.items():
+                assert buffer is not None
+                self._buffers[name] = buffer.to(self.a.device)
         self._announce()
         self.stacks = ()
-        Slot.generation += 1
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import threading
 from collections.abc import MutableMapping, Sequence
 
@@ -13,6 +14,15 @@ from fxpeft.passes.slot import ActiveRank, slot_of
 
 _version = operator.attrgetter("_version")
 _writing = threading.Lock()
+
+
+def _free_in_child() -> None:
+    global _writing
+    _writing = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_in_child)
 
 
 class Stack:

@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
+import torch
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch.fx.graph_module import _format_import_block
 from torch.package.importer import sys_importer
+from torch.utils.checkpoint import CheckpointFunction
+
+_CHECKPOINT = {CheckpointFunction.forward.__code__: False, CheckpointFunction.backward.__code__: True}
 
 
 def import_block(names: dict[str, Any]) -> str:
     """Import statements that give the globals of a graph's generated code, for a fresh process."""
     return _format_import_block(names, sys_importer)
+
+
+def skip_frame(function: Callable[..., Any], *, deep: bool = False) -> None:
+    """Let Dynamo run calls of a function as they are; where it is inlined it is traced as any.
+
+    Args:
+        deep: what it calls too. Otherwise Dynamo begins there.
+    """
+    below = _FrameAction.SKIP if deep else _FrameAction.DEFAULT
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, below))
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def checkpoint_above(stop: CodeType) -> tuple[Any, bool] | None:
+    """The context of the reentrant checkpoint that called, not past a caller that runs ``stop``; and if backward."""
+    frame = sys._getframe(3)
+    while frame is not None and frame.f_code is not stop:
+        if frame.f_code in _CHECKPOINT:
+            return frame.f_locals["ctx"], _CHECKPOINT[frame.f_code]
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxpeft
-from fxpeft import checkpoint, lock, serving, swap
+from fxpeft import checkpoint, guard, serving, swap
 from fxpeft.passes.copies import Copies
 from fxpeft.passes.slot import ActiveRank
 from fxpeft.state import state_of
@@ -370,7 +370,7 @@ def test_the_mixture_check_can_fail(old: str, new: str, monkeypatch: pytest.Monk
     fxpeft.prepare_hotswap(model, 8, modules_to_save=["lm_head"], bias="all")
     for i, source in enumerate([old, new]):
         fxpeft.load_adapter(model, source, str(i))
-    lock.unguard_forwards(model)
+    guard.unguard_forwards(model)
     assert mixtures(model, [old, new], monkeypatch) > 0
 
 
@@ -436,11 +436,11 @@ def test_a_compiled_model_of_torchs_own_class_keeps_swaps_out(way: str) -> None:
     """Dynamo inlines the hooks of such a root."""
     model = nn.Sequential(nn.Linear(4, 3)).eval()
     fxpeft.prepare_hotswap(model, 4)
-    local, depths = swap.serving_of(state_of(model)).lock._local, []
+    readers, depths = swap.serving_of(state_of(model)).lock.readers, []
 
     def backend(graph: GraphModule, inputs: Any) -> Any:
         def run(*args: Any) -> Any:
-            depths.append(local.depth)
+            depths.append(len(readers))
             return graph(*args)
 
         return run

@@ -19,6 +19,7 @@ from transformers.utils.loading_report import LoadStateDictInfo, log_state_dict_
 
 from fxpeft import adapters, checkpoint
 from fxpeft.adapter_name import check_adapter_name
+from fxpeft.change import changes, changing, ordinary
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
 from fxpeft.experts import converted
@@ -45,6 +46,7 @@ from fxpeft.wrappers import plain_name
 NO_ADAPTER = "No adapter loaded. Please load an adapter first."
 
 
+@changes
 def add_adapter(self: PreTrainedModel, adapter_config: AdapterConfig, adapter_name: str | None = None) -> None:
     """Add a fresh adapter for training, make it the active one and freeze the base.
 
@@ -71,6 +73,7 @@ def add_adapter(self: PreTrainedModel, adapter_config: AdapterConfig, adapter_na
     train_parts(new)
 
 
+@ordinary()
 def load_adapter(
     self: PreTrainedModel,
     peft_model_id: str | None = None,
@@ -110,13 +113,7 @@ def load_adapter(
     name = check_adapter_name(adapter_name or "default")
     options, download = _options(peft_model_id, load_config, local_files_only, adapter_kwargs, kwargs)
     source = peft_model_id or options.pretrained_model_name_or_path
-    known = name in adapters_of(self)
-    if hotswap == "auto":
-        hotswap = known and getattr(self, "_hotswap_enabled", False)
-    if hotswap and not known:
-        raise ValueError("To hotswap an adapter, there must already be an existing adapter with the same adapter name.")
-    if not hotswap:
-        _check_free(self, name)
+    _swaps(self, name, hotswap)  # what is wrong with it is told before files are read
     if source is None and adapter_state_dict is None and peft_config is None:
         raise ValueError(
             "You should either pass a `peft_model_id` or a `peft_config` and `adapter_state_dict` to load an adapter."
@@ -124,26 +121,35 @@ def load_adapter(
     found = loading.read(
         source, peft_config, adapter_state_dict, download=download, use_safetensors=options.use_safetensors
     )
-    if hotswap:
-        _check_swappable(self, found.config)
-    else:
-        _check_type(self, found.config)
-    # the table of from_pretrained has the user's key_mapping too
-    fitted = loading.fit(self, found, name, trainable=is_trainable, conversions=options.weight_mapping)
-    # a report of tensors that can't be used is an error, so it comes before anything is changed
-    log_state_dict_report(self, found.source, options.ignore_mismatched_sizes, fitted.info, logger)
-    new = Adapter(name, fitted.plan, fitted.values)
-    if hotswap:
-        swap(self, new)
-    else:
-        add(self, new)
-    if is_trainable:
-        train_parts(state_of(self).get(name))
-    else:
-        self.eval()  # type: ignore[no-untyped-call]
+    with changing(self):
+        swaps = _swaps(self, name, hotswap)
+        _check_swappable(self, found.config) if swaps else _check_type(self, found.config)
+        # the table of from_pretrained has the user's key_mapping too
+        fitted = loading.fit(self, found, name, trainable=is_trainable, conversions=options.weight_mapping)
+        # a report of tensors that can't be used is an error, so it comes before anything is changed
+        log_state_dict_report(self, found.source, options.ignore_mismatched_sizes, fitted.info, logger)
+        new = Adapter(name, fitted.plan, fitted.values)
+        swap(self, new) if swaps else add(self, new)
+        if is_trainable:
+            train_parts(state_of(self).get(name))
+        else:
+            self.eval()  # type: ignore[no-untyped-call]
     return fitted.info
 
 
+def _swaps(model: PreTrainedModel, name: str, hotswap: bool | Literal["auto"]) -> bool:
+    """Whether an adapter is to replace the one of its name; ``ValueError`` where it can't."""
+    known = name in adapters_of(model)
+    if hotswap == "auto":
+        hotswap = known and getattr(model, "_hotswap_enabled", False)
+    if hotswap and not known:
+        raise ValueError("To hotswap an adapter, there must already be an existing adapter with the same adapter name.")
+    if not hotswap:
+        _check_free(model, name)
+    return hotswap
+
+
+@changes
 def set_adapter(self: PreTrainedModel, adapter_name: list[str] | str) -> None:
     """Make one adapter, or a list of them, the active and trainable ones.
 
@@ -175,12 +181,14 @@ def set_adapter(self: PreTrainedModel, adapter_name: list[str] | str) -> None:
         raise
 
 
+@changes
 def enable_adapters(self: PreTrainedModel) -> None:
     """Let the active adapters take part in the forward again; ``ValueError`` where there is none."""
     _loaded(self)
     adapters.enable_adapters(self)
 
 
+@changes
 def disable_adapters(self: PreTrainedModel) -> None:
     """Run the base model alone; ``ValueError`` where there is no adapter."""
     _loaded(self)
@@ -215,6 +223,7 @@ def get_adapter_state_dict(
     return without_prefix(held_adapter(self, name, state_dict))
 
 
+@changes
 def delete_adapter(self: PreTrainedModel, adapter_names: list[str] | str) -> None:
     """Forget adapters. Where the active ones go, the first that is left becomes the active one, as in PEFT.
 
@@ -231,12 +240,13 @@ def delete_adapter(self: PreTrainedModel, adapter_names: list[str] | str) -> Non
         adapters.delete_adapter(self, name)
     if was_active and state.adapters and not state.active:
         left = next(iter(state.adapters))
-        warnings.warn(f"The active adapter was deleted. Setting active adapter to {left}.", stacklevel=2)
+        warnings.warn(f"The active adapter was deleted. Setting active adapter to {left}.", stacklevel=3)
         adapters.set_adapter(self, left)
     if not state.adapters:
         vars(self).pop(LOADED, None)
 
 
+@changes
 def enable_peft_hotswap(
     self: PreTrainedModel, target_rank: int = 128, check_compiled: Literal["error", "warn", "ignore"] = "error"
 ) -> None:

@@ -10,7 +10,7 @@ A pickle of a bound module holds its source, which un-pickling runs, as un-pickl
 names: for files that you wrote, never for a stranger's.
 """
 
-from fxpeft.passes.live.bind import bare_copy, bind_source, unbind
+from fxpeft.passes.live.bind import bare_copy, bind_source, lock_module, unbind, unlock_module
 from fxpeft.passes.live.container import Container
 from fxpeft.passes.live.generated import _rebuild, generated_class, generated_source
 from fxpeft.passes.live.instance import base_class, given_forward, is_bound
@@ -20,6 +20,6 @@ from fxpeft.passes.live.tracing import base_weight, kind_of, target_of, trace_mo
 
 __all__ = [
     "Container", "_rebuild", "bare_copy", "base_class", "base_weight", "bind_source", "feed_module", "forward_text",
-    "generated_class", "generated_source", "given_forward", "is_bound", "kind_of", "replace_module", "rewrite_module",
-    "signature", "target_of", "trace_module", "unbind",
+    "generated_class", "generated_source", "given_forward", "is_bound", "kind_of", "lock_module", "replace_module",
+    "rewrite_module", "signature", "target_of", "trace_module", "unbind", "unlock_module",
 ]  # fmt: skip

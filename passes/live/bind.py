@@ -9,7 +9,8 @@ from torch import nn
 from fxpeft.passes.feed import LEAF
 from fxpeft.passes.live.container import Container
 from fxpeft.passes.live.generated import generated_class
-from fxpeft.passes.live.instance import base_class, given_forward, is_bound, is_own
+from fxpeft.passes.live.instance import CALL_GIVEN, base_class, given_forward, is_bound, is_own
+from fxpeft.passes.locked import LOCK, Lock, move, unlocked
 
 
 def bind_source(module: nn.Module, source: str, mixin: type | None = None) -> None:
@@ -22,25 +23,55 @@ def bind_source(module: nn.Module, source: str, mixin: type | None = None) -> No
         del state["forward"]  # let the class's forward run
     if given is not None:
         state[LEAF] = given  # called as a leaf: this is where the generated code looks for it
-    module.__class__ = generated_class(base, source, mixin)
+    move(module, generated_class(base, source, mixin))
     if "_old_forward" in state:  # accelerate's hooks call this bound method; give it the new class's
         state["_old_forward"] = type(module).forward.__get__(module)
 
 
 def unbind(module: nn.Module) -> None:
     """Give a module its own class back; the inverse of every bind before."""
-    if not is_bound(module):
-        return
+    if is_bound(module):
+        _unbind(module)
+
+
+def _unbind(module: nn.Module) -> None:
     state = vars(module)
     _drop_autocast(module)
     if "_old_forward" not in state and is_own(module, state.get("forward")):
         del state["forward"]
-    module.__class__ = base_class(module)
+    move(module, base_class(module))
     given = state.pop(LEAF, None)
     if "_old_forward" in state:
         state["_old_forward"] = given or type(module).forward.__get__(module)
     elif given is not None:
         state["forward"] = given
+
+
+def lock_module(module: nn.Module, lock: Lock) -> None:
+    """Let every call of a module hold a lock, bound anew or not; see :mod:`fxpeft.passes.locked`."""
+    if given_forward(module) is not None and not is_bound(module):
+        bind_source(module, CALL_GIVEN)
+    vars(module)[LOCK] = lock
+    _move_own(module, type(module))
+
+
+def unlock_module(module: nn.Module) -> None:
+    """The inverse of :func:`lock_module`."""
+    del vars(module)[LOCK]
+    _move_own(module, unlocked(type(module)))
+    if getattr(type(module), "_fxpeft_source", None) == CALL_GIVEN:
+        _unbind(module)
+
+
+def _move_own(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class, with bound methods of the old one that hooks left on the instance."""
+    state = vars(module)
+    kept = "_old_forward" in state and is_own(module, state["_old_forward"])
+    if "_old_forward" not in state and is_own(module, state.get("forward")):
+        del state["forward"]
+    move(module, cls)
+    if kept:
+        state["_old_forward"] = type(module).forward.__get__(module)
 
 
 def _drop_autocast(module: nn.Module) -> None:
@@ -55,6 +86,8 @@ def bare_copy(module: nn.Module) -> nn.Module:
     shared = (vars(part).get("_hf_hook") for part in module.modules())
     copied = copy.deepcopy(module, {id(hook): hook for hook in shared if hook is not None})  # it may hold all weights
     for part in copied.modules():
+        if LOCK in vars(part):
+            unlock_module(part)
         unbind(part)
         _unhook(part)
         for name in [n for n, child in part._modules.items() if isinstance(child, Container)]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 RESERVED = re.compile(r"_active\d+")  # names under which generated code finds what is active
 
@@ -22,6 +23,12 @@ class Container(nn.Module):
     Its children have the names that users and files know, such as an adapter's. Generated code reads
     the active ones at ``_active0``, ``_active1``, ...: the same code serves adapters of every name.
     """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Container:
+        if not torch.is_inference_mode_enabled():
+            return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+        with torch.inference_mode(False), torch.no_grad():  # what was made inside of it can't be written outside
+            return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def show(self, parts: Sequence[nn.Module]) -> list[nn.Module]:
         """Let these children, and no others, be the active ones, in this order; returns those that were."""

@@ -7,17 +7,21 @@ from typing import Any
 from torch import nn
 
 from fxpeft.passes.feed import LEAF
+from fxpeft.passes.locked import unlocked
+
+# what a locked module runs whose instance somebody gave a forward
+CALL_GIVEN = f"def forward(self, *args, **kwargs):\n    return self.{LEAF}(*args, **kwargs)\n"
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module without its rewrite."""
-    cls = type(module)
+    cls = unlocked(type(module))
     return getattr(cls, "_fxpeft_base", cls)
 
 
 def is_bound(module: nn.Module) -> bool:
     """Whether a module runs a generated forward."""
-    return hasattr(type(module), "_fxpeft_base")
+    return getattr(type(module), "_fxpeft_source", CALL_GIVEN) != CALL_GIVEN
 
 
 def given_forward(module: nn.Module) -> Any:
@@ -31,4 +35,5 @@ def given_forward(module: nn.Module) -> Any:
 
 def is_own(module: nn.Module, forward: Any) -> bool:
     """Whether a bound method is the class's own: accelerate leaves one on the instance."""
-    return getattr(forward, "__func__", None) in (type(module).forward, base_class(module).forward)
+    cls = type(module)
+    return getattr(forward, "__func__", None) in (cls.forward, unlocked(cls).forward, base_class(module).forward)

@@ -12,10 +12,14 @@ from torch import Tensor, nn
 from fxpeft.passes.feed import LEAF
 from fxpeft.passes.live.container import Container
 from fxpeft.passes.live.instance import base_class, given_forward
+from fxpeft.passes.locked import LOCK
 
 _NOT_TRACED = frozenset(
-    {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training", "_old_forward", "_hf_hook", LEAF}
-)
+    {
+        "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training", "_old_forward", "_hf_hook",
+        LEAF, LOCK,
+    }
+)  # fmt: skip
 _PLAIN = (int, str, bytes, bool, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _BY_IDENTITY = (FunctionType, property, staticmethod, classmethod, type)
 

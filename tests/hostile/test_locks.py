@@ -1,0 +1,517 @@
+"""Whoever computes keeps swaps out, and gives the model back: after errors, Ctrl-C, forks; no wait is for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from swapping import NAMES, X, close, fresh, is_free, lock_of, net, prepared, slow_swaps, threads, write_adapters
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fxpeft
+from fxpeft.errors import LockError, LockTimeout
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_adapters(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def outputs(folders: dict[str, str]) -> dict[str, Tensor]:
+    return {name: fresh(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture
+def model(folders: dict[str, str]) -> nn.Sequential:
+    return prepared(folders, lock_timeout=30)
+
+
+def swap_elsewhere(model: nn.Module, name: str) -> None:
+    """Swap in another thread; an error of its is raised here."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(fxpeft.set_adapter, model, name).result(timeout=30)
+
+
+# --- errors and Ctrl-C ---
+
+
+def test_a_strangers_hook_that_raises_leaves_the_lock_as_it_was(model: nn.Sequential, outputs: Any) -> None:
+    def refuse(*args: Any) -> None:
+        raise ValueError("not now")
+
+    handle = model.register_forward_pre_hook(refuse, prepend=True)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="not now"):
+            model(X)
+    handle.remove()
+    assert is_free(model)
+    entered, go = threading.Event(), threading.Event()
+
+    def wait(*args: Any) -> None:
+        entered.set()
+        go.wait(30)
+
+    model[1].register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.submit(model, X)
+        assert entered.wait(30)
+        swapped = pool.submit(fxpeft.set_adapter, model, "b")
+        time.sleep(0.1)
+        assert not swapped.done()  # the forward does hold the lock
+        go.set()
+        assert close(found.result(30), outputs["a"])
+        swapped.result(30)
+
+
+@pytest.mark.parametrize("where", ["root", "site", "pre-hook of a part"])
+def test_an_interrupt_in_a_forward_gives_the_lock_back(where: str, model: nn.Sequential, outputs: Any) -> None:
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    if where == "root":
+        handle = model.register_forward_hook(interrupt)
+    elif where == "site":
+        handle = model[1].up.register_forward_hook(interrupt)
+    else:
+        handle = model[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(X)
+    handle.remove()
+    assert is_free(model)
+    fxpeft.set_adapter(model, "b")
+    swap_elsewhere(model, "c")
+    assert close(model(X), outputs["c"])
+
+
+def test_real_interrupts_at_any_moment_leave_the_lock_free(model: nn.Sequential, outputs: Any) -> None:
+    """Forwards, holds and swaps of the main thread under a storm of signals."""
+    caught = 0
+    before = signal.getsignal(signal.SIGALRM)
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for i in range(300):
+            name = NAMES[i % 3]
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.00005 * (1 + i % 40))
+                for _ in range(1000):  # Python loses an interrupt that comes inside of a __del__ or a callback of gc
+                    with fxpeft.hold(model):
+                        model(X)
+                    model[0](X)
+                    fxpeft.set_adapter(model, name)
+            except KeyboardInterrupt:
+                caught += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert close(model(X), *outputs.values())
+            assert close(model(X), outputs[fxpeft.active_adapters(model)[0]])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        torch.set_grad_enabled(True)  # torch.no_grad may be interrupted before it switches back
+    assert caught > 280
+    assert is_free(model)
+    swap_elsewhere(model, "b")
+    assert close(model(X), outputs["b"])
+
+
+@pytest.mark.parametrize("waits", ["swap", "forward"])
+def test_an_interrupted_wait_is_forgotten(waits: str, model: nn.Sequential, outputs: Any) -> None:
+    entered, go = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with lock_of(model).read() if waits == "swap" else lock_of(model).write():
+            entered.set()
+            go.wait(30)
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert entered.wait(30)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.15)
+        with pytest.raises(KeyboardInterrupt):
+            fxpeft.set_adapter(model, "b") if waits == "swap" else model(X)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    if waits == "swap":
+        with ThreadPoolExecutor(1) as pool:  # a swap that waited for ever would keep this forward out
+            assert close(pool.submit(model, X).result(30), outputs["a"])
+    go.set()
+    thread.join(30)
+    assert is_free(model)
+    fxpeft.set_adapter(model, "b")
+    assert close(model(X), outputs["b"])
+
+
+# --- waits end ---
+
+
+def test_a_swap_gives_up_and_says_who_holds_the_model(folders: dict[str, str], outputs: Any) -> None:
+    model = prepared(folders, lock_timeout=0.2)
+    entered, go = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with fxpeft.hold(model):
+            entered.set()
+            go.wait(30)
+
+    thread = threading.Thread(target=work, name="a long generate")
+    thread.start()
+    assert entered.wait(30)
+    with pytest.raises(LockTimeout, match=r"0.2 seconds.*'a long generate'.*lock_timeout"):
+        fxpeft.set_adapter(model, "b")
+    assert fxpeft.active_adapters(model) == ["a"]
+    go.set()
+    thread.join(30)
+    assert is_free(model)
+    fxpeft.set_adapter(model, "b")
+    assert close(model(X), outputs["b"])
+
+
+def test_a_forward_gives_up_too(folders: dict[str, str]) -> None:
+    model = prepared(folders, lock_timeout=0.2)
+    with lock_of(model).write(), ThreadPoolExecutor(1) as pool:
+        with pytest.raises(LockTimeout, match="a forward waits for a swap"):
+            pool.submit(model, X).result(30)
+    assert is_free(model)
+
+
+def test_threads_of_one_piece_of_work_that_wait_for_each_other_end_in_an_error(folders: dict[str, str]) -> None:
+    """Hold, then a pool: allowed as long as nobody swaps; with a swap waiting it would never end."""
+    model = prepared(folders, lock_timeout=0.5)
+    with ThreadPoolExecutor(2) as pool:
+        with fxpeft.hold(model):
+            pool.submit(model, X).result(30)
+            swap = pool.submit(fxpeft.set_adapter, model, "b")
+            while not lock_of(model).claim:
+                time.sleep(0.01)
+            told = [task.exception(30) for task in (pool.submit(model, X), swap)]
+    found = [str(error) for error in told if error is not None]
+    assert found  # whichever of the two came first to its end
+    assert all("Threads must not wait for each other" in text for text in found)
+    assert is_free(model)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+def test_a_timeout_is_a_positive_number(timeout: float) -> None:
+    model = net()
+    with pytest.raises(LockError, match="lock_timeout: expected"):
+        fxpeft.prepare_hotswap(model, 4, targets=["up"], lock_timeout=timeout)
+    assert type(model) is nn.Sequential
+
+
+def test_swaps_and_forwards_without_end_let_each_other_through(model: nn.Sequential) -> None:
+    counts = {"swaps": 0, "forwards": 0}
+
+    def swap() -> None:
+        fxpeft.set_adapter(model, "b")
+        counts["swaps"] += 1
+
+    def forward() -> None:
+        model(X)
+        counts["forwards"] += 1
+
+    with threads(swap, swap, forward, forward):
+        deadline = time.monotonic() + 30
+        while min(counts.values()) < 20 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert min(counts.values()) >= 20
+
+
+# --- one thread, many tasks ---
+
+
+def test_tasks_of_an_event_loop_swap_beside_it(model: nn.Sequential, outputs: Any) -> None:
+    async def reader() -> None:
+        with fxpeft.hold(model):
+            await asyncio.sleep(0.1)
+            assert close(model(X), outputs["a"])
+
+    async def work() -> None:
+        task = asyncio.create_task(reader())
+        await asyncio.sleep(0.01)
+        with pytest.raises(LockError, match=r"await asyncio.to_thread\(fxpeft.hotswap"):
+            fxpeft.set_adapter(model, "b")
+        assert fxpeft.active_adapters(model) == ["a"]
+        await asyncio.wait_for(asyncio.to_thread(fxpeft.set_adapter, model, "b"), 30)
+        assert task.done()
+        await task
+
+    asyncio.run(work())
+    assert close(model(X), outputs["b"])
+    assert is_free(model)
+
+
+# --- what holds the lock ---
+
+
+WAYS: dict[str, Callable[[nn.Sequential], Tensor]] = {
+    "call": lambda model: model(X),
+    "forward": lambda model: model.forward(X),
+    "part": lambda model: model[0](X),
+    "part's forward": lambda model: model[0].forward(X),
+    "slice": lambda model: model[0].down(model[0].up(X)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parts_called_on_their_own_see_one_adapter(way: str, folders: dict[str, str]) -> None:
+    model = prepared(folders)
+    allowed = []
+    for folder in folders.values():
+        bare = net()
+        fxpeft.load_adapter(bare, folder)
+        with torch.no_grad():
+            allowed.append(WAYS[way](bare))
+    wrong: list[bool] = []
+
+    def compute() -> None:
+        with torch.no_grad():
+            if way == "slice":  # several calls: each is whole, and a hold makes them one
+                with fxpeft.hold(model):
+                    found = WAYS[way](model)
+            else:
+                found = WAYS[way](model)
+        wrong.append(not close(found, *allowed))
+
+    with slow_swaps(), threads(compute, compute):
+        for i in range(40):
+            fxpeft.set_adapter(model, NAMES[i % 3])
+    assert len(wrong) > 40
+    assert sum(wrong) == 0
+
+
+def test_the_check_for_mixtures_can_fail(folders: dict[str, str], outputs: Any) -> None:
+    from fxpeft.guard import unguard_forwards
+
+    model = prepared(folders)
+    unguard_forwards(model)
+    wrong: list[bool] = []
+
+    def compute() -> None:
+        with torch.no_grad():
+            wrong.append(not close(model(X), *outputs.values()))
+
+    with slow_swaps(), threads(compute, compute):
+        for i in range(40):
+            fxpeft.set_adapter(model, NAMES[i % 3])
+    assert sum(wrong) > 0
+
+
+def _saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved])
+@pytest.mark.parametrize("part", [False, True])
+def test_copies_under_swaps_hold_one_adapter(way: Any, part: bool, folders: dict[str, str], outputs: Any) -> None:
+    model = prepared(folders)
+    allowed = outputs.values()
+    if part:
+        allowed = []
+        for folder in folders.values():
+            bare = net()
+            fxpeft.load_adapter(bare, folder)
+            allowed.append(bare[0](X).detach())
+    made: list[nn.Module] = []
+
+    def swap() -> None:
+        for name in NAMES:
+            fxpeft.set_adapter(model, name)
+
+    with slow_swaps(), threads(swap):
+        for _ in range(15):
+            made.append(way(model[0] if part else model))
+    for twin in made:
+        with torch.no_grad():
+            assert close(twin(X), *allowed)
+    if not part:
+        twin = made[-1]
+        assert close(twin(X), outputs[fxpeft.active_adapters(twin)[0]])
+        fxpeft.set_adapter(twin, "c")  # its lock is its own
+        assert close(twin(X), outputs["c"])
+        assert lock_of(twin) is not lock_of(model)
+        assert lock_of(twin).timeout == lock_of(model).timeout
+
+
+def test_release_and_prepare_under_load_wait_as_a_swap_does(folders: dict[str, str], outputs: Any) -> None:
+    model = prepared(folders)
+    wrong: list[bool] = []
+
+    def compute() -> None:
+        with torch.no_grad():
+            wrong.append(not close(model(X), outputs["a"]))
+
+    with threads(compute, compute, compute):
+        for _ in range(8):
+            fxpeft.release_hotswap(model)
+            fxpeft.prepare_hotswap(model, 8, targets=["up", "down", "2"], modules_to_save=["3"])
+    assert len(wrong) > 20
+    assert sum(wrong) == 0
+
+
+def test_remove_under_load(folders: dict[str, str], outputs: Any) -> None:
+    model = prepared(folders)
+    base, wrong = fresh(None), []
+
+    def compute() -> None:
+        with torch.no_grad():
+            wrong.append(not close(model(X), outputs["a"], base))
+
+    with threads(compute, compute):
+        fxpeft.remove(model)
+        assert [type(m) for m in model.modules()] == [type(m) for m in net().modules()]
+    assert sum(wrong) == 0
+
+
+def test_a_module_whose_forward_somebody_replaced_is_locked_too(folders: dict[str, str]) -> None:
+    model = net()
+    own = model[0].forward
+    model[0].forward = lambda x: own(x) * 2
+    given = model[0].forward
+    fxpeft.prepare_hotswap(model, 8, targets=["up", "down", "2"], modules_to_save=["3"])
+    seen = []
+    model[0].up.register_forward_hook(lambda *args: seen.append(dict(lock_of(model).readers)))
+    model[0](X)
+    assert seen[0]
+    fxpeft.remove(model)
+    assert model[0].forward is given
+
+
+# --- checkpoints ---
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("swap", [True, False])
+def test_a_swap_between_a_checkpointed_forward_and_its_backward_raises(
+    reentrant: bool, swap: bool, folders: dict[str, str]
+) -> None:
+    model = prepared(folders)
+    x = X.clone().requires_grad_()
+    h = checkpoint(model[0], x, use_reentrant=reentrant)
+    y = checkpoint(lambda h: model[3](model[2](model[1](h))), h, use_reentrant=reentrant)
+    if swap:
+        fxpeft.set_adapter(model, "b")
+        with pytest.raises(RuntimeError):
+            y.sum().backward()
+        assert is_free(model)
+    else:
+        y.sum().backward()
+        other = X.clone().requires_grad_()
+        model(other).sum().backward()
+        torch.testing.assert_close(x.grad, other.grad)
+
+
+def test_the_error_of_a_reentrant_checkpoint_says_what_to_do(model: nn.Sequential) -> None:
+    x = X.clone().requires_grad_()
+    with fxpeft.hold(model):
+        y = checkpoint(model, x, use_reentrant=True)
+    fxpeft.set_adapter(model, "c")
+    with fxpeft.hold(model), pytest.raises(LockError, match=r"reentrant checkpoint.*swap after the backward"):
+        y.sum().backward()
+
+
+# --- forks ---
+
+FORKS = """
+import os, sys, threading, time
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from swapping import *
+folders = write_adapters(Path(sys.argv[2]))
+model = prepared(folders)
+outputs = {name: fresh(folder) for name, folder in folders.items()}
+stop = threading.Event()
+
+def work():
+    while not stop.is_set():
+        with torch.no_grad():
+            model(X)
+
+def swap():
+    while not stop.is_set():
+        for name in NAMES:
+            fxpeft.set_adapter(model, name)
+
+def child():
+    with torch.no_grad():
+        good = close(model(X), *outputs.values())
+        for name in NAMES:
+            fxpeft.set_adapter(model, name)
+            good &= close(model(X), outputs[name])
+    return 0 if good and is_free(model) else 1
+
+threads = [threading.Thread(target=f, daemon=True) for f in (work, work, swap)]
+for thread in threads:
+    thread.start()
+with slow_swaps(0.001):
+    for _ in range(8):
+        time.sleep(0.003)
+        pid = os.fork()
+        if pid == 0:
+            code = 3
+            try:
+                code = child()
+            finally:
+                os._exit(code)
+        deadline = time.monotonic() + 20
+        while True:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                break
+            if time.monotonic() > deadline:
+                os.kill(pid, 9)
+                sys.exit("the child hangs")
+            time.sleep(0.002)
+        if status:
+            sys.exit(f"the child failed: {status}")
+    with fxpeft.hold(model):  # and in a thread that holds the model
+        pid = os.fork()
+        if pid == 0:
+            with torch.no_grad():
+                os._exit(0 if close(model(X), *outputs.values()) else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+stop.set()
+for thread in threads:
+    thread.join(30)
+assert is_free(model)
+print("fine")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_children_of_forks_have_a_free_lock_and_one_adapter(tmp_path: Path) -> None:
+    here = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKS, here, str(tmp_path)], capture_output=True, text=True, timeout=110,
+        check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "fine", done.stderr
