@@ -38,7 +38,7 @@ def loaded(**options: Any) -> LlamaForCausalLM:
 
 def output(model: Any) -> Tensor:
     with torch.no_grad():
-        return model(IDS).logits  # type: ignore[no-any-return]
+        return model(IDS, use_cache=False).logits  # type: ignore[no-any-return]
 
 
 def each(model: nn.Module, call: Callable[[], Tensor]) -> list[Tensor]:
@@ -189,21 +189,3 @@ def test_a_swap_in_its_own_generate_says_how_to_have_it() -> None:
     fxpeft.set_adapter(free, "a")
     found = tokens(free, lambda: fxpeft.set_adapter(free, "b"))
     assert not torch.equal(found, allowed[0])
-
-
-def test_gradient_checkpointing_of_transformers_notices_swaps() -> None:
-    model = loaded()
-    model.train()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    model.enable_input_require_grads()
-
-    def backward(swap: bool) -> None:
-        loss = model(IDS, labels=IDS).loss
-        if swap:
-            fxpeft.set_adapter(model, "b")
-        loss.backward()
-
-    backward(swap=False)
-    with pytest.raises(LockError, match="reentrant checkpoint"):
-        backward(swap=True)
-    assert is_free(model)
