@@ -14,7 +14,7 @@ from typing import Any
 from weakref import WeakSet
 
 from fxpeft.errors import LockError, LockTimeout
-from fxpeft.passes.torch_private import skip_frame
+from fxpeft.passes.torch_private import count_waiting_call, skip_frame
 
 TIMEOUT = 60.0  # seconds that a wait takes at most where nothing else was said
 _SLICE = 0.1  # a wait looks again after so many seconds, should nobody have woken it
@@ -67,6 +67,7 @@ class SwapLock:
             self.readers[key] = me  # stand in the list, then look; a writer claims, then looks: one sees the other
             while self.claim:
                 self.release_read(key)
+                count_waiting_call()
                 self._wait(lambda: not self.claim, deadline, "a forward waits for a swap")
                 self.readers[key] = me
         finally:

@@ -8,7 +8,12 @@ from types import CodeType
 from typing import Any
 
 import torch
-from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    set_code_exec_strategy,
+    set_fullgraph_compiled_frame_count,
+)
 from torch.fx.graph_module import _format_import_block
 from torch.package.importer import sys_importer
 from torch.utils.checkpoint import CheckpointFunction
@@ -29,6 +34,16 @@ def skip_frame(function: Callable[..., Any], *, deep: bool = False) -> None:
     """
     below = _FrameAction.SKIP if deep else _FrameAction.DEFAULT
     set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, below))
+
+
+def count_waiting_call() -> None:
+    """Let a call that waits before its first compiled frame pass for one that has had some.
+
+    With ``fullgraph=True`` Dynamo counts a call's compiled frames, in one number for all threads that each call sets
+    to zero first: while one waits, others that end find none and raise.
+    """
+    if set_fullgraph_compiled_frame_count(1) < 0:
+        set_fullgraph_compiled_frame_count(-1)  # nobody counts
 
 
 def in_backward() -> bool:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
-from fxpeft.passes.torch_private import checkpoint_above, in_backward, skip_frame
+from fxpeft.passes.torch_private import checkpoint_above, count_waiting_call, in_backward, skip_frame
 
 
 def test_a_skipped_frame_runs_and_dynamo_begins_with_what_it_calls() -> None:
@@ -31,6 +36,44 @@ def test_a_skipped_frame_runs_and_dynamo_begins_with_what_it_calls() -> None:
         assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 2.0))
     assert ran == [False, False]
     assert counter.frame_count == 1
+
+
+def test_a_call_that_waits_lets_others_of_full_graphs_end() -> None:
+    waits, ends, found = threading.Event(), threading.Event(), []
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    def run(graph: GraphModule, inputs: Any) -> Any:
+        def slow(*args: Any) -> Any:
+            waits.wait(30)  # until the other call has begun to wait before its first frame
+            return graph(*args)
+
+        return slow
+
+    def hook(*args: Any) -> None:
+        if threading.current_thread().name == "waits":
+            count_waiting_call()
+            waits.set()
+            ends.wait(30)
+
+    skip_frame(hook, deep=True)
+    model = Model()
+    model.register_forward_pre_hook(hook)
+    compiled = torch.compile(model, backend=run, fullgraph=True)
+    thread = threading.Thread(target=lambda: found.append(compiled(torch.ones(2))), name="waits")
+    waits.set()
+    compiled(torch.ones(2))
+    waits.clear()
+    first = threading.Thread(target=lambda: found.append(compiled(torch.ones(2))), name="first")
+    first.start()
+    time.sleep(0.05)
+    thread.start()
+    first.join(30)
+    ends.set()
+    thread.join(30)
+    assert len(found) == 2
 
 
 def test_a_backward_knows_that_it_is_one() -> None:
