@@ -20,6 +20,7 @@ from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from tiny import conv_net, randomise, tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from vision_language import MODELS as VISION_LANGUAGE
 
 PREFIX = "base_model.model."
@@ -62,14 +63,24 @@ def trained(base: Callable[[], Any], config: Any) -> Any:
 
 
 def by_peft(
-    config: Any, base: Callable[[], Any] = tiny_llama, run: Callable[[Any], Tensor] | None = None, **options: Any
+    config: Any,
+    base: Callable[[], Any] = tiny_llama,
+    run: Callable[[Any], Tensor] | None = None,
+    *,
+    of: Callable[[], Any] | None = None,
+    saved: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Row:
-    """What PEFT writes today."""
+    """What PEFT writes today.
+
+    Args:
+        of: the base that it was trained on, where that is another one. saved: how it is saved.
+    """
     shown = run or Row.run
 
     def write(folder: Path) -> Tensor:
-        model = trained(base, config)
-        model.save_pretrained(str(folder))
+        model = trained(of or base, config)
+        model.save_pretrained(str(folder), **(saved or {}))
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             return shown(peft.PeftModel.from_pretrained(base(), str(folder)).eval())
@@ -145,6 +156,19 @@ def _releases() -> dict[str, Row]:
         source = by_peft(PATTERNS) if "rank_pattern" in fields else PLAIN
         rows[release] = changed(source, config=_of_release(fields))
     return {f"PEFT {release}": row for release, row in rows.items()} | {"PEFT 0.21": by_peft(PATTERNS)}
+
+
+def _with(**fields: Any) -> Row:
+    return changed(by_peft(PATTERNS), config=lambda config: {**config, **fields})
+
+
+ODD: dict[str, Row] = {
+    "a null where a field has a default": _with(
+        loftq_config=None, megatron_core=None, use_dora=None, lora_dropout=None, fan_in_fan_out=None
+    ),
+    "integers written as floats (`8.0`)": _with(r=3.0, lora_alpha=7.0),
+    "fields of a later PEFT": _with(peft_version="0.30.0", some_new_method=True),
+}
 
 
 # --- what the keys of the tensors look like ---
@@ -225,6 +249,39 @@ ADAPTERS: dict[str, Row] = {
 }  # fmt: skip
 
 
+# --- what lies in the folder ---
+
+
+def resized() -> Any:
+    """Seven more tokens, new ones."""
+    model = tiny_llama()
+    model.resize_token_embeddings(47, mean_resizing=False)
+    return model
+
+
+def trained_tokens() -> Any:
+    """The same with rows that were trained."""
+    model = resized()
+    with torch.no_grad():
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            randomise([table.weight[40:]], seed=8)
+    return model
+
+
+def _with_new_tokens(model: Any) -> Tensor:
+    ids = token_ids()
+    ids[:, -2:] = torch.tensor([44, 46])
+    found: Tensor = model(ids).logits
+    return found
+
+
+FILES: dict[str, Row] = {
+    "`adapter_model.safetensors`": PLAIN,
+    "`adapter_model.bin`": by_peft(PATTERNS, saved={"safe_serialization": False}),
+    "with the embeddings of a resized vocabulary": by_peft(LORA, resized, _with_new_tokens, of=trained_tokens),
+}
+
+
 # --- the base's names when the adapter was trained ---
 
 
@@ -271,6 +328,18 @@ BASES: dict[str, Row] = {
 }
 
 
+def _compiled_blocks(model: Any) -> Any:
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = torch.compile(layer, backend="eager")
+    return model
+
+
+def _checkpointed_blocks(model: Any) -> Any:
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = checkpoint_wrapper(layer)
+    return model
+
+
 def _ddp(model: Any) -> Any:
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -282,6 +351,8 @@ WRAPPERS: dict[str, Row] = {
     "`torch.compile(model)`": by_peft(
         PATTERNS, wrap=lambda model: torch.compile(model, backend="eager"), skips="T", why=WRAPPED
     ),
+    "blocks compiled one by one": by_peft(PATTERNS, wrap=_compiled_blocks),
+    "blocks in torch's activation checkpoints": by_peft(PATTERNS, wrap=_checkpointed_blocks),
     "`DistributedDataParallel`": by_peft(PATTERNS, wrap=_ddp, skips="T", why=WRAPPED),
     "`DataParallel`": by_peft(PATTERNS, wrap=nn.DataParallel, skips="T", why=WRAPPED),
     "`AveragedModel`": by_peft(PATTERNS, wrap=torch.optim.swa_utils.AveragedModel, skips="T", why=WRAPPED),
@@ -289,6 +360,8 @@ WRAPPERS: dict[str, Row] = {
 
 ROWS: dict[str, dict[str, Row]] = {
     "`adapter_config.json` of": _releases(),
+    "`adapter_config.json` with": ODD,
+    "in the folder": FILES,
     "keys": KEYS,
     "an adapter's parts": ADAPTERS,
     "the base's older names": MODELS,
