@@ -25,7 +25,7 @@ if _TYPE_CHECKING:
     from fxpeft.backend import compile
     from fxpeft.blend import add_weighted_adapter
     from fxpeft.conversion import convert
-    from fxpeft.errors import AdapterError, CheckpointError
+    from fxpeft.errors import AdapterError, CheckpointError, LockError, LockTimeout
     from fxpeft.eva import initialize_eva
     from fxpeft.folding import fold, folded_adapters, merge_and_unload, refold, unfold
     from fxpeft.inferred import infer_config
@@ -56,6 +56,8 @@ __all__ = [
     "CheckpointError",
     "EvaConfig",
     "IA3Config",
+    "LockError",
+    "LockTimeout",
     "LoftQConfig",
     "LoraConfig",
     "Package",
@@ -110,7 +112,7 @@ __all__ = [
     "uninstall",
 ]
 _MODULES = {
-    **dict.fromkeys(("AdapterError", "CheckpointError"), "fxpeft.errors"),
+    **dict.fromkeys(("AdapterError", "CheckpointError", "LockError", "LockTimeout"), "fxpeft.errors"),
     **dict.fromkeys(("hold", "hotswap", "prepare_hotswap", "release_hotswap"), "fxpeft.serving"),
     **dict.fromkeys(("fold", "folded_adapters", "merge_and_unload", "refold", "unfold"), "fxpeft.folding"),
     **dict.fromkeys(("install", "uninstall"), "fxpeft.integrations.transformers"),
