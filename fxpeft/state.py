@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft.adapter_name import check_adapter_name
+from fxpeft.calls import unwatch_calls, watch_calls
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError, listing
 from fxpeft.fast_path import fused_above, is_fused, switch_off
@@ -208,12 +209,14 @@ def ensure_state(model: nn.Module) -> ModelState:
             state.base_grads[name] = parameter.requires_grad
             parameter.requires_grad_(False)
         vars(model)[STATE] = state
+        watch_calls(model)
     return vars(model)[STATE]  # type: ignore[no-any-return]
 
 
 def drop_state(model: nn.Module) -> None:
     """Forget the state and give the base's parameters their ``requires_grad`` back."""
     state: ModelState = vars(model).pop(STATE)
+    unwatch_calls(model)
     for name, parameter in _base_parameters(model):
         parameter.requires_grad_(state.base_grads.get(name, parameter.requires_grad))
 
