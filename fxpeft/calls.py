@@ -1,4 +1,4 @@
-"""What a call of an adapted model may not ask for: adapters per row, which a forward with ``**kwargs`` would swallow."""
+"""What a call may not ask of an adapted model: adapters per row, which a forward's ``**kwargs`` would swallow."""
 
 from __future__ import annotations
 

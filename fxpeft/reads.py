@@ -8,6 +8,7 @@ one whose code names none of the module's parameters is not parsed at all.
 from __future__ import annotations
 
 import ast
+import dis
 import inspect
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,7 @@ _ASKS = frozenset(  # what is asked of a tensor that computes nothing with its v
 _QUESTIONS = frozenset(("isinstance", "hasattr", "type", "id", "getattr"))
 _EVERYTHING = frozenset(("_modules", "children", "named_children", "modules", "named_modules", "get_submodule"))
 _names: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
-_chains: WeakKeyDictionary[type, frozenset[Chain] | None] = WeakKeyDictionary()
+_chains: WeakKeyDictionary[type, frozenset[Chain]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,11 @@ def read_past(name: str, modules: Mapping[str, nn.Module]) -> Past | None:
         return None
     reader, called = "", False
     for outer, module in around:
-        chains = None if given_forward(module) is not None else _read(base_class(module))
         path = name[len(outer) :].lstrip(".").split(".")
-        if chains is None:  # unknown code may call anything
+        if given_forward(module) is not None:  # somebody's own, which may call anything
             called = True
             continue
-        for chain in chains:
+        for chain in _read(base_class(module)):
             if chain[0] in _EVERYTHING and len(path) == 1:
                 called = True
             if any(part not in (own, "*") for part, own in zip(chain, path, strict=False)):
@@ -113,15 +113,35 @@ def _named(cls: type) -> frozenset[str]:
     return _names[cls]
 
 
-def _read(cls: type) -> frozenset[Chain] | None:
-    """Every attribute chain that a class's forward takes from ``self``; ``None`` where its source can't be had."""
+def _read(cls: type) -> frozenset[Chain]:
+    """Every attribute chain that a class's forward, and what it calls of itself, takes from ``self``."""
     if cls not in _chains:
-        try:
-            sources = [textwrap.dedent(inspect.getsource(function)) for function in _reachable(cls)]
-            _chains[cls] = frozenset(chain for source in sources for chain in _Reads(ast.parse(source)).chains)
-        except (OSError, TypeError, SyntaxError):
-            _chains[cls] = None
+        _chains[cls] = frozenset(chain for function in _reachable(cls) for chain in _taken_by(function))
     return _chains[cls]
+
+
+def _taken_by(function: FunctionType) -> set[Chain]:
+    try:
+        return _Reads(ast.parse(textwrap.dedent(inspect.getsource(function)))).chains
+    except (OSError, TypeError, SyntaxError):  # typed in, or made by a program
+        return set(_in_bytecode(function.__code__, function.__code__.co_varnames[:1]))
+
+
+def _in_bytecode(code: CodeType, first: tuple[str, ...]) -> Iterator[Chain]:
+    """The chains that stand there in one piece; a name or a loop for a module counts as handing it on."""
+    chain: Chain | None = None
+    for step in dis.get_instructions(code):
+        if chain is not None and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            chain = (*chain, str(step.argval))
+            continue
+        if chain:
+            yield chain
+        loaded: Any = step.argval if step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) else None
+        last = loaded[-1:] if isinstance(loaded, tuple) else (loaded,)  # some load two names at once
+        chain = () if last == first else None
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _in_bytecode(constant, first)
 
 
 def _reachable(cls: type) -> list[FunctionType]:

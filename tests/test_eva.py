@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 import fxpeft
 from fxpeft import AdapterError, LoraConfig, eva
+from fxpeft.calls import check_call
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -167,7 +168,8 @@ def test_the_model_is_left_as_it_was(enabled: bool, capsys: pytest.CaptureFixtur
     assert [m.training for m in model.model.layers] == [True, False]
     assert model.training
     assert len(modes) > 10
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    assert hooks == [check_call]  # the model's own, none of EVA's
     assert all(torch.equal(model.state_dict()[k], v) for k, v in base.items())
     assert fxpeft.active_adapters(model) == ["other", "default"]
     model.eval()

@@ -182,6 +182,21 @@ def test_a_forward_that_is_not_the_classes_own_is_not_judged_by_it() -> None:
     fxpeft.add_adapter(model, LoraConfig(target_modules=["proj"]))
 
 
+def test_code_without_a_source_is_read_too() -> None:
+    made: dict[str, Any] = {"Owner": Owner, "F": F}
+    lines = {
+        "Reads": "F.linear(self.used(x), self.proj.weight)",
+        "Inside": "[F.linear(y, self.proj.weight) for y in [self.used(x)]][0]",
+        "Calls": "self.proj(self.used(x)) + self.proj.weight.sum() * 0",
+        "Hands": "(lambda proj: proj(self.used(x)) + self.proj.bias)(self.proj)",
+    }
+    for name, line in lines.items():
+        exec(f"class {name}(Owner):\n    def forward(self, x):\n        return {line}\n", made)
+        modules = dict(made[name]().named_modules())
+        assert bool(idle("proj", modules)) == (name in ("Reads", "Inside"))
+        assert idle("used", modules) is None
+
+
 def mamba() -> tf.MambaForCausalLM:
     torch.manual_seed(0)
     config = tf.MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=40, state_size=4, time_step_rank=3)
