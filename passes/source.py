@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import keyword
 import re
-from typing import Any
 
 from torch.fx import Graph, GraphModule
 
 from fxpeft.passes.base import PassError
-from fxpeft.passes.torch_private import import_block
+from fxpeft.passes.torch_private import argument_names, import_block
 
 _PLAIN = re.compile(r"[\w-]+")
 
@@ -63,8 +62,7 @@ def check_names(graph: Graph) -> None:
             check_argument(target)
         for key in node.kwargs if node.op.startswith("call_") else ():
             check_argument(key)
-    arguments: Any = getattr(getattr(graph._codegen, "pytree_info", None), "orig_args", ())
-    for name in arguments:
+    for name in argument_names(graph):
         check_argument(name)
 
 

@@ -14,6 +14,7 @@ from torch._C._dynamo.eval_frame import (
     set_code_exec_strategy,
     set_fullgraph_compiled_frame_count,
 )
+from torch.fx import Graph
 from torch.fx.graph_module import _format_import_block
 from torch.package.importer import sys_importer
 from torch.utils.checkpoint import CheckpointFunction
@@ -59,3 +60,9 @@ def checkpoint_above(stop: CodeType) -> tuple[Any, bool] | None:
             return frame.f_locals["ctx"], _CHECKPOINT[frame.f_code]
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def argument_names(graph: Graph) -> list[str]:
+    """The names that a graph of nested arguments, as ``ExportedProgram.module()`` has one, gives its forward's."""
+    nested = getattr(graph._codegen, "pytree_info", None)
+    return [] if nested is None else list(nested.orig_args)

@@ -99,6 +99,16 @@ class Keyed(nn.Module):
         return next(iter(self.held._modules.values()))(x)
 
 
+def test_names_of_nested_arguments_are_checked() -> None:
+    program = torch.export.export(nn.Sequential(nn.Linear(5, 7)), (torch.ones(2, 5),)).module()
+    info = program.graph._codegen.pytree_info
+    program.graph._codegen.pytree_info = info._replace(orig_args=[*info.orig_args[:-1], "x=chr(98)"])
+    with pytest.raises(PassError, match="expected an identifier"):
+        check_names(program.graph)
+    with pytest.raises(AdapterError, match="can't be rewritten"):
+        fxpeft.rewrite(program, CONFIG)
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_live_model_may_have_any_names(name: str, telling: list[int]) -> None:
     model, x = Keyed(name), torch.randn(2, 5)

@@ -12,7 +12,14 @@ from torch._dynamo.testing import CompileCounter
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
-from fxpeft.passes.torch_private import checkpoint_above, count_waiting_call, in_backward, skip_frame
+from fxpeft.passes.torch_private import (
+    argument_names,
+    checkpoint_above,
+    count_waiting_call,
+    import_block,
+    in_backward,
+    skip_frame,
+)
 
 
 def test_a_skipped_frame_runs_and_dynamo_begins_with_what_it_calls() -> None:
@@ -101,3 +108,20 @@ def test_a_reentrant_checkpoint_shows_its_context_in_forward_and_backward() -> N
     assert (forward, backward) == (False, True)
     part(x)
     assert found[2] is None
+
+
+def test_argument_names_of_nested_arguments() -> None:
+    class Two(nn.Module):
+        def forward(self, first: Tensor, second: dict[str, Tensor]) -> Tensor:
+            """A sum."""
+            return first + second["x"]
+
+    program = torch.export.export(Two(), (torch.ones(2), {"x": torch.ones(2)}))
+    assert argument_names(program.module().graph)[-2:] == ["first", "second"]
+    assert argument_names(torch.fx.symbolic_trace(nn.ReLU()).graph) == []
+
+
+def test_import_block() -> None:
+    namespace: dict[str, object] = {}
+    exec(import_block({"torch": torch, "Linear": nn.Linear}), namespace)
+    assert namespace["Linear"] is nn.Linear
