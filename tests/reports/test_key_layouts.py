@@ -240,6 +240,18 @@ def test_tensors_in_memory(given: bool, tmp_path: Path) -> None:
     assert torch.allclose(logits(slots, family), expected, atol=1e-4)
 
 
+def test_a_model_whose_blocks_are_compiled(tmp_path: Path) -> None:
+    family = MODELS["llava"]
+    expected = write(tmp_path, family)
+    renamed(tmp_path, family.old)
+    model = family.build()
+    layers = model.model.language_model.layers
+    for index, layer in enumerate(layers):
+        layers[index] = torch.compile(layer, backend="eager")
+    fxpeft.load_adapter(model, tmp_path)
+    assert torch.allclose(logits(model, family), expected, atol=1e-5)
+
+
 def test_swapped_by_transformers(tmp_path: Path, installed: None) -> None:
     family = MODELS["qwen2 vl"]
     expected = {seed: write(tmp_path / str(seed), family, seed=seed) for seed in (4, 5)}
