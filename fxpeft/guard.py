@@ -22,7 +22,34 @@ from fxpeft.wrappers import named_modules, submodule
 _CALL = nn.Module._call_impl.__code__
 
 
-def guard_forwards(model: nn.Module, lock: SwapLock, hosts: Collection[str]) -> None:
+class ModelLock(SwapLock):
+    """The lock of a model, which knows what a copy of it has to copy."""
+
+    def snapshot(self, module: nn.Module) -> nn.Module | None:
+        """A copy of a locked module as of one moment, to be pickled in its place; ``None`` where nobody swaps.
+
+        It shares what no swap writes, the base's and adapters' tensors.
+        """
+        if self.sealed:
+            return None
+        with self.read():
+            memo: dict[int, Any] = {}
+            slots = {id(t) for part in module.modules() for t in _slot_tensors(part)}
+            for part in module.modules():
+                for value in (*part._parameters.values(), *part._buffers.values(), vars(part).get("_hf_hook")):
+                    if value is not None and id(value) not in slots:
+                        memo[id(value)] = value
+            state = find_state(module)
+            for adapter in () if state is None else state.adapters.values():
+                values = adapter.values
+                held = [values.sites, values.saved, values.tensors, {**adapter.lowered}, adapter.prompt]
+                memo.update({id(t): t for t in pytree.tree_leaves(held) if isinstance(t, Tensor)})
+            twin: nn.Module = copy.deepcopy(module, memo)
+            vars(twin)[LOCK].sealed = True
+            return twin
+
+
+def guard_forwards(model: nn.Module, lock: ModelLock, hosts: Collection[str]) -> None:
     """Lock the modules that have slots and all modules around them: each may be called on its own.
 
     Args:
@@ -71,25 +98,6 @@ def _inside(parts: Collection[int], besides: Collection[int]) -> bool:
                 return True
             frame = frame.f_back
     return False
-
-
-def snapshot(lock: SwapLock, module: nn.Module) -> nn.Module:
-    """A copy of a locked module as of one moment; it shares what no swap writes, the base's and adapters' tensors."""
-    with lock.read():
-        memo: dict[int, Any] = {}
-        slots = {id(t) for part in module.modules() for t in _slot_tensors(part)}
-        for part in module.modules():
-            for value in (*part._parameters.values(), *part._buffers.values(), vars(part).get("_hf_hook")):
-                if value is not None and id(value) not in slots:
-                    memo[id(value)] = value
-        state = find_state(module)
-        for adapter in () if state is None else state.adapters.values():
-            values = adapter.values
-            held = [values.sites, values.saved, values.tensors, {**adapter.lowered}, adapter.prompt]
-            memo.update({id(t): t for t in pytree.tree_leaves(held) if isinstance(t, Tensor)})
-        twin: nn.Module = copy.deepcopy(module, memo)
-        vars(twin)[LOCK].sealed = True
-        return twin
 
 
 def _slot_tensors(module: nn.Module) -> list[Tensor]:

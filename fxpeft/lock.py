@@ -134,12 +134,6 @@ class SwapLock:
             "compute the forward again with another adapter: swap after the backward"
         )
 
-    def snapshot(self, module: Any) -> Any:
-        """What to pickle in the place of a module; ``None``: itself, since nobody swaps there."""
-        from fxpeft.guard import snapshot
-
-        return None if self.sealed else snapshot(self, module)
-
     def read(self) -> Held:
         """A forward, or several that have to see the same adapter."""
         return Held(self, writing=False)
@@ -197,7 +191,7 @@ class SwapLock:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SwapLock, (self.timeout, self.hold_generate)
+        return type(self), (self.timeout, self.hold_generate)
 
 
 class Held:

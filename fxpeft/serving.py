@@ -19,9 +19,9 @@ from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
 from fxpeft.experts import converted
 from fxpeft.fast_path import fused_above, switch_off
-from fxpeft.guard import drain, guard_forwards, unguard_forwards
+from fxpeft.guard import ModelLock, drain, guard_forwards, unguard_forwards
 from fxpeft.layouts import in_layout_of
-from fxpeft.lock import TIMEOUT, SwapLock
+from fxpeft.lock import TIMEOUT
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.base import PassError
@@ -113,7 +113,7 @@ def prepare_hotswap(
     serving = Serving(
         max_rank, ActiveRank(max_rank) if rank == "dynamic" else None, tuple(methods),
         *_declare(model, adapters, targets, exclude, modules_to_save, bias, methods, target_parameters),
-        lock=SwapLock(lock_timeout, hold_generate),
+        lock=ModelLock(lock_timeout, hold_generate),
     )  # fmt: skip
     prompts = prompts_serving.declare(model, methods, num_virtual_tokens, adapters)
     if prompts is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fxpeft import prompts_serving
 from fxpeft.errors import AdapterError, listing
-from fxpeft.lock import SwapLock
+from fxpeft.guard import ModelLock
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.base import Base, SlotValues
 from fxpeft.passes.base import PassError, attribute, join
@@ -59,7 +59,7 @@ class Serving:
     plans: Recent[str, AdapterPlan] = field(default_factory=lambda: Recent(limit=64))
     places: list[int] = field(default_factory=list)
     torn: bool = False
-    lock: SwapLock = field(default_factory=SwapLock)
+    lock: ModelLock = field(default_factory=ModelLock)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({"places": [], "torn": False, **state})
