@@ -15,6 +15,7 @@ from fxpeft import checkpoint, serving
 from fxpeft.adapter_name import check_adapter_name
 from fxpeft.change import changes, changing, ordinary
 from fxpeft.config import AdapterConfig
+from fxpeft.embeddings import SaveEmbeddings, embedding_tensors
 from fxpeft.errors import AdapterError, listing
 from fxpeft.experts import converted
 from fxpeft.guard import unguard_forwards
@@ -135,7 +136,8 @@ def load_adapter(
 
 
 def save_adapter(
-    model: nn.Module, path: str | Path, name: str | None = None, *, plain: bool | None = None
+    model: nn.Module, path: str | Path, name: str | None = None, *, plain: bool | None = None,
+    save_embedding_layers: SaveEmbeddings = "auto",
 ) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's format, atomically.
 
@@ -148,6 +150,8 @@ def save_adapter(
             that started with PiSSA or OLoRA has twice the rank then; ``False`` keeps its rank, and
             loading it decomposes the base's weights again. Default: only where loading could not
             find the start again, as with ``pissa_niter_N``.
+        save_embedding_layers: write the base's input and output embeddings too, as PEFT does; ``"auto"``: those that
+            are targets, and both where the vocabulary was resized.
 
     Raises:
         AdapterError: no such adapter, or it is no plain LoRA of the base.
@@ -156,7 +160,8 @@ def save_adapter(
     adapter = state.get(name if name is not None else only_active(state))
     if plain or (plain is None and has_to_be_plain(unwrap(model), adapter)):
         adapter = as_plain(adapter)
-    checkpoint.write(path, unwrap(model), adapter)
+    embeddings = embedding_tensors(unwrap(model), adapter, save_embedding_layers)
+    checkpoint.write(path, unwrap(model), adapter, checkpoint.to_tensors(adapter) | embeddings)
     write_card(path, unwrap(model), adapter.config)
 
 

@@ -25,8 +25,8 @@ from fxpeft.keys import below_module, file_keys
 from fxpeft.methods import config_class, method_of
 from fxpeft.methods.base import Base, Method
 from fxpeft.outside import dense, read_json, why_unfit
-from fxpeft.passes.base import PassError, attribute
-from fxpeft.sites import AdapterPlan, base_state, base_values
+from fxpeft.passes.base import PassError, attribute, join
+from fxpeft.sites import AdapterPlan, base_modules, base_state, base_values
 from fxpeft.state import Adapter, Values, find_state
 from fxpeft.wrappers import submodule
 
@@ -472,6 +472,7 @@ def _base_weights(
 
     Equal to the model's they need nothing; otherwise the adapter brings its own, as PEFT's would.
     """
+    brought: list[str] = []
     for key in list(left):
         path = key.replace(".base_layer.", ".")
         if path.rpartition(".")[2] not in ("weight", "bias"):
@@ -490,8 +491,25 @@ def _base_weights(
             wrong.append(f"{key}: expected {list(own.shape)}, found {list(tensor.shape)}{cure}")
         elif (why := why_unfit(tensor, own.dtype)) is not None:
             wrong.append(f"{key}: {why}")
-        elif not own.is_meta and not torch.equal(own.detach().cpu(), tensor.to(own.dtype)):
+        elif not own.is_meta and not _same(own.detach().cpu(), tensor):
             values.tensors[path] = tensor
+            brought.append(path)
+    for path in brought:  # one parameter under several names, of which PEFT writes into all at once
+        for other in _tied(model, path):
+            if other not in plan.tensors and not any(other.startswith(f"{saved}.") for saved in plan.saved):
+                values.tensors.setdefault(other, values.tensors[path])
+
+
+def _same(own: Tensor, tensor: Tensor) -> bool:
+    """Whether one of two is the other, perhaps rounded to a narrower dtype."""
+    return torch.equal(own, tensor.to(own.dtype)) or torch.equal(own.to(tensor.dtype), tensor)
+
+
+def _tied(model: nn.Module, path: str) -> list[str]:
+    """The other names of a base's parameter."""
+    own = attribute(model, path)
+    places = ((join(site, leaf), p) for site, module in base_modules(model) for leaf, p in module._parameters.items())
+    return [name for name, parameter in places if parameter is own and name != path]
 
 
 def _cure(model: nn.Module, own: torch.Size | tuple[int, ...], tensor: Tensor) -> str:

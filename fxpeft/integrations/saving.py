@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import create_and_tag_model_card, hf_api
 
 from fxpeft import checkpoint
+from fxpeft.embeddings import embedding_tensors
 from fxpeft.files import replace_files
 from fxpeft.integrations.model_methods import held_adapter, only_active, without_prefix
 from fxpeft.integrations.model_state import LOADED, adapters_of, logger
@@ -91,6 +92,9 @@ def _save(
         )
     adapter = held_adapter(model, only_active(model), state_dict)
     tensors = checkpoint.to_tensors(adapter) if save_peft_format else without_prefix(adapter)
+    prefix = method_of(adapter.config).prefix
+    for key, tensor in embedding_tensors(model, adapter).items():
+        tensors[key if save_peft_format else key.removeprefix(prefix)] = tensor
     encoder = encoder_of(adapter)
     if not model.should_save_on_this_rank(is_main_process):
         return
