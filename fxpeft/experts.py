@@ -30,7 +30,8 @@ from transformers.core_model_loading import (
 from fxpeft.config import AdapterConfig, matching
 from fxpeft.errors import AdapterError, CheckpointError, listing
 from fxpeft.methods.lora import LoraConfig
-from fxpeft.passes.names import matches, pattern_value
+from fxpeft.passes.names import Selection, pattern_value
+from fxpeft.passes.regex import compiled
 from fxpeft.passes.terms import Pattern
 from fxpeft.sites import base_modules
 from fxpeft.targets import has_pattern, resolve_parameters, spelled
@@ -158,7 +159,8 @@ def converted(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
 
 def _names(targets: str | Iterable[str], stack: Stack, branch: str) -> bool:
     if isinstance(targets, str):
-        return any(matches(targets, f"{stack.container}.{inner}{branch}") for inner in ("0.", ""))
+        named = compiled(targets, "target_modules").fullmatch
+        return any(named(f"{stack.container}.{inner}{branch}") for inner in ("0.", ""))
     return any(target.rpartition(".")[2] == branch for target in targets)
 
 
@@ -263,7 +265,7 @@ def with_stacks(
     old, hosts, sites = list(old), list(hosts), set(fused)
     parameters = [f"{n}.{leaf}" for n, m in base_modules(model) for leaf, p in m._parameters.items() if p is not None]
     leaves = sorted({site.rpartition(".")[2] for site in sites})
-    names = leaves if {p for p in parameters if matches(leaves, p)} == sites else sorted(sites)
+    names = leaves if set(filter(Selection(leaves), parameters)) == sites else sorted(sites)
     gone = [
         key for field in config.patterns for key in getattr(config, field)
         if any(_hit(key, name) for name in old) and not any(_hit(key, name) for name in (*hosts, *sites))
@@ -282,8 +284,8 @@ def with_stacks(
                 found[field].update({f"^{re.escape(site)}": value for site, value in wanted.items()})
     targets = config.target_modules
     if not isinstance(targets, str | Pattern) and targets is not None:
-        targets = [t for t in targets if any(matches([t], host) for host in hosts)]
-    elif isinstance(targets, str) and targets.lower() != "all-linear" and not any(matches(targets, h) for h in hosts):
+        targets = [t for t in targets if any(map(Selection([t]), hosts))]
+    elif isinstance(targets, str) and targets.lower() != "all-linear" and not any(map(Selection(targets), hosts)):
         targets = []
     dropout = config.lora_dropout
     if dropout and not config.inference_mode:

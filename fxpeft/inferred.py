@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from fxpeft.config import AdapterConfig
+from fxpeft.config import AdapterConfig, matching
 from fxpeft.errors import AdapterError, listing
 from fxpeft.keys import PART, check_adapters_own, file_keys
 from fxpeft.methods import method_of
@@ -19,7 +19,7 @@ from fxpeft.methods.base import Method
 from fxpeft.methods.ia3 import IA3Config
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.outside import dense
-from fxpeft.passes.names import NameSelector, matches
+from fxpeft.passes.names import NameSelector, Selection
 from fxpeft.sites import base_modules
 from fxpeft.targets import spelled
 from fxpeft.wrappers import unwrap
@@ -65,6 +65,7 @@ def peft_keys(state_dict: Mapping[str, Tensor], *, shapes_only: bool = False) ->
     return {key if key == "prompt_embeddings" else f"{Method.prefix}{_bare(key)}": t for key, t in found.items()}
 
 
+@matching()
 def with_sites(config: AdapterConfig, tensors: Mapping[str, Tensor], model: nn.Module) -> AdapterConfig:
     """A config with the sites and ranks of an adapter's tensors in place of its own; PEFT's rule.
 
@@ -92,7 +93,8 @@ def with_sites(config: AdapterConfig, tensors: Mapping[str, Tensor], model: nn.M
         rank, others = _ranks(parts)
         changes |= {"r": rank, "rank_pattern": others}
     if isinstance(config, IA3Config) and config.feedforward_modules is not None:
-        inner = [site for site in parts if matches(config.feedforward_modules, site)]
+        named = Selection(config.feedforward_modules, "feedforward_modules")
+        inner = [site for site in parts if named(site)]
         changes |= {"target_modules": sorted(parts), "feedforward_modules": inner}
     settable = {f.name for f in fields(config) if f.init}
     return replace(config, **{name: value for name, value in changes.items() if name in settable})

@@ -17,7 +17,7 @@ from fxpeft import checkpoint
 from fxpeft.adapter_name import check_adapter_name
 from fxpeft.adapters import fresh_values, placed
 from fxpeft.change import ordinary
-from fxpeft.config import AdapterConfig
+from fxpeft.config import AdapterConfig, matching
 from fxpeft.errors import AdapterError, listing
 from fxpeft.exported import KEYWORDS, close_program, eject_program, lower_to_aten, open_program, tensors_of
 from fxpeft.methods import method_of, slot_needs
@@ -30,7 +30,7 @@ from fxpeft.passes.inject import InjectPass, Origin, Rewrite
 from fxpeft.passes.kinds import Conv, Kind
 from fxpeft.passes.lift import drop_unused, hand_in, lift_bodies
 from fxpeft.passes.match import SITE, read_path
-from fxpeft.passes.names import matches
+from fxpeft.passes.names import Selection
 from fxpeft.passes.patterns import from_peft
 from fxpeft.passes.pipeline import Pipeline
 from fxpeft.passes.redirect import RedirectPass
@@ -198,6 +198,7 @@ def _open(program: ExportedProgram | GraphModule) -> tuple[GraphModule, Any]:
 
 
 @ordinary()
+@matching()
 def eject(program: P, targets: str | Collection[str] | None = None) -> P:
     """The inverse of :func:`rewrite`: the graph is exactly what it was, node for node.
 
@@ -208,7 +209,8 @@ def eject(program: P, targets: str | Collection[str] | None = None) -> P:
         AdapterError: there is nothing to take out.
     """
     graph_module, _ = _open(program)
-    ejecting = EjectPass(lambda site: targets is None or matches(targets, site))
+    named = None if targets is None else Selection(targets, "targets")
+    ejecting = EjectPass(lambda site: named is None or named(site))
     ejected: list[str] = []
     for _, each in walk(graph_module):
         pipeline = Pipeline([ejecting])

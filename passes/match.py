@@ -16,6 +16,7 @@ from fxpeft.passes.base import GraphPass, Report, RewriteResult, Skip, attribute
 from fxpeft.passes.kinds import Conv, Embedding, Kind, Linear
 from fxpeft.passes.names import NameSelector
 from fxpeft.passes.patterns import layers_of
+from fxpeft.passes.regex import limited
 from fxpeft.passes.terms import Pattern, Subject
 
 TARGET = "fxpeft.target"  # node.meta key of the annotation
@@ -252,6 +253,7 @@ class MatchPass(GraphPass):
     def __init__(self, select: NameSelector | Pattern | Callable[[str], bool]) -> None:
         self.select = select
 
+    @limited()
     def call(self, graph_module: GraphModule) -> RewriteResult:
         matched, skipped, modified = [], [], False
         found: list[tuple[Node, Target]] = []
