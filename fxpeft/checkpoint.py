@@ -440,7 +440,7 @@ def _restore(model: nn.Module, plan: AdapterPlan, values: Values, source: str) -
         base = Base(submodule(model, site), values.own(site))
         shapes = {n: s for n, s in method.shapes(config, site_plan).items() if n in method.frozen(config)}
         device = attribute(base.module, "weight").device if shapes else None
-        values.sites[site] |= {n: torch.empty(shape, device=device) for n, shape in shapes.items()}
+        values.sites[site] |= {n: torch.empty(shape, device=device, dtype=torch.float32) for n, shape in shapes.items()}
         try:
             method.restore(config, site_plan, values.sites[site], base)
         except PassError as error:

@@ -99,7 +99,7 @@ class Components:
     mean: Tensor | float = 0.0
     squares: Tensor | float = 0.0
     vectors: Tensor | None = None
-    values: Tensor = field(default_factory=lambda: torch.zeros(0))
+    values: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float32))
     settled: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     def add(self, x: Tensor) -> None:

@@ -20,7 +20,7 @@ from fxpeft.passes.copies import Copies
 from fxpeft.passes.kinds import Kind
 from fxpeft.passes.recent import Recent
 from fxpeft.passes.slot import FEATURES, LEAST, ActiveRank, Slot
-from fxpeft.sites import AdapterPlan, base_value, base_values
+from fxpeft.sites import AdapterPlan, base_state, base_value, base_values
 from fxpeft.state import Adapter, ModelState, Values, check_together
 from fxpeft.wrappers import submodule
 
@@ -55,7 +55,7 @@ class Serving:
     shown: list[Adapter] = field(default_factory=list)
     dirty: dict[str, int] = field(default_factory=dict)
     featured: set[tuple[str, str]] = field(default_factory=set)
-    holds: dict[str, Values | None] = field(default_factory=dict)
+    holds: dict[str, tuple[Values | None, Any]] = field(default_factory=dict)
     plans: Recent[str, AdapterPlan] = field(default_factory=lambda: Recent(limit=64))
     places: list[int] = field(default_factory=list)
     torn: bool = False
@@ -287,15 +287,27 @@ def _show_copies(model: nn.Module, serving: Serving, adapters: list[Adapter]) ->
     """Modules and parameters that an adapter brings, or the base's own; copied where that changes."""
     for path, copy in serving.copies.items():
         owner = next((a.values for a in adapters if path in a.values.saved), None)
-        if path not in serving.holds or serving.holds[path] is not owner:
+        written = _written(base_state(submodule(model, path)).values()) if owner is None else ()
+        if not _holds(serving, path, owner, written):
             own = base_values(submodule(model, path)) if owner is None else owner.saved[path]
             for key, tensor in own.items():
                 attribute(copy, key).copy_(tensor.detach())
-            serving.holds[path] = owner
+            serving.holds[path] = owner, written
     for path in serving.tensors:
         owner = next((a.values for a in adapters if path in a.values.tensors), None)
-        if path not in serving.holds or serving.holds[path] is not owner:
+        written = _written([attribute(model, path)]) if owner is None else ()
+        if not _holds(serving, path, owner, written):
             site, _, leaf = path.rpartition(".")
             value: Tensor = base_value(model, path) if owner is None else owner.tensors[path]
             attribute(model, join(site, "slot", leaf)).copy_(value.detach())
-            serving.holds[path] = owner
+            serving.holds[path] = owner, written
+
+
+def _holds(serving: Serving, path: str, owner: Values | None, written: tuple[tuple[int, int], ...]) -> bool:
+    held = serving.holds.get(path)
+    return held is not None and held[0] is owner and held[1] == written
+
+
+def _written(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Which tensors, and how often they were written: other weights of the base make its copies stale."""
+    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)

@@ -43,7 +43,7 @@ class ActiveRank:
         """Make ``rank`` the active one, at least :data:`LEAST`; returns what was set."""
         rank = max(rank, LEAST)
         with torch.inference_mode(False):  # to Dynamo a tensor of inference mode is another kind
-            carrier = torch.empty(rank, 0)
+            carrier = torch.empty(rank, 0, dtype=torch.float32)
         if self.max_rank > LEAST:
             torch._dynamo.mark_dynamic(carrier, 0, min=LEAST, max=self.max_rank)
         self.rank, self.carrier = rank, carrier
@@ -92,12 +92,12 @@ class Slot(Container):
         for name, shape in zip("ab", kind.slot_shapes(max_rank), strict=True):
             self.register_buffer(name, torch.zeros(shape, device=device, dtype=dtype), persistent=False)
         # float32 whatever the model's dtype: alpha / rank in bfloat16 would be off by up to 0.4%
-        self.register_buffer("d", torch.zeros(max_rank, device=device), persistent=False)
+        self.register_buffer("d", torch.zeros(max_rank, device=device, dtype=torch.float32), persistent=False)
         takes = {"g_in": kind.takes_gain, "g_out": True, "shift": kind.takes_bias}
         self.features = tuple(name for name in FEATURES if name in features and takes[name])
         for name, (size, neutral) in FEATURES.items():
             if name in self.features:
-                value = torch.full((getattr(kind, size),), neutral, device=device)
+                value = torch.full((getattr(kind, size),), neutral, device=device, dtype=torch.float32)
                 self.register_buffer(name, value, persistent=False)
         self._announce()
 

@@ -72,7 +72,8 @@ class SiteAdapter(nn.Module):
             else:
                 self.register_parameter(name, nn.Parameter(value))
         device = next((p.device for p in parameters.values()), None)
-        self.register_buffer("scaling", torch.tensor(plan.scaling * strength, device=device), persistent=False)
+        scaling = torch.tensor(plan.scaling * strength, device=device, dtype=torch.float32)
+        self.register_buffer("scaling", scaling, persistent=False)
         self.strength = strength
         if dropout:
             self.dropout = nn.Dropout(dropout)

@@ -152,9 +152,9 @@ def orthogonal(rank: int, in_features: int, out_features: int) -> tuple[Tensor, 
 
     https://datta0.github.io/posts/rethink-lora-init/ ; drawn on the CPU in PEFT's order.
     """
-    q, _ = torch.linalg.qr(torch.randn(rank, rank))
-    a = torch.randn(in_features, rank // 2).mm(q[0::2]).t() / 10
-    b = torch.randn(rank // 2, out_features).t().mm(q[1::2]) / 10
+    q, _ = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float32))
+    a = torch.randn(in_features, rank // 2, dtype=torch.float32).mm(q[0::2]).t() / 10
+    b = torch.randn(rank // 2, out_features, dtype=torch.float32).t().mm(q[1::2]) / 10
     return a, b
 
 

@@ -321,4 +321,4 @@ def _whole(base: Base) -> Tensor:
 @functools.lru_cache(maxsize=1024)
 def _scales(rank: int, scaling: float) -> Tensor:
     """One scale per rank; shared, never written."""
-    return torch.full((rank,), scaling)
+    return torch.full((rank,), scaling, dtype=torch.float32)
