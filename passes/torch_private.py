@@ -19,6 +19,7 @@ from torch.fx.graph_module import _format_import_block
 from torch.package.importer import sys_importer
 from torch.utils.checkpoint import CheckpointFunction
 
+FSDP = "_is_fsdp_managed_module"  # what FSDP1 and FSDP2 set on the modules whose parameters they come and go with
 _CHECKPOINT = {CheckpointFunction.forward.__code__: False, CheckpointFunction.backward.__code__: True}
 
 

@@ -89,7 +89,7 @@ def test_loftq_runs_on_a_quantised_weight_of_its_own(case: str, dora: bool, tmp_
     untouched = picture(bare, IDS)
     site = next(m for m in model.modules() if hasattr(m, "adapters") and hasattr(m, "weight"))
     own = site.adapters.default
-    weight, flip = site.weight.detach(), isinstance(site, Conv1D)
+    weight, flip = site._parameters["weight"].detach(), isinstance(site, Conv1D)  # the attribute gives the adapter's
     q = own.weight.t() if flip else own.weight
     near = q + own.lora_B @ own.lora_A
     weight = weight.t() if flip else weight

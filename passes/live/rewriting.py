@@ -21,6 +21,7 @@ from fxpeft.passes.pipeline import Pipeline, graph_text
 from fxpeft.passes.recent import Recent
 from fxpeft.passes.redirect import RedirectPass
 from fxpeft.passes.source import check_plain, graph_source
+from fxpeft.passes.torch_private import FSDP
 
 _sources: Recent[tuple[Any, ...], str] = Recent()
 
@@ -81,7 +82,7 @@ def replace_module(module: nn.Module, path: str) -> None:
     It answers all calls, and reads of the module's parameters, buffers and children: code that reads a head's
     ``weight`` without calling the head gets the weight that a call computes with. Lists of parameters, as
     ``state_dict`` and ``named_modules`` make them, stay the module's own. Of a module whose weights accelerate's
-    hook fetches, by these attributes, only calls are answered.
+    hook or FSDP fetches, by these attributes, only calls are answered.
     """
     access = _access(path)
     held = (*module._parameters.items(), *module._buffers.items(), *module._modules.items())
@@ -99,11 +100,24 @@ def _access(path: str) -> str:
 
 
 def _reading(module: nn.Module, attributes: Mapping[str, str]) -> str:
-    """Source of attributes that are read elsewhere: name -> the code that reads it there."""
+    """Source of attributes that are read elsewhere: name -> the code that reads it there.
+
+    FSDP finds, takes away and sets a module's own parameters by these attributes, so once it manages the module they
+    are the module's again.
+    """
     if not attributes or "_hf_hook" in vars(module):
         return ""
-    lines = "".join(f"    {name!r}: property(lambda self: {code}),\n" for name, code in attributes.items())
+    lines = "".join(f"    {name!r}: {_elsewhere(name, code)},\n" for name, code in attributes.items())
     return f"{MEMBERS}{{\n{lines}}}\n"
+
+
+def _elsewhere(name: str, code: str) -> str:
+    own = f"vars(self)[{name!r}] if {name!r} in vars(self) else self.__getattr__({name!r})"
+    write = f"vars(self).update({{{name!r}: value}})"
+    return (
+        f"property(lambda self: {code} if {FSDP!r} not in vars(self) else {own}, "
+        f"lambda self, value: {write}, lambda self: vars(self).pop({name!r}))"
+    )
 
 
 def feed_module(module: nn.Module, feed: Feed, *, name: str, dump: str | None = None) -> None:

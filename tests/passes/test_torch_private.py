@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 from fxpeft.passes.torch_private import (
+    FSDP,
     argument_names,
     checkpoint_above,
     count_waiting_call,
@@ -119,6 +120,14 @@ def test_argument_names_of_nested_arguments() -> None:
     program = torch.export.export(Two(), (torch.ones(2), {"x": torch.ones(2)}))
     assert argument_names(program.module().graph)[-2:] == ["first", "second"]
     assert argument_names(torch.fx.symbolic_trace(nn.ReLU()).graph) == []
+
+
+def test_fsdp_marks_the_modules_whose_parameters_it_manages() -> None:
+    from torch.distributed.fsdp import _dynamo_utils
+
+    module = nn.Sequential(nn.Linear(2, 3))
+    _dynamo_utils._annotate_modules_for_dynamo(module, set(), True)
+    assert all(FSDP in vars(part) for part in module.modules())
 
 
 def test_import_block() -> None:

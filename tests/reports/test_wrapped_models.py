@@ -77,9 +77,7 @@ EVERY = pytest.mark.parametrize("wrapper", WRAPPERS)
 @EVERY
 def test_an_adapter_that_was_there_before(wrapper: str, tmp_path: Path) -> None:
     model, x = net(), torch.randn(2, 5)
-    # FSDP1 sets a module's own bias as an attribute, whose place an adapter's has
-    config = {**CONFIG, "bias": "none"} if "fsdp" in wrapper else CONFIG
-    fxpeft.add_adapter(model, fxpeft.LoraConfig(**config), "mine")
+    fxpeft.add_adapter(model, fxpeft.LoraConfig(**CONFIG), "mine")
     randomise(fxpeft.adapter_state_dict(model).values(), 1)
     fxpeft.save_adapter(model, tmp_path / "plain")
     wanted = model(x)
@@ -116,6 +114,22 @@ def test_an_adapter_that_comes_after(wrapper: str, tmp_path: Path) -> None:
     fxpeft.unfold(wrapped)
     fxpeft.remove(wrapped)
     assert [type(m) for _, m in named_modules(wrapped)] == [nn.Sequential, nn.Linear, nn.ReLU, nn.Linear]
+
+
+def test_fsdp1_trains_what_an_adapter_brings_whole() -> None:
+    model, x = net().train(), torch.randn(2, 5)
+    config = {"r": 3, "target_modules": ["0"], "bias": "lora_only", "modules_to_save": ["2"]}
+    fxpeft.add_adapter(model, fxpeft.LoraConfig(**config))
+    randomise(fxpeft.adapter_state_dict(model).values(), 1)
+    model(x).sum().backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    wrapped = WRAPPERS["fsdp1"](model)
+    wrapped(x).sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert {"2.adapters.default.weight", "0.adapters.default.bias"} < wanted.keys() == found.keys()
+    for name, grad in wanted.items():
+        torch.testing.assert_close(found[name], grad)
 
 
 def test_accelerate_trains_and_saves(tmp_path: Path) -> None:
