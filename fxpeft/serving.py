@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fxpeft import checkpoint, prompts_serving
 from fxpeft.adapter_name import check_adapter_name
+from fxpeft.base_loads import unwatch_loads, watch_loads
 from fxpeft.change import changes, changing, ordinary
 from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
@@ -144,6 +145,7 @@ def _enter_slots(model: nn.Module, serving: Serving, adapters: list[Adapter]) ->
         for adapter in adapters:
             detach(model, adapter)
         _bind_slots(model, serving)
+        watch_loads(model)
         state.serving = serving
         for adapter in adapters:
             settle(lower(model, serving, adapter))
@@ -218,6 +220,7 @@ def release_slots(model: nn.Module, state: ModelState, serving: Serving) -> None
     """Drop the slots; every module has its own forward again, and is still locked."""
     serving.lock.repair = None
     _unbind_slots(model, serving)
+    unwatch_loads(model)
     state.serving = None
     for adapter in state.adapters.values():
         adapter.lowered, adapter.copies, adapter.prompt = {}, None, None

@@ -116,12 +116,23 @@ class Slot(Container):
         self._announce()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
-        exact = {name: buffer for name, buffer in self._buffers.items() if name in ("d", *FEATURES)}
+        """What torch does to a module's tensors; the values stay, ``to_empty`` keeps them too.
+
+        Back from the meta device, which has none, a slot holds nothing.
+        """
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        with torch.inference_mode(False):
-            for name, buffer in exact.items():
-                assert buffer is not None
-                self._buffers[name] = buffer.to(self.a.device)
+        with torch.inference_mode(False), torch.no_grad():
+            for name, old in before.items():
+                new = self._buffers[name]
+                assert old is not None
+                assert new is not None
+                if name in ("d", *FEATURES):
+                    new = self._buffers[name] = torch.empty_like(old, device=new.device)
+                if old.is_meta:
+                    new.fill_(NEUTRAL.get(name, 0))
+                elif new.data_ptr() != old.data_ptr():
+                    new.copy_(old)
         self._announce()
         self.stacks = ()
         return self

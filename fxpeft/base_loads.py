@@ -1,0 +1,61 @@
+"""The base of a prepared model gets other weights: slots follow, and what was computed from the weights before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from fxpeft.change import changing
+from fxpeft.state import find_state, placement
+from fxpeft.swap import Serving, lower, reshow, settle
+from fxpeft.wrappers import submodule
+
+
+def watch_loads(model: nn.Module) -> None:
+    """Follow every ``load_state_dict`` of the model."""
+    model.register_load_state_dict_post_hook(_loaded)
+
+
+def unwatch_loads(model: nn.Module) -> None:
+    """The inverse of :func:`watch_loads`."""
+    hooks = model._load_state_dict_post_hooks
+    for key in [key for key, hook in hooks.items() if hook is _loaded]:
+        del hooks[key]
+
+
+def _loaded(model: nn.Module, incompatible: Any) -> None:
+    with changing(model):
+        state = find_state(model)
+        if state is None or state.serving is None:
+            return
+        serving = state.serving
+        if _give_memory(model, serving):  # gains of DoRA are computed from the base's weights
+            new = {a.name: settle(lower(model, serving, replace(a))) for a in state.adapters.values()}
+            shown = [new[a.name] for a in serving.shown]
+            state.adapters = new
+        else:
+            shown = serving.shown
+        serving.torn = True  # whatever the slots hold, they are written whole
+        reshow(model, serving, shown)
+
+
+def _give_memory(model: nn.Module, serving: Serving) -> bool:
+    """Take what stands in the place of the base's tensors off the meta device where these are no longer there.
+
+    Returns:
+        whether none of them is there any more.
+    """
+    whole = True
+    for name in serving.locked():
+        module = submodule(model, name)
+        device, _ = placement(module, model, autocast=False)
+        if device.type == "meta":
+            whole = False
+            continue
+        slot = module._modules.get("slot")
+        for part in () if slot is None else slot.modules():
+            if any(buffer is not None and buffer.is_meta for buffer in part._buffers.values()):
+                part.to_empty(device=device, recurse=False)
+    return whole
