@@ -15,7 +15,7 @@ from fxpeft.wrappers import submodule
 
 def watch_loads(model: nn.Module) -> None:
     """Follow every ``load_state_dict`` of the model."""
-    model.register_load_state_dict_post_hook(_loaded)
+    model.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
 
 
 def unwatch_loads(model: nn.Module) -> None:
