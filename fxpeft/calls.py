@@ -10,6 +10,7 @@ from torch import nn
 
 from fxpeft.errors import AdapterError
 from fxpeft.passes.live import base_class, given_forward
+from fxpeft.passes.torch_private import skip_frame
 
 
 def check_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -26,6 +27,9 @@ def check_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
             "active adapters, so naming some for each row would be ignored. Call the model once for each adapter, "
             "with set_adapter(model, name) before"
         )
+
+
+skip_frame(check_call, deep=True)  # Dynamo would compile it, once for each class of models
 
 
 def watch_calls(model: nn.Module) -> None:

@@ -26,7 +26,7 @@ from fxpeft.methods import config_class, method_of
 from fxpeft.methods.base import Base, Method
 from fxpeft.outside import dense, read_json, why_unfit
 from fxpeft.passes.base import PassError, attribute, join
-from fxpeft.sites import AdapterPlan, base_modules, base_state, base_values
+from fxpeft.sites import AdapterPlan, base_modules, base_state, base_values, embedding_layer
 from fxpeft.state import Adapter, Values, find_state
 from fxpeft.wrappers import submodule
 
@@ -514,7 +514,7 @@ def _tied(model: nn.Module, path: str) -> list[str]:
 
 def _cure(model: nn.Module, own: torch.Size | tuple[int, ...], tensor: Tensor) -> str:
     """What to do where a tensor has a row for each token of another vocabulary."""
-    embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    embeddings = embedding_layer(model, "input") if isinstance(model, PreTrainedModel) else None
     weight = getattr(embeddings, "weight", None)
     rows = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim else None
     if not own or not tensor.ndim or own[0] != rows or tuple(own[1:]) != tuple(tensor.shape[1:]):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxpeft.errors import AdapterError
 from fxpeft.methods import method_of
-from fxpeft.sites import base_modules, base_values
+from fxpeft.sites import base_modules, base_values, embedding_layer
 from fxpeft.state import Adapter
 
 SaveEmbeddings = bool | Literal["auto"]
@@ -33,7 +33,7 @@ def embedding_tensors(model: nn.Module, adapter: Adapter, save: SaveEmbeddings =
     method = method_of(adapter.config)
     if save is False or method.whole:
         return {}
-    layers = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    layers = [embedding_layer(model, side) for side in ("input", "output")]
     names = [name for name, module in base_modules(model) if any(module is layer for layer in layers)]
     if save is True and not names:
         name = type(model).__name__

@@ -224,7 +224,7 @@ def fuse(
     scales = {}
     for place, (name, factors) in parts.items():
         rank = pattern_value(config.rank_pattern, name, config.r)
-        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha, "alpha_pattern")
         for key, shape in {"lora_A": (rank, inner), "lora_B": (size, rank)}.items():
             found = factors.get(key)
             if found is None or tuple(found.shape) != shape:
@@ -268,7 +268,7 @@ def with_stacks(
     names = leaves if set(filter(Selection(leaves), parameters)) == sites else sorted(sites)
     gone = [
         key for field in config.patterns for key in getattr(config, field)
-        if any(_hit(key, name) for name in old) and not any(_hit(key, name) for name in (*hosts, *sites))
+        if any(_hit(key, name, field) for name in old) and not any(_hit(key, name, field) for name in (*hosts, *sites))
     ]  # fmt: skip
     kept = {field: {k: v for k, v in getattr(config, field).items() if k not in gone} for field in config.patterns}
     found: dict[str, dict[str, Any]] = {"rank_pattern": {}, "alpha_pattern": {}}
@@ -276,9 +276,9 @@ def with_stacks(
         for leaf in leaves:
             wanted = {site: getattr(fused[site], name) for site in sorted(sites) if site.endswith(f".{leaf}")}
             key = rf".*\.{re.escape(leaf)}"
-            if all(pattern_value(kept[field], site, default) == value for site, value in wanted.items()):
+            if all(pattern_value(kept[field], site, default, field) == value for site, value in wanted.items()):
                 continue
-            if len(set(wanted.values())) == 1 and not any(_hit(key, host) for host in hosts):
+            if len(set(wanted.values())) == 1 and not any(_hit(key, host, field) for host in hosts):
                 found[field][key] = next(iter(wanted.values()))
             else:
                 found[field].update({f"^{re.escape(site)}": value for site, value in wanted.items()})
@@ -298,5 +298,5 @@ def with_stacks(
     return replace(_with_parameters(model, fixed, names, [], ranks, alphas), target_modules=targets)
 
 
-def _hit(pattern: str, name: str) -> bool:
-    return pattern_value({pattern: True}, name, False)
+def _hit(pattern: str, name: str, field: str) -> bool:
+    return pattern_value({pattern: True}, name, False, field)

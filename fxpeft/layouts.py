@@ -184,12 +184,12 @@ def _following(
     for field in config.patterns:
         values: dict[str, object] = getattr(config, field)
         own = {
-            f"^{re.escape(new)}": pattern_value(values, old, None)
+            f"^{re.escape(new)}": pattern_value(values, old, None, field)
             for old, new in moved.items()
-            if pattern_value(values, old, None) != pattern_value(values, new, None)
+            if pattern_value(values, old, None, field) != pattern_value(values, new, None, field)
         }
-        stay = {k: v for k, v in values.items() if not any(pattern_value({k: 1}, old, 0) for old in moved)
-                or any(pattern_value({k: 1}, new, 0) for new in moved.values())}  # fmt: skip
+        stay = {k: v for k, v in values.items() if not any(pattern_value({k: 1}, old, 0, field) for old in moved)
+                or any(pattern_value({k: 1}, new, 0, field) for new in moved.values())}  # fmt: skip
         setattr(config, field, {**{k: v for k, v in own.items() if v is not None}, **stay})
     saved = config.modules_to_save
     modules = dict(base_modules(model))

@@ -7,7 +7,7 @@ import difflib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
@@ -183,9 +183,18 @@ def _with_heads(config: AdapterConfig, heads: bool) -> AdapterConfig:
     return config
 
 
+def embedding_layer(model: nn.Module, side: Literal["input", "output"]) -> nn.Module | None:
+    """A model's own embeddings, or ``None``: it has none, or several of which none is its own, as CLIP."""
+    try:
+        layer: nn.Module | None = getattr(model, f"get_{side}_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
+    return layer
+
+
 def all_linear(model: nn.Module, modules: dict[str, nn.Module], task_type: str | None) -> list[str]:
     """Every linear module but the output head, as PEFT's ``all-linear``, and but those that nothing calls."""
-    head: Any = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
+    head: Any = embedding_layer(model, "output") if isinstance(model, PreTrainedModel) else None
     if head is None and task_type == "SEQ_CLS":
         head = next((getattr(model, h) for h in HEADS["SEQ_CLS"] if hasattr(model, h)), None)
     return [
