@@ -81,7 +81,8 @@ def in_layout_of(
     suffixes = dict(sorted(every.items(), key=lambda item: -len(item[0])))
     keys = {key: _parsed(key, suffixes) for key in tensors}
     whole = isinstance(model, PreTrainedModel)
-    if not whole or (conversions is None and all(_fits(model, key) for key in keys.values())):
+    places = {(key.host, "" if key.inner else key.tail): key for key in keys.values()}  # A and B have one
+    if not whole or (conversions is None and all(_fits(model, key) for key in places.values())):
         return replace(found, tensors=tensors) if key_mapping else found
     assert isinstance(model, PreTrainedModel)
     table = list(get_model_conversion_mapping(model) if conversions is None else conversions)

@@ -211,7 +211,8 @@ def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
     """Write the slots. Everything was checked; only copies are left."""
     used: dict[str, int] = {}
     copies = []
-    places = [t.data_ptr() for slot in serving.slots.values() for t in (slot.a, slot.b, slot.d)]
+    buffers = [slot._buffers for slot in serving.slots.values()]  # as attributes they cost more than their addresses
+    places = [own[name].data_ptr() for own in buffers for name in "abd"]  # type: ignore[union-attr]
     if places != serving.places:  # ``.to(device)``, ``.data =`` and the like: views made before lead elsewhere
         serving.places = places
         for slot in serving.slots.values():

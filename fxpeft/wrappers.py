@@ -20,6 +20,7 @@ MODULE = frozenset(
         ("deepspeed", "DeepSpeedEngine"),
     }
 )  # fmt: skip
+_HOLDERS = frozenset({*INNER, "module"})
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -33,7 +34,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _inner(model: nn.Module) -> nn.Module | None:
-    children = vars(model).get("_modules", {})
+    children: dict[str, nn.Module | None] = vars(model).get("_modules", {})
+    if children.keys().isdisjoint(_HOLDERS):
+        return None
     for name in INNER:
         if isinstance(inner := children.get(name), nn.Module):
             return inner
