@@ -70,3 +70,24 @@ def test_a_forward_with_such_a_parameter_gets_it() -> None:
     fxpeft.add_adapter(model, LoraConfig(target_modules=["proj"]))
     x = torch.ones(1, 6)
     assert torch.equal(model(x, adapter_names=["a", "b"]), model.proj(x) * 2)
+
+
+def test_the_check_of_calls_is_nothing_that_dynamo_compiles() -> None:
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(5, 7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.up(x))
+
+    class Two(One):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.up(x))
+
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for cls in (One, Two):  # a hook that is compiled has a guard on the class of its model
+            model = cls().eval()
+            fxpeft.prepare_hotswap(model, 4, targets=["up"])
+            torch.compile(model, backend="eager", fullgraph=True)(torch.ones(2, 5))
