@@ -166,11 +166,12 @@ class PromptMethod(Method[P]):
         """First values, in float32; under one seed they are PEFT's."""
         assert isinstance(plan, PromptPlan)
         encoded = not config.inference_mode
-        embedding = torch.empty(plan.rows, self.embedding_width(config, plan) if encoded else plan.width).normal_()
+        width = self.embedding_width(config, plan) if encoded else plan.width
+        embedding = torch.empty(plan.rows, width, dtype=torch.float32).normal_()
         parameters = {"embedding": embedding}
         encoder = self.encoder(config, plan) if encoded else None
         if encoder is not None:
-            parameters |= {f"encoder.{name}": value.detach() for name, value in encoder.named_parameters()}
+            parameters |= {f"encoder.{name}": value.detach().float() for name, value in encoder.named_parameters()}
         self.initialise(config, plan, parameters, Base(model))
         return {name: value.to(device) for name, value in parameters.items()}
 

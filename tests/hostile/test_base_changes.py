@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import randomise
+from tiny import randomise, tiny_llama
 from torch import Tensor, nn
 
 import fxpeft
-from fxpeft import LoraConfig
+from fxpeft import LoraConfig, PromptEncoderConfig
 
 
 def net(seed: int) -> nn.Sequential:
@@ -96,9 +96,12 @@ def test_a_base_that_gets_other_weights_serves_its_adapter(config: LoraConfig, w
 
 
 def test_no_dtype_is_the_default_ones() -> None:
+    prompted = tiny_llama()
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
+        fxpeft.add_adapter(prompted, PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=5))
+        prompts = {name: p.dtype for name, p in prompted.named_parameters() if p.requires_grad}
         model = net(0).float()
         fxpeft.add_adapter(model, LoraConfig(r=3, lora_alpha=7, target_modules=["0"]))
         live = {name: b.dtype for name, b in model.named_buffers()}
@@ -108,4 +111,5 @@ def test_no_dtype_is_the_default_ones() -> None:
         torch.set_default_dtype(default)
     assert live
     assert slots
-    assert {*live.values(), *slots.values()} == {torch.float32}
+    assert prompts
+    assert {*live.values(), *slots.values(), *prompts.values()} == {torch.float32}

@@ -129,7 +129,7 @@ def llama() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``base``: a model; ``net`` and ``llama``: adapters of the two; ``other``: a second one of ``net``."""
+    """``base``: a model; ``net`` and ``llama``: adapters of the two; ``other`` and ``plain``: two more of ``net``."""
     root = tmp_path_factory.mktemp("mutated")
     llama().save_pretrained(root / "base")
     adapters: list[tuple[str, nn.Module, LoraConfig]] = [
@@ -153,6 +153,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 r=3, lora_alpha=4, target_modules=["q_proj", "up_proj"], base_model_name_or_path=str(root / "base")
             ),
         ),
+        ("plain", net(), LoraConfig(r=3, lora_alpha=5, target_modules=["up", "down"], rank_pattern={"0.up": 2})),
     ]
     for seed, (name, model, config) in enumerate(adapters):
         fxpeft.add_adapter(model, config)
@@ -399,3 +400,29 @@ def test_mutated_files(root: Path, tmp_path: Path, part: int) -> None:
         asked.unchanged()
     assert not slow
     assert 100 < refused < 240
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_files_and_a_package(root: Path, tmp_path: Path) -> None:
+    path = fxpeft.package(net(), tmp_path / "net.pt2", (X,), max_rank=8, targets=["up", "down"])
+    served, source, refused = fxpeft.open_package(path), random.Random(8), 0
+    served.load_adapter(root / "plain", "mine")
+    before = served(X).clone()
+    for number in range(150):
+        folder = tmp_path / f"{number}"
+        shutil.copytree(root / "plain", folder)
+        mutation = source.choice(MUTATIONS)
+        mutation(folder, source)
+        start = time.perf_counter()
+        try:
+            served.hotswap(folder)
+        except AdapterError:
+            refused += 1
+        except BaseException as error:
+            raise AssertionError(f"file {number}: {mutation.__name__}: {error!r}") from error
+        else:
+            served.hotswap(root / "plain")
+        assert time.perf_counter() - start < 5
+        assert torch.equal(served(X), before)
+    assert 60 < refused < 145
