@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from fxpeft.change import changing
 from fxpeft.state import find_state, placement
-from fxpeft.swap import Serving, lower, reshow, settle
+from fxpeft.swap import Serving, lower_again, reshow
 from fxpeft.wrappers import submodule
 
 
@@ -31,14 +30,10 @@ def _loaded(model: nn.Module, incompatible: Any) -> None:
         if state is None or state.serving is None:
             return
         serving = state.serving
-        if _give_memory(model, serving):  # gains of DoRA are computed from the base's weights
-            new = {a.name: settle(lower(model, serving, replace(a))) for a in state.adapters.values()}
-            shown = [new[a.name] for a in serving.shown]
-            state.adapters = new
-        else:
-            shown = serving.shown
+        if _give_memory(model, serving):
+            lower_again(model, state)
         serving.torn = True  # whatever the slots hold, they are written whole
-        reshow(model, serving, shown)
+        reshow(model, serving, [state.adapters[adapter.name] for adapter in serving.shown])
 
 
 def _give_memory(model: nn.Module, serving: Serving) -> bool:

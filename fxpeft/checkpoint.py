@@ -23,14 +23,13 @@ from fxpeft.files import make_folder, replace_files, unfinished
 from fxpeft.fingerprint import KEY, fingerprint
 from fxpeft.keys import below_module, file_keys
 from fxpeft.methods import config_class, method_of
-from fxpeft.methods.base import Base, Method
+from fxpeft.methods.base import Base
 from fxpeft.outside import dense, read_json, why_unfit
 from fxpeft.passes.base import PassError, attribute, join
 from fxpeft.sites import AdapterPlan, base_modules, base_state, base_values, embedding_layer
 from fxpeft.state import Adapter, Values, find_state
 from fxpeft.wrappers import submodule
 
-PREFIX = Method.prefix
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 STAMP = "fxpeft_config"  # in the metadata of the tensors' file: the stamp of the config that was saved with it
 TRIES = 50
@@ -99,7 +98,7 @@ def read(
     weights = find(WEIGHTS)
     if weights is not None:
         return Checkpoint(str(source), *read_pair(path, weights, strict=strict))
-    config = _config(_values(path), path, strict)
+    config = _config(read_json(path), path, strict)
     pickled = find(PICKLE)
     if pickled is None:
         raise CheckpointError(f"{source}: expected {WEIGHTS}, found none; is this an adapter's folder?")
@@ -159,7 +158,7 @@ def _metadata(path: Path) -> dict[str, str]:
 def read_config(find: Callable[[str], Path | None], source: str) -> AdapterConfig:
     """Read and check ``adapter_config.json``."""
     path = _config_path(find, source)
-    return _config(_values(path), path)
+    return _config(read_json(path), path)
 
 
 def read_pair(path: Path, weights: Path, *, strict: bool = False) -> tuple[AdapterConfig, dict[str, Tensor]]:
@@ -171,7 +170,7 @@ def read_pair(path: Path, weights: Path, *, strict: bool = False) -> tuple[Adapt
     """
     for _ in range(TRIES):
         before = _identity(path), _identity(weights)
-        values = _values(path)  # first: a save replaces it last, so that tensors without a note are no newer
+        values = read_json(path)  # first: a save replaces it last, so that tensors without a note are no newer
         config = _config(values, path, strict)
         noted, tensors = _metadata(weights).get(STAMP), read_safetensors(weights)
         if noted is not None and stamp(values) != noted:
@@ -204,7 +203,7 @@ def _identity(path: Path) -> tuple[int, ...]:
 
 def _pending(path: Path) -> dict[str, Any] | None:
     try:
-        return _values(path)
+        return read_json(path)
     except CheckpointError:
         return None  # half written, or gone
 
@@ -214,10 +213,6 @@ def _config_path(find: Callable[[str], Path | None], source: str) -> Path:
     if path is None:
         raise CheckpointError(f"{source}: expected {CONFIG}, found none; is this an adapter's folder or hub id?")
     return path
-
-
-def _values(path: Path) -> dict[str, Any]:
-    return read_json(path)
 
 
 def _config(values: Mapping[str, Any], path: Path, strict: bool = False) -> AdapterConfig:

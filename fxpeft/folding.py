@@ -9,7 +9,7 @@ forward. Weights keep their memory, so a compiled graph of the bare model goes o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -35,7 +35,7 @@ from fxpeft.methods.base import Base, SlotValues
 from fxpeft.passes.base import PassError, attribute, join
 from fxpeft.passes.product import Product, why_no_delta
 from fxpeft.state import Adapter, ModelState, check_together, state_of, unwrap
-from fxpeft.swap import activate, lower, settle
+from fxpeft.swap import activate, lower_again
 
 
 @changes
@@ -385,8 +385,6 @@ def _run(model: nn.Module, state: ModelState, active: list[str]) -> None:
         switch(model, state, active, state.enabled)
         return
     state.serving.holds = {}  # copies of the base's modules and biases are out of date
-    for name, adapter in list(state.adapters.items()):
-        if any(values.features() for values in adapter.lowered.values()):
-            state.adapters[name] = settle(lower(model, state.serving, replace(adapter)))  # DoRA's gain depends on it
+    lower_again(model, state)
     activate(model, state, [state.adapters[n] for n in active] if state.enabled else [])
     state.active = active

@@ -28,7 +28,7 @@ from fxpeft.passes.base import PassError
 from fxpeft.passes.lift import LIFTED
 from fxpeft.passes.live import base_weight, kind_of
 from fxpeft.passes.slot import CARRIER, LEAST
-from fxpeft.program_inputs import dense, describe
+from fxpeft.program_inputs import describe, without_gaps
 from fxpeft.programs import Slots, rewrite
 from fxpeft.prompts_serving import PROMPT_METHODS
 from fxpeft.sites import base_modules, make_plan
@@ -86,7 +86,7 @@ def package(
         raise AdapterError("Inductor's freezing folds slots into constants, so swaps would have no effect")
     sites = _sites(model, targets, max_rank)
     args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
-    args, kwargs = dense((args, kwargs))
+    args, kwargs = without_gaps((args, kwargs))
     with torch.no_grad():
         check_module_names(model)
         with tracing():

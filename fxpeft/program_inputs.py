@@ -22,7 +22,7 @@ from fxpeft.exported import USER
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def dense(example: Any) -> Any:
+def without_gaps(example: Any) -> Any:
     """An example input without gaps or overlaps in its memory, which is what a program can be exported for."""
     return pytree.tree_map_only(Tensor, lambda t: t if _order(t) is not None else t.contiguous(), example)
 

@@ -146,6 +146,13 @@ def settle(adapter: Adapter) -> Adapter:
     return adapter
 
 
+def lower_again(model: nn.Module, state: ModelState) -> None:
+    """Lower adapters with gains or shifts anew: those of DoRA follow from the base's weights, which are others now."""
+    for name, adapter in list(state.adapters.items()):
+        if any(values.features() for values in adapter.lowered.values()):
+            state.adapters[name] = settle(lower(model, serving_of(state), replace(adapter)))
+
+
 def activate(model: nn.Module, state: ModelState, adapters: list[Adapter], *, fresh: Adapter | None = None) -> None:
     """Put lowered adapters into the slots, side by side along the rank; none: the bare model. Part of a change.
 

@@ -19,22 +19,12 @@ from typing import Any
 
 import pytest
 import torch
-from swapping import NAMES, X, close, fresh, is_free, lock_of, net, prepared, slow_swaps, threads, write_adapters
+from swapping import NAMES, X, close, fresh, is_free, lock_of, net, prepared, slow_swaps, threads
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fxpeft
 from fxpeft.errors import LockError, LockTimeout
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return write_adapters(tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture(scope="module")
-def outputs(folders: dict[str, str]) -> dict[str, Tensor]:
-    return {name: fresh(folder) for name, folder in folders.items()}
 
 
 @pytest.fixture

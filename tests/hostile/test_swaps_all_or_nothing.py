@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from swapping import NAMES, Block, X, close, fresh, is_free, lock_of, net, prepared, slow_swaps, threads, write_adapters
+from swapping import NAMES, Block, X, close, fresh, is_free, lock_of, net, prepared, slow_swaps, threads
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,17 +22,6 @@ import fxpeft
 from fxpeft.passes.copies import Copies
 from fxpeft.state import state_of
 from fxpeft.swap import serving_of
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return write_adapters(tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture(scope="module")
-def outputs(folders: dict[str, str]) -> dict[str, Tensor]:
-    return {name: fresh(folder) for name, folder in folders.items()}
-
 
 # --- records and slots ---
 

@@ -92,6 +92,17 @@ def logits(model: Any) -> Tensor:
     return found
 
 
+def loads_and_saves(folder: Path, experts: Experts, expected: Tensor) -> None:
+    """A file gives these outputs, and so does what is saved of it, in ``again``."""
+    model = experts.build()
+    fxpeft.load_adapter(model, folder)
+    assert torch.allclose(logits(model), expected, atol=1e-4)
+    fxpeft.save_adapter(model, folder / "again")
+    again = experts.build()
+    fxpeft.load_adapter(again, folder / "again")
+    assert torch.allclose(logits(again), expected, atol=1e-4)
+
+
 def own(patterns: dict[str, Any], name: str, default: Any) -> Any:
     return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", name)), default)
 
@@ -188,13 +199,7 @@ def test_dense_layers_of_the_same_names(tmp_path: Path) -> None:
     """A file of Transformers 4 has them too, and PEFT drops them."""
     experts = MODELS["qwen3 moe"]
     expected = write(tmp_path, experts, extra=experts.dense)
-    model = experts.build()
-    fxpeft.load_adapter(model, tmp_path)
-    assert torch.allclose(logits(model), expected, atol=1e-4)
-    fxpeft.save_adapter(model, tmp_path / "again")
-    again = experts.build()
-    fxpeft.load_adapter(again, tmp_path / "again")
-    assert torch.allclose(logits(again), expected, atol=1e-4)
+    loads_and_saves(tmp_path, experts, expected)
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["experts", "and dense modules"])
@@ -204,13 +209,7 @@ def test_other_families(name: str, dense: bool, tmp_path: Path) -> None:
     attention = "kv_b_proj" if name == "deepseek" else "q_proj"
     expected = write(tmp_path, experts, extra=experts.dense if dense else (), attention=attention)
     assert not torch.allclose(expected, logits(experts.build()), atol=1e-2)
-    model = experts.build()
-    fxpeft.load_adapter(model, tmp_path)
-    assert torch.allclose(logits(model), expected, atol=1e-4)
-    fxpeft.save_adapter(model, tmp_path / "again")
-    again = experts.build()
-    fxpeft.load_adapter(again, tmp_path / "again")
-    assert torch.allclose(logits(again), expected, atol=1e-4)
+    loads_and_saves(tmp_path, experts, expected)
 
 
 def test_the_router(tmp_path: Path) -> None:
