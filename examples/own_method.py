@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 import fxpeft
-from fxpeft.config import AdapterConfig
 from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
-from fxpeft.passes.inject import Rewrite
-from fxpeft.passes.kinds import Kind
+from fxpeft.methods.config import AdapterConfig
+from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.targets.kinds import Kind
 
 
 @dataclass

@@ -5,8 +5,11 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from fxpeft.moved import find_old_paths as _find_old_paths
+
 if _TYPE_CHECKING:
-    from fxpeft.adapters import (
+    from fxpeft.adapters.allocator import AdaLoraCallback, RankAllocator
+    from fxpeft.adapters.api import (
         active_adapters,
         adapter_config,
         adapter_state_dict,
@@ -21,16 +24,12 @@ if _TYPE_CHECKING:
         set_adapter,
         set_scale,
     )
-    from fxpeft.allocator import AdaLoraCallback, RankAllocator
-    from fxpeft.backend import compile
-    from fxpeft.blend import add_weighted_adapter
-    from fxpeft.conversion import convert
+    from fxpeft.adapters.eva import initialize_eva
+    from fxpeft.adapters.injection import inject, load_adapter_state_dict
+    from fxpeft.adapters.parameters import set_requires_grad, trainable_parameters
+    from fxpeft.checkpoint.inferred import infer_config
     from fxpeft.errors import AdapterError, CheckpointError, LockError, LockTimeout
-    from fxpeft.eva import initialize_eva
-    from fxpeft.folding import fold, folded_adapters, merge_and_unload, refold, unfold
-    from fxpeft.inferred import infer_config
-    from fxpeft.injection import inject, load_adapter_state_dict
-    from fxpeft.integrations.transformers import install, uninstall
+    from fxpeft.integrations.transformers.install import install, uninstall
     from fxpeft.methods import register
     from fxpeft.methods.adalora import AdaLoraConfig
     from fxpeft.methods.ia3 import IA3Config
@@ -39,15 +38,19 @@ if _TYPE_CHECKING:
     from fxpeft.methods.p_tuning import PromptEncoderConfig
     from fxpeft.methods.prefix_tuning import PrefixTuningConfig
     from fxpeft.methods.prompt_tuning import PromptTuningConfig
-    from fxpeft.packaged import Package, open_package
-    from fxpeft.packaging import package
-    from fxpeft.parameters import set_requires_grad, trainable_parameters
-    from fxpeft.passes.patterns import pattern
-    from fxpeft.planner import Plan, apply, plan
-    from fxpeft.programs import Slots, adapter_inputs, eject, rewrite
-    from fxpeft.serving import hold, hotswap, prepare_hotswap, release_hotswap
-    from fxpeft.trace import roles
+    from fxpeft.model.trace import roles
+    from fxpeft.passes.targets.patterns import pattern
+    from fxpeft.planning.plan import Plan, apply, plan
+    from fxpeft.programs.backend import compile
+    from fxpeft.programs.packaged import Package, open_package
+    from fxpeft.programs.packaging import package
+    from fxpeft.programs.rewrite import Slots, adapter_inputs, eject, rewrite
+    from fxpeft.serving.prepare import hold, hotswap, prepare_hotswap, release_hotswap
+    from fxpeft.transform.blend import add_weighted_adapter
+    from fxpeft.transform.convert import convert
+    from fxpeft.transform.fold import fold, folded_adapters, merge_and_unload, refold, unfold
 
+_find_old_paths()
 __version__ = _version("fxpeft")
 __all__ = [
     "AdaLoraCallback",
@@ -113,32 +116,32 @@ __all__ = [
 ]
 _MODULES = {
     **dict.fromkeys(("AdapterError", "CheckpointError", "LockError", "LockTimeout"), "fxpeft.errors"),
-    **dict.fromkeys(("hold", "hotswap", "prepare_hotswap", "release_hotswap"), "fxpeft.serving"),
-    **dict.fromkeys(("fold", "folded_adapters", "merge_and_unload", "refold", "unfold"), "fxpeft.folding"),
-    **dict.fromkeys(("install", "uninstall"), "fxpeft.integrations.transformers"),
-    **dict.fromkeys(("Package", "open_package"), "fxpeft.packaged"),
-    "package": "fxpeft.packaging",
-    **dict.fromkeys(("Slots", "adapter_inputs", "eject", "rewrite"), "fxpeft.programs"),
-    "compile": "fxpeft.backend",
-    **dict.fromkeys(("AdaLoraCallback", "RankAllocator"), "fxpeft.allocator"),
+    **dict.fromkeys(("hold", "hotswap", "prepare_hotswap", "release_hotswap"), "fxpeft.serving.prepare"),
+    **dict.fromkeys(("fold", "folded_adapters", "merge_and_unload", "refold", "unfold"), "fxpeft.transform.fold"),
+    **dict.fromkeys(("install", "uninstall"), "fxpeft.integrations.transformers.install"),
+    **dict.fromkeys(("Package", "open_package"), "fxpeft.programs.packaged"),
+    "package": "fxpeft.programs.packaging",
+    **dict.fromkeys(("Slots", "adapter_inputs", "eject", "rewrite"), "fxpeft.programs.rewrite"),
+    "compile": "fxpeft.programs.backend",
+    **dict.fromkeys(("AdaLoraCallback", "RankAllocator"), "fxpeft.adapters.allocator"),
     "AdaLoraConfig": "fxpeft.methods.adalora",
     "EvaConfig": "fxpeft.methods.inits",
     "IA3Config": "fxpeft.methods.ia3",
     "LoftQConfig": "fxpeft.methods.inits",
     "LoraConfig": "fxpeft.methods.lora",
-    "infer_config": "fxpeft.inferred",
-    "initialize_eva": "fxpeft.eva",
-    **dict.fromkeys(("inject", "load_adapter_state_dict"), "fxpeft.injection"),
-    "add_weighted_adapter": "fxpeft.blend",
-    "convert": "fxpeft.conversion",
-    "pattern": "fxpeft.passes.patterns",
-    "roles": "fxpeft.trace",
-    **dict.fromkeys(("Plan", "apply", "plan"), "fxpeft.planner"),
+    "infer_config": "fxpeft.checkpoint.inferred",
+    "initialize_eva": "fxpeft.adapters.eva",
+    **dict.fromkeys(("inject", "load_adapter_state_dict"), "fxpeft.adapters.injection"),
+    "add_weighted_adapter": "fxpeft.transform.blend",
+    "convert": "fxpeft.transform.convert",
+    "pattern": "fxpeft.passes.targets.patterns",
+    "roles": "fxpeft.model.trace",
+    **dict.fromkeys(("Plan", "apply", "plan"), "fxpeft.planning.plan"),
     "PrefixTuningConfig": "fxpeft.methods.prefix_tuning",
     "PromptEncoderConfig": "fxpeft.methods.p_tuning",
     "PromptTuningConfig": "fxpeft.methods.prompt_tuning",
     "register": "fxpeft.methods",
-    **dict.fromkeys(("set_requires_grad", "trainable_parameters"), "fxpeft.parameters"),
+    **dict.fromkeys(("set_requires_grad", "trainable_parameters"), "fxpeft.adapters.parameters"),
 }
 
 
@@ -146,6 +149,6 @@ def __getattr__(name: str) -> _Any:
     # on first use: pytest imports this package in every run, for its plugin, and torch takes seconds
     if name not in __all__:
         raise AttributeError(f"module 'fxpeft' has no attribute {name!r}")
-    value = getattr(_import_module(_MODULES.get(name, "fxpeft.adapters")), name)
+    value = getattr(_import_module(_MODULES.get(name, "fxpeft.adapters.api")), name)
     globals()[name] = value
     return value

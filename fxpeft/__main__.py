@@ -1,6 +1,6 @@
 """``python -m fxpeft``."""
 
-from fxpeft.cli import main
+from fxpeft.tools.cli import main
 
 if __name__ == "__main__":
     main()

@@ -126,7 +126,7 @@ def assert_single_graph(function: Callable[..., Any], /, *args: Any, **kwargs: A
     import torch
     from torch._dynamo.testing import CompileCounter
 
-    from fxpeft.state import unwrap
+    from fxpeft.adapters.state import unwrap
 
     plain = unwrap(function) if isinstance(function, torch.nn.Module) else function
     counter = CompileCounter()
@@ -297,8 +297,8 @@ def _difference(found: Tensor, wanted: Tensor) -> float:
 
 
 def _addresses(model: nn.Module) -> dict[str, int]:
-    from fxpeft.state import state_of
-    from fxpeft.swap import serving_of
+    from fxpeft.adapters.state import state_of
+    from fxpeft.serving.swap import serving_of
 
     places = [f"{host}.slot".lstrip(".") for host in sorted(serving_of(state_of(model)).hosts())]
     return {f"{p}.{name}": buffer.data_ptr() for p in places for name, buffer in model.get_submodule(p).named_buffers()}
@@ -323,8 +323,8 @@ def graph_text(graph: Any) -> str:
         return graph if graph.endswith("\n") else graph + "\n"
     from torch import fx, nn
 
+    from fxpeft.adapters.state import unwrap
     from fxpeft.passes import live, pipeline
-    from fxpeft.state import unwrap
 
     if isinstance(graph, nn.Module) and live.is_bound(unwrap(graph)):
         return str(live.generated_source(unwrap(graph)))

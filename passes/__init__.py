@@ -1,23 +1,23 @@
 """Graph in, graph out: the passes of fxpeft. They know torch.fx and nothing of files or checkpoints."""
 
-from fxpeft.passes.aten import AtenPass
+from fxpeft.passes.backend.clean import CleanPass
+from fxpeft.passes.backend.fold_inactive import FoldInactivePass
+from fxpeft.passes.backend.group import Group, GroupPass
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, Skip
-from fxpeft.passes.clean import CleanPass
-from fxpeft.passes.eject import EjectPass
-from fxpeft.passes.feed import Feed, FeedPass
-from fxpeft.passes.fold_inactive import FoldInactivePass
-from fxpeft.passes.group import Group, GroupPass
-from fxpeft.passes.inject import InjectPass, Rewrite
-from fxpeft.passes.kinds import Conv, Embedding, Kind, Linear
-from fxpeft.passes.lift import LiftPass
-from fxpeft.passes.match import MatchPass, Target
-from fxpeft.passes.names import NameSelector
-from fxpeft.passes.parameters import ParameterKind, ReadPass
-from fxpeft.passes.patterns import pattern
+from fxpeft.passes.captured.aten import AtenPass
+from fxpeft.passes.live.parameters import ParameterKind, ReadPass
 from fxpeft.passes.pipeline import Pipeline, graph_text
-from fxpeft.passes.redirect import RedirectPass
-from fxpeft.passes.roles import Role, RolePass
-from fxpeft.passes.terms import Pattern, PatternError
+from fxpeft.passes.rewrite.eject import EjectPass
+from fxpeft.passes.rewrite.feed import Feed, FeedPass
+from fxpeft.passes.rewrite.inject import InjectPass, Rewrite
+from fxpeft.passes.rewrite.lift import LiftPass
+from fxpeft.passes.rewrite.redirect import RedirectPass
+from fxpeft.passes.targets.kinds import Conv, Embedding, Kind, Linear
+from fxpeft.passes.targets.match import MatchPass, Target
+from fxpeft.passes.targets.names import NameSelector
+from fxpeft.passes.targets.patterns import pattern
+from fxpeft.passes.targets.roles import Role, RolePass
+from fxpeft.passes.targets.terms import Pattern, PatternError
 
 __all__ = [
     "AtenPass", "CleanPass", "Conv", "EjectPass", "Embedding", "Feed", "FeedPass", "FoldInactivePass", "GraphPass",

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxpeft.passes.base import PassError, attribute
-from fxpeft.passes.match import ROLE, SITE, TARGET
+from fxpeft.passes.targets.match import ROLE, SITE, TARGET
 
 Drawing: TypeAlias = "nx.DiGraph[str]"
 Engine = Literal["dot", "matplotlib"]

@@ -196,7 +196,7 @@ def test_state_dict_has_pefts_keys_and_shares_memory() -> None:
 def test_trainable_parameters_are_counted_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_llama()
     base = sum(p.numel() for p in model.parameters())
-    assert fxpeft.trainable_parameters(model, show=False) == fxpeft.parameters.ParameterCount(base, base)
+    assert fxpeft.trainable_parameters(model, show=False) == fxpeft.adapters.parameters.ParameterCount(base, base)
     assert capsys.readouterr().out == ""
     add(model, "a", 1, r=3, lora_alpha=7, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 5})
     count = 2 * (3 * (32 + 32) + 5 * (32 + 16))
@@ -370,7 +370,7 @@ def test_failure_inside_install_leaves_the_model_as_it_was(
     if adapted:
         add(model, "first", 1)
     before = picture(model, IDS)
-    real = fxpeft.state.rewrite_module
+    real = fxpeft.adapters.state.rewrite_module
 
     def fail(*args: Any, **kwargs: Any) -> None:
         nonlocal calls
@@ -379,7 +379,7 @@ def test_failure_inside_install_leaves_the_model_as_it_was(
             raise error("third site")
         real(*args, **kwargs)
 
-    monkeypatch.setattr("fxpeft.state.rewrite_module", fail)
+    monkeypatch.setattr("fxpeft.adapters.state.rewrite_module", fail)
     with pytest.raises(error, match="third site"):
         fxpeft.add_adapter(model, LoraConfig(r=2, lora_alpha=5, target_modules="all-linear"), "second")
     assert_same(before, picture(model, IDS))

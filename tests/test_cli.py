@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 import fxpeft
 from fxpeft import AdapterError, LoraConfig
-from fxpeft.adapter_file import diff_files, shrink, site_scale, site_tensors
-from fxpeft.checkpoint import Checkpoint, read
-from fxpeft.cli import app
+from fxpeft.checkpoint.adapter_file import diff_files, shrink, site_scale, site_tensors
+from fxpeft.checkpoint.peft import Checkpoint, read
+from fxpeft.tools.cli import app
 
 TARGETS = "role:attention | role:mlp.down"
 
@@ -189,7 +189,7 @@ def test_convert_dtypes(folder: Path, tmp_path: Path) -> None:
     assert new.config == old.config
     assert all(torch.equal(new.tensors[k], t.bfloat16()) for k, t in old.tensors.items())
     big = Checkpoint("big", old.config, {k: t * 1e6 for k, t in old.tensors.items()})
-    from fxpeft.adapter_file import cast
+    from fxpeft.checkpoint.adapter_file import cast
 
     with pytest.raises(AdapterError, match=r"values too large for torch\.float16"):
         cast(big, torch.float16)

@@ -24,8 +24,8 @@ from transformers import (
 
 import fxpeft
 from fxpeft import AdapterError, LoraConfig
-from fxpeft.attention import attention_targets
-from fxpeft.defaults import TARGETS, default_targets
+from fxpeft.targets.attention import attention_targets
+from fxpeft.targets.defaults import TARGETS, default_targets
 
 
 def test_table_is_pefts() -> None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import fxpeft
-from fxpeft import AdapterError, LoraConfig, eva
-from fxpeft.calls import check_call
+from fxpeft import AdapterError, LoraConfig
+from fxpeft.adapters import eva
+from fxpeft.adapters.calls import check_call
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -298,7 +299,7 @@ def test_a_failed_change_leaves_the_old_adapter(monkeypatch: pytest.MonkeyPatch)
     model = started("llama")
     randomise(p for p in model.parameters() if p.requires_grad)
     before = picture(model, IDS)
-    rebind, calls = fxpeft.adapters.rebind, []
+    rebind, calls = fxpeft.adapters.api.rebind, []
 
     def fails(*args: Any) -> None:
         calls.append(args)
@@ -306,7 +307,7 @@ def test_a_failed_change_leaves_the_old_adapter(monkeypatch: pytest.MonkeyPatch)
             raise RuntimeError("no")
         rebind(*args)
 
-    monkeypatch.setattr(fxpeft.adapters, "rebind", fails)
+    monkeypatch.setattr(fxpeft.adapters.api, "rebind", fails)
     with pytest.raises(RuntimeError, match="no"):
         fxpeft.initialize_eva(model, texts(), progress=False)
     after = picture(model, IDS)

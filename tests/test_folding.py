@@ -26,7 +26,7 @@ LORA: dict[str, Any] = {
 }  # fmt: skip
 
 
-def add(model: nn.Module, name: str, seed: int, config: fxpeft.config.AdapterConfig | None = None) -> None:
+def add(model: nn.Module, name: str, seed: int, config: fxpeft.methods.config.AdapterConfig | None = None) -> None:
     fxpeft.add_adapter(model, config or LoraConfig(**LORA), name)
     randomise(fxpeft.adapter_state_dict(model, name).values(), seed)
 
@@ -46,9 +46,7 @@ def test_fold_takes_the_adapter_out_of_the_forward() -> None:
     add(model, "a", 1)
     running = logits(model)
     fxpeft.fold(model)
-    assert [type(m) for m in bare.modules()] == [
-        type(m) for n, m in model.named_modules() if ".adapters" not in n
-    ]
+    assert [type(m) for m in bare.modules()] == [type(m) for n, m in model.named_modules() if ".adapters" not in n]
     close(logits(model), running)
     assert float((logits(bare) - running).abs().max()) > 0.1
     assert not any(p.requires_grad for p in model.parameters())
@@ -213,7 +211,7 @@ def test_delta_drifts_by_rounding_only(dtype: torch.dtype, bound: float) -> None
     changed = 0.0
     for _ in range(5):
         fxpeft.fold(model, keep="delta")
-        assert not fxpeft.state.state_of(model).folded.originals
+        assert not fxpeft.adapters.state.state_of(model).folded.originals
         folded = model.state_dict()
         changed = max(changed, *(float((folded[k] - v).abs().max()) for k, v in bare.items()))
         fxpeft.unfold(model)
@@ -324,7 +322,7 @@ def test_an_error_while_writing_leaves_the_weights(monkeypatch: pytest.MonkeyPat
 
                 patch.setattr(Tensor, "copy_", breaks)
             else:
-                calls, switch = [], fxpeft.folding.switch
+                calls, switch = [], fxpeft.transform.fold.switch
 
                 def once(*args: Any, calls: list[int] = calls, switch: Any = switch) -> None:
                     calls.append(1)
@@ -332,7 +330,7 @@ def test_an_error_while_writing_leaves_the_weights(monkeypatch: pytest.MonkeyPat
                         raise MemoryError
                     switch(*args)
 
-                patch.setattr(fxpeft.folding, "switch", once)
+                patch.setattr(fxpeft.transform.fold, "switch", once)
             with pytest.raises(MemoryError):
                 fxpeft.fold(model)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -14,8 +14,8 @@ from transformers import LlamaForCausalLM
 
 import fxpeft
 from fxpeft import AdapterError, LoraConfig, Plan
-from fxpeft.plan_table import collapse, size
-from fxpeft.state import state_of
+from fxpeft.adapters.state import state_of
+from fxpeft.planning.table import collapse, size
 
 CONFIG: dict[str, Any] = {
     "r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj", "embed_tokens"],

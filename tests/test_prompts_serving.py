@@ -175,5 +175,3 @@ def test_copies_of_a_prepared_model(tmp_path: Path) -> None:
         fxpeft.hotswap(other, {"prompt_embeddings": torch.zeros(VIRTUAL, 32)})
         assert not torch.equal(logits(other), wanted)
         assert torch.equal(logits(model), wanted)
-
-

@@ -16,10 +16,10 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import fxpeft
 from fxpeft import AdapterError, LoraConfig
+from fxpeft.model.trace import model_flow, trace_model
 from fxpeft.passes import MatchPass, PassError, Role, RolePass, pattern
-from fxpeft.passes.flow import flow_of
-from fxpeft.passes.roles import ROLES, declare, find_roles
-from fxpeft.trace import model_flow, trace_model
+from fxpeft.passes.targets.flow import flow_of
+from fxpeft.passes.targets.roles import ROLES, declare, find_roles
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -280,7 +280,7 @@ def test_the_first_pattern_names_a_vertex() -> None:
 
 
 def test_the_example_declares_a_role_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr("fxpeft.passes.roles.ROLES", list(ROLES))
+    monkeypatch.setattr("fxpeft.passes.targets.roles.ROLES", list(ROLES))
     runpy.run_path(str(EXAMPLES / "own_role.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert printed.splitlines() == [
@@ -290,8 +290,8 @@ def test_the_example_declares_a_role_of_its_own(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_declaring_twice_is_declaring_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxpeft.passes.roles.ROLES", list(ROLES))
-    from fxpeft.passes import roles
+    monkeypatch.setattr("fxpeft.passes.targets.roles.ROLES", list(ROLES))
+    from fxpeft.passes.targets import roles
 
     own = Role("x:linear -> a:attention", {"x": "mine"})
     declare(own)

@@ -18,10 +18,12 @@ from torch.fx import GraphModule
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxpeft
-from fxpeft import checkpoint, guard, serving, swap
-from fxpeft.passes.copies import Copies
-from fxpeft.passes.slot import ActiveRank
-from fxpeft.state import state_of
+from fxpeft.adapters.state import state_of
+from fxpeft.checkpoint import peft as checkpoint
+from fxpeft.passes.slots.copies import Copies
+from fxpeft.passes.slots.slot import ActiveRank
+from fxpeft.serving import guard, swap
+from fxpeft.serving import prepare as serving
 
 IDS = torch.arange(12).view(2, 6)
 
@@ -152,9 +154,7 @@ def test_a_fault_at_any_step_leaves_the_old_adapter_serving(
     torch.testing.assert_close(output(model), fresh(new), rtol=0, atol=1e-5)
 
 
-def test_a_fault_in_the_middle_of_the_copies_is_undone(
-    old: str, new: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_in_the_middle_of_the_copies_is_undone(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = prepared(old)
     wanted, calls = output(model), []
 

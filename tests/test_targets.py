@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import fxpeft
 from fxpeft import AdapterError, LoraConfig, pattern
-from fxpeft.passes.names import NameSelector
-from fxpeft.passes.patterns import layers, name, role
-from fxpeft.state import state_of
-from fxpeft.targets import spelled
+from fxpeft.adapters.state import state_of
+from fxpeft.passes.targets.names import NameSelector
+from fxpeft.passes.targets.patterns import layers, name, role
+from fxpeft.targets.resolve import spelled
 
 IDS = torch.arange(12).view(2, 6)
 Q = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]

@@ -16,9 +16,9 @@ from tiny import randomise, tiny_llama, token_ids
 from torch import Tensor, nn
 
 import fxpeft
-from fxpeft import serving
 from fxpeft.passes import live
-from fxpeft.passes.copies import Copies
+from fxpeft.passes.slots.copies import Copies
+from fxpeft.serving import prepare as serving
 from fxpeft.testing import (
     SwapReport,
     _every_pair,
@@ -311,7 +311,7 @@ def test_assert_swaps_clean_notices_a_recompile(folders: list[str], monkeypatch:
         swaps_clean(folders)
 
 
-PROJECT = '''
+PROJECT = """
 import pytest, torch
 from fxpeft.passes import InjectPass, MatchPass, Pipeline, Rewrite
 
@@ -335,7 +335,7 @@ def test_guard(no_recompiles):
     with no_recompiles():
         compiled(torch.ones(2), 2)
         compiled(torch.ones(2), CHANGED)
-'''
+"""
 
 
 def run_pytest(folder: Path, *options: str) -> tuple[int, str]:
@@ -364,7 +364,7 @@ def test_a_project_that_only_installs_fxpeft(tmp_path: Path) -> None:
     assert "RecompileError" in text
 
 
-SNAPSHOTS = '''
+SNAPSHOTS = """
 import pytest
 
 class TestOne:
@@ -379,7 +379,7 @@ class TestTwo:
 @pytest.mark.parametrize("text", ["a/b", "a:b", "a-b", "1.5"])
 def test_it(text, graph_snapshot):
     graph_snapshot(text)
-'''
+"""
 
 
 def test_each_test_has_a_snapshot_of_its_own(tmp_path: Path) -> None:

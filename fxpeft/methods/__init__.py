@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
 from fxpeft.methods.adalora import AdaLora
 from fxpeft.methods.base import Method
+from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.dora import Dora
 from fxpeft.methods.ia3 import Ia3
 from fxpeft.methods.lora import Lora

@@ -2,7 +2,7 @@
 
     y = base(x) + alpha / (init_r + 1e-5) * B diag(E) A dropout(x)
 
-The ranks with the least importance are switched off while it trains (:mod:`fxpeft.allocator`), and
+The ranks with the least importance are switched off while it trains (:mod:`fxpeft.adapters.allocator`), and
 A and B are kept near orthogonal by a term of the loss.
 """
 
@@ -15,12 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
+from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.lora import LoraConfig
-from fxpeft.passes.inject import Rewrite
-from fxpeft.passes.kinds import Conv, Kind
+from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.targets.kinds import Conv, Kind
 
 
 @dataclass

@@ -11,14 +11,14 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from fxpeft.config import AdapterConfig
+from fxpeft.methods.config import AdapterConfig
+from fxpeft.model.wrappers import submodule
 from fxpeft.passes.base import attribute, join
-from fxpeft.passes.feed import Feed
-from fxpeft.passes.inject import Rewrite
-from fxpeft.passes.kinds import Kind
 from fxpeft.passes.live import base_weight
-from fxpeft.passes.slot import FEATURES
-from fxpeft.wrappers import submodule
+from fxpeft.passes.rewrite.feed import Feed
+from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.slots.slot import FEATURES
+from fxpeft.passes.targets.kinds import Kind
 
 C = TypeVar("C", bound=AdapterConfig)
 

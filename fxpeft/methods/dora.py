@@ -13,12 +13,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Base, SiteAdapter, SitePlan, SlotValues
+from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.lora import Lora, LoraConfig, rest
-from fxpeft.passes.inject import Rewrite
-from fxpeft.passes.kinds import Conv, Kind
+from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.targets.kinds import Conv, Kind
 
 MAGNITUDE = "lora_magnitude_vector"
 

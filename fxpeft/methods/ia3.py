@@ -1,6 +1,6 @@
 """IA3 (https://arxiv.org/abs/2205.05638): one learned gain per output feature, or per input feature of a feedforward.
 
-    y = l * base(x)    or    y = base(l * x)
+y = l * base(x)    or    y = base(l * x)
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fxpeft.config import AdapterConfig, check_pattern
-from fxpeft.defaults import default_feedforward
 from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
-from fxpeft.passes.inject import Rewrite
-from fxpeft.passes.kinds import Conv, Kind
-from fxpeft.passes.names import Endings
-from fxpeft.passes.regex import compiled
+from fxpeft.methods.config import AdapterConfig, check_pattern
+from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.targets.kinds import Conv, Kind
+from fxpeft.passes.targets.names import Endings
+from fxpeft.passes.targets.regex import compiled
+from fxpeft.targets.defaults import default_feedforward
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxpeft.errors import AdapterError
-from fxpeft.passes.kinds import Kind
+from fxpeft.passes.targets.kinds import Kind
 
 NAMES = ("gaussian", "orthogonal", "pissa", "olora", "eva", "loftq")  # and pissa_niter_N
 BLOCK = 64  # numbers that share one scale in NF4, bitsandbytes' default

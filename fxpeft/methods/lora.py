@@ -20,17 +20,17 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxpeft.config import RankConfig
 from fxpeft.errors import AdapterError
 from fxpeft.methods import inits
 from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
+from fxpeft.methods.config import RankConfig
 from fxpeft.methods.inits import EvaConfig, LoftQConfig
 from fxpeft.passes.base import PassError, join
-from fxpeft.passes.inject import Rewrite
-from fxpeft.passes.kinds import Kind
-from fxpeft.passes.names import pattern_value
-from fxpeft.passes.parameters import ParameterKind, scaled
-from fxpeft.passes.terms import Pattern
+from fxpeft.passes.live.parameters import ParameterKind, scaled
+from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.targets.kinds import Kind
+from fxpeft.passes.targets.names import pattern_value
+from fxpeft.passes.targets.terms import Pattern
 
 S = TypeVar("S", LoftQConfig, EvaConfig)
 
@@ -54,7 +54,7 @@ class LoraConfig(RankConfig):
         use_dora: train magnitude and direction apart; see :mod:`fxpeft.methods.dora`.
         target_parameters: parameters that are no weight of a module of their own, such as the experts of a mixture
             held as one: names or dotted suffixes as in PEFT; also one regular expression for the whole name,
-            or a pattern. See :mod:`fxpeft.target_parameters`.
+            or a pattern. See :mod:`fxpeft.targets.parameters`.
         fan_in_fan_out: accepted for PEFT's sake; the layout of a weight is read off the graph.
     """
 
@@ -163,18 +163,14 @@ def lora(
     return out
 
 
-def rest(
-    kind: Kind, y: Tensor, x: Tensor, lora_A0: Tensor | None, lora_B0: Tensor | None, scaling: Tensor
-) -> Tensor:
+def rest(kind: Kind, y: Tensor, x: Tensor, lora_A0: Tensor | None, lora_B0: Tensor | None, scaling: Tensor) -> Tensor:
     """``y`` without the update that the adapter started from; it is a part of the base, which has no dropout."""
     if lora_A0 is None or lora_B0 is None:
         return y
     return y - kind.expand(kind.scale(kind.reduce(x, lora_A0), scaling), lora_B0)
 
 
-def lora_weight(
-    kind: ParameterKind, weight: Tensor, *, lora_A: Tensor, lora_B: Tensor, scaling: Tensor
-) -> Tensor:
+def lora_weight(kind: ParameterKind, weight: Tensor, *, lora_A: Tensor, lora_B: Tensor, scaling: Tensor) -> Tensor:
     """The training subgraph of a parameter: ``weight + scale * B A``, expert by expert.
 
     ``lora_A``: [rank * experts, in], ``lora_B``: [out, rank * experts], as PEFT's ``ParamWrapper`` holds them.

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Base, SitePlan
+from fxpeft.methods.prompt_inputs import cache_argument
 from fxpeft.methods.prompts import (
     HEADS,
     HIDDEN,
@@ -22,7 +23,6 @@ from fxpeft.methods.prompts import (
     forward_arguments,
 )
 from fxpeft.passes.live import base_class
-from fxpeft.prompt_inputs import cache_argument
 
 
 @dataclass
@@ -101,9 +101,7 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
         resolved.encoder_hidden_size = resolved.encoder_hidden_size or resolved.token_dim
         return resolved
 
-    def layer_shapes(
-        self, model: PreTrainedModel, config: PrefixTuningConfig
-    ) -> tuple[tuple[int, int] | None, ...]:
+    def layer_shapes(self, model: PreTrainedModel, config: PrefixTuningConfig) -> tuple[tuple[int, int] | None, ...]:
         """PEFT's rule for layers that are not alike: each takes the first of the heads, and of their numbers.
 
         Raises:

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fxpeft.config import AdapterConfig
 from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
-from fxpeft.passes.feed import Feed
-from fxpeft.passes.kinds import Kind
+from fxpeft.methods.config import AdapterConfig
+from fxpeft.methods.prompt_inputs import FedModel, PromptGeneration, cache_argument, cache_prompt, embed_prompt
+from fxpeft.model.wrappers import named_modules, submodule
 from fxpeft.passes.live import base_class
-from fxpeft.prompt_inputs import FedModel, PromptGeneration, cache_argument, cache_prompt, embed_prompt
-from fxpeft.wrappers import named_modules, submodule
+from fxpeft.passes.rewrite.feed import Feed
+from fxpeft.passes.targets.kinds import Kind
 
 WHOLE_MODEL = Kind(0, 0)  # no target: a forward as a whole has no linear algebra of its own
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -224,7 +224,7 @@ class PromptMethod(Method[P]):
         raise AdapterError(f"{site}: a prompt has no target modules")
 
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
-        raise AdapterError("a prompt has no slot at a target; see fxpeft.prompts_serving")
+        raise AdapterError("a prompt has no slot at a target; see fxpeft.serving.prompts")
 
     def find(self, model: nn.Module, config: P) -> tuple[P, dict[str, SitePlan]]:
         """The config with the model's numbers filled in, and the one site.
@@ -321,5 +321,3 @@ def forward_arguments(module: nn.Module) -> Mapping[str, inspect.Parameter]:
 def _embeddings_name(host: nn.Module) -> str:
     names: dict[object, str] = {module: name for name, module in named_modules(host)}
     return names[host.get_input_embeddings()]  # type: ignore[operator]
-
-

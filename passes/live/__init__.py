@@ -10,8 +10,8 @@ A pickle of a bound module holds its source, which un-pickling runs, as un-pickl
 names: for files that you wrote, never for a stranger's.
 """
 
+from fxpeft.passes.container import Container
 from fxpeft.passes.live.bind import bare_copy, bind_source, lock_module, unbind, unlock_module
-from fxpeft.passes.live.container import Container
 from fxpeft.passes.live.generated import _rebuild, generated_class, generated_source
 from fxpeft.passes.live.instance import base_class, given_forward, is_bound
 from fxpeft.passes.live.rewriting import feed_module, forward_text, replace_module, rewrite_module

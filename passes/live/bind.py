@@ -6,11 +6,11 @@ import copy
 
 from torch import nn
 
-from fxpeft.passes.feed import LEAF
-from fxpeft.passes.live.container import Container
+from fxpeft.passes.container import Container
 from fxpeft.passes.live.generated import generated_class
 from fxpeft.passes.live.instance import CALL_GIVEN, base_class, given_forward, is_bound, is_own
-from fxpeft.passes.locked import LOCK, Lock, move, unlocked
+from fxpeft.passes.live.locked import LOCK, Lock, move, unlocked
+from fxpeft.passes.rewrite.feed import LEAF
 
 
 def bind_source(module: nn.Module, source: str, mixin: type | None = None) -> None:
@@ -48,7 +48,7 @@ def _unbind(module: nn.Module) -> None:
 
 
 def lock_module(module: nn.Module, lock: Lock) -> None:
-    """Let every call of a module hold a lock, bound anew or not; see :mod:`fxpeft.passes.locked`."""
+    """Let every call of a module hold a lock, bound anew or not; see :mod:`fxpeft.passes.live.locked`."""
     if given_forward(module) is not None and not is_bound(module):
         bind_source(module, CALL_GIVEN)
     vars(module)[LOCK] = lock

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from fxpeft.passes.feed import LEAF
-from fxpeft.passes.live.container import Container
+from fxpeft.passes.container import Container
 from fxpeft.passes.live.instance import base_class
 from fxpeft.passes.recent import Recent
+from fxpeft.passes.rewrite.feed import LEAF
 
 # those in use are found again as long as they are; the last ones are kept, for a module that is bound again
 _alive: weakref.WeakValueDictionary[tuple[type, str, type | None], type[nn.Module]] = weakref.WeakValueDictionary()

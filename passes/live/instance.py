@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from fxpeft.passes.feed import LEAF
-from fxpeft.passes.locked import unlocked
+from fxpeft.passes.live.locked import unlocked
+from fxpeft.passes.rewrite.feed import LEAF
 
 # what a locked module runs whose instance somebody gave a forward
 CALL_GIVEN = f"def forward(self, *args, **kwargs):\n    return self.{LEAF}(*args, **kwargs)\n"

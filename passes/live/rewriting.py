@@ -9,17 +9,17 @@ from torch import nn
 from torch.fx import Graph
 
 from fxpeft.passes.base import PassError
-from fxpeft.passes.feed import LEAF, Feed, FeedPass, call_graph
-from fxpeft.passes.inject import InjectPass, Rewrite
+from fxpeft.passes.container import Container
 from fxpeft.passes.live.bind import bind_source
-from fxpeft.passes.live.container import Container
 from fxpeft.passes.live.generated import MEMBERS, generated_source
 from fxpeft.passes.live.instance import base_class, given_forward, is_bound
 from fxpeft.passes.live.signature import signature
 from fxpeft.passes.live.tracing import trace_any, trace_module
 from fxpeft.passes.pipeline import Pipeline, graph_text
 from fxpeft.passes.recent import Recent
-from fxpeft.passes.redirect import RedirectPass
+from fxpeft.passes.rewrite.feed import LEAF, Feed, FeedPass, call_graph
+from fxpeft.passes.rewrite.inject import InjectPass, Rewrite
+from fxpeft.passes.rewrite.redirect import RedirectPass
 from fxpeft.passes.source import check_plain, graph_source
 from fxpeft.passes.torch_private import FSDP
 

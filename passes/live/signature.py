@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxpeft.passes.feed import LEAF
-from fxpeft.passes.live.container import Container
+from fxpeft.passes.container import Container
 from fxpeft.passes.live.instance import base_class, given_forward
-from fxpeft.passes.locked import LOCK
+from fxpeft.passes.live.locked import LOCK
+from fxpeft.passes.rewrite.feed import LEAF
 
 _NOT_TRACED = frozenset(
     {

@@ -16,15 +16,15 @@ from torch import Tensor, fx, nn
 from torch.fx import Graph, GraphModule, Proxy
 
 from fxpeft.passes.base import PassError, TracedModule, attribute, join
-from fxpeft.passes.feed import LEAF
-from fxpeft.passes.kinds import Kind
-from fxpeft.passes.live.container import Container
+from fxpeft.passes.container import Container
 from fxpeft.passes.live.instance import base_class, given_forward
 from fxpeft.passes.live.signature import signature
-from fxpeft.passes.match import TARGET, MatchPass, Target, Unsupported, module_kind, read_target, stored_weight
 from fxpeft.passes.pipeline import graph_text
 from fxpeft.passes.recent import Recent
+from fxpeft.passes.rewrite.feed import LEAF
 from fxpeft.passes.source import check_plain
+from fxpeft.passes.targets.kinds import Kind
+from fxpeft.passes.targets.match import TARGET, MatchPass, Target, Unsupported, module_kind, read_target, stored_weight
 
 _kinds: Recent[tuple[Any, ...], Kind] = Recent()
 _weights: Recent[tuple[Any, ...], tuple[str, bool]] = Recent()  # a weight's name, and whether it is stored [in, out]

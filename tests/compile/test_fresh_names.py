@@ -12,8 +12,8 @@ from tiny import randomise, tiny_llama, token_ids
 from torch import nn
 
 import fxpeft
+from fxpeft.passes.container import Container
 from fxpeft.passes.live import forward_text
-from fxpeft.passes.live.container import Container
 from fxpeft.testing import count_graphs, no_recompiles
 
 CONFIG = {"r": 3, "lora_alpha": 7, "target_modules": ["0", "2"], "rank_pattern": {"2": 2}}
@@ -58,9 +58,7 @@ def test_compiled_training_reaches_the_named_parameters() -> None:
     torch.compile(model, fullgraph=True)(x).pow(2).sum().backward()
     eager(x).pow(2).sum().backward()
     names = [n for n, p in model.named_parameters() if p.grad is not None]
-    assert names == [
-        f"{site}.adapters.{name}.lora_{k}" for site in "02" for name in ("first", "second") for k in "AB"
-    ]
+    assert names == [f"{site}.adapters.{name}.lora_{k}" for site in "02" for name in ("first", "second") for k in "AB"]
     for name in names:
         own, other = model.get_parameter(name).grad, eager.get_parameter(name).grad
         assert float(own.abs().max()) > 0

@@ -61,9 +61,7 @@ def test_forwards_recompile_nothing(method: str, folders: dict[str, str]) -> Non
         with no_recompiles(warm=True) as counted:
             for folder in (one, two, one):
                 fxpeft.hotswap(compiled, folder)
-                torch.testing.assert_close(
-                    compiled(**INPUTS).logits, wanted[folder == two], atol=1e-5, rtol=1e-5
-                )
+                torch.testing.assert_close(compiled(**INPUTS).logits, wanted[folder == two], atol=1e-5, rtol=1e-5)
             fxpeft.load_adapter(compiled, two, "two")
             torch.testing.assert_close(compiled(**INPUTS).logits, wanted[1], atol=1e-5, rtol=1e-5)
             fxpeft.set_adapter(compiled, "one")
@@ -108,9 +106,7 @@ def test_steps_of_generate_recompile_nothing(method: str, folders: dict[str, str
                 fxpeft.hotswap(model, folders[name])
             else:
                 fxpeft.load_adapter(model, folders[name])
-            found = model.generate(
-                **INPUTS, **options, cache_implementation="static", compile_config=compile_config
-            )
+            found = model.generate(**INPUTS, **options, cache_implementation="static", compile_config=compile_config)
         assert torch.equal(found, wanted[name])
         assert not counted.breaks
         graphs.append(counted.graphs)

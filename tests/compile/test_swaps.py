@@ -79,9 +79,7 @@ def expected(folders: dict[str, str], ids: Tensor) -> dict[str, Tensor]:
 
 def prepared(folders: dict[str, str], rank: Any = "dynamic") -> LlamaForCausalLM:
     model = tiny_llama()
-    fxpeft.prepare_hotswap(
-        model, MAX_RANK, targets=[*ALL, "embed_tokens"], modules_to_save=["lm_head"], rank=rank
-    )
+    fxpeft.prepare_hotswap(model, MAX_RANK, targets=[*ALL, "embed_tokens"], modules_to_save=["lm_head"], rank=rank)
     for name, folder in folders.items():
         fxpeft.load_adapter(model, folder, name)
     return model

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import fxpeft
-from fxpeft.lock import SwapLock
-from fxpeft.passes.copies import Copies
-from fxpeft.state import state_of
-from fxpeft.swap import serving_of
+from fxpeft.adapters.state import state_of
+from fxpeft.passes.slots.copies import Copies
+from fxpeft.serving.lock import SwapLock
+from fxpeft.serving.swap import serving_of
 
 NAMES = ("a", "b", "c")
 

@@ -15,9 +15,9 @@ from tiny import randomise
 from torch import Tensor, nn
 
 import fxpeft
+from fxpeft.adapters.state import state_of
 from fxpeft.passes.live import generated_class
 from fxpeft.passes.recent import Recent
-from fxpeft.state import state_of
 
 LOADS, WARM, KEPT = 2000, 200, 3
 

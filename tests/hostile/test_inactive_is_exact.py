@@ -50,7 +50,7 @@ def add(model: nn.Module, name: str, config: Any) -> None:
     fxpeft.add_adapter(model, config, name)
     tensors = {key: value.clone() for key, value in fxpeft.adapter_state_dict(model, name).items()}
     randomise(tensors.values(), 3)
-    if fxpeft.state.is_prepared(model):
+    if fxpeft.adapters.state.is_prepared(model):
         fxpeft.hotswap(model, tensors, name)
     else:
         for key, value in fxpeft.adapter_state_dict(model, name).items():

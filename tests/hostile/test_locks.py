@@ -295,7 +295,7 @@ def test_parts_called_on_their_own_see_one_adapter(way: str, folders: dict[str, 
 
 
 def test_the_check_for_mixtures_can_fail(folders: dict[str, str], outputs: Any) -> None:
-    from fxpeft.guard import unguard_forwards
+    from fxpeft.serving.guard import unguard_forwards
 
     model = prepared(folders)
     unguard_forwards(model)

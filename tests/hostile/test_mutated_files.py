@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 
 import fxpeft
 from fxpeft import AdapterError, LoraConfig
-from fxpeft.cli import app
 from fxpeft.passes.base import PassError
+from fxpeft.tools.cli import app
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ODD: list[str] = [
@@ -347,7 +347,7 @@ class Asked:
         except AdapterError:
             assert not out.exists()
             raise
-        fxpeft.checkpoint.read(out)
+        fxpeft.checkpoint.peft.read(out)
         shutil.rmtree(out)
 
     def check(self, folder: Path, source: random.Random) -> None:

@@ -14,7 +14,7 @@ from tiny import tiny_llama
 from torch import nn
 
 import fxpeft
-from fxpeft.adapter_name import check_adapter_name
+from fxpeft.adapters.name import check_adapter_name
 from fxpeft.errors import AdapterError
 
 HOSTILE: list[Any] = [

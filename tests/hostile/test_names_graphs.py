@@ -14,10 +14,10 @@ from torch.fx import Graph, GraphModule
 import fxpeft
 from fxpeft.errors import AdapterError
 from fxpeft.passes import MatchPass, PassError, Pipeline
-from fxpeft.passes.feed import Feed
-from fxpeft.passes.inject import Rewrite
+from fxpeft.passes.container import Container
 from fxpeft.passes.live import feed_module, kind_of, replace_module, rewrite_module, trace_module
-from fxpeft.passes.live.container import Container
+from fxpeft.passes.rewrite.feed import Feed
+from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.source import check_names, check_path, graph_source
 
 CODE = 'a"+chr(98)+"'

@@ -22,8 +22,8 @@ from torch.export import Dim
 
 import fxpeft
 from fxpeft import AdapterError, LoraConfig, Package
-from fxpeft.packaging import MANIFEST
-from fxpeft.program_inputs import describe, fit
+from fxpeft.programs.inputs import describe, fit
+from fxpeft.programs.packaging import MANIFEST
 
 WORDS = 4001
 

@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 
 import fxpeft
 from fxpeft import AdapterError, IA3Config, LoraConfig
-from fxpeft.checkpoint import read
-from fxpeft.cli import app
-from fxpeft.passes import regex as engine
-from fxpeft.passes.globs import Glob
-from fxpeft.passes.names import FORMS, NameSelector, PatternTable, Selection, pattern_value
-from fxpeft.passes.patterns import pattern
-from fxpeft.passes.regex import Expression, PatternError, limited
-from fxpeft.passes.terms import Subject
+from fxpeft.checkpoint.peft import read
+from fxpeft.passes.targets import regex as engine
+from fxpeft.passes.targets.globs import Glob
+from fxpeft.passes.targets.names import FORMS, NameSelector, PatternTable, Selection, pattern_value
+from fxpeft.passes.targets.patterns import pattern
+from fxpeft.passes.targets.regex import Expression, PatternError, limited
+from fxpeft.passes.targets.terms import Subject
+from fxpeft.tools.cli import app
 
 LONG = "model.layers.1.self_attn." + "a" * 200
 EVIL = r"(?:.|[a-z])*(?:[XY]|Z)"  # tried in 2**len(name) ways

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import fxpeft
 from fxpeft import CheckpointError, LoraConfig, files
-from fxpeft.checkpoint import CONFIG, WEIGHTS, read, write_files
+from fxpeft.checkpoint.peft import CONFIG, WEIGHTS, read, write_files
 
 pytestmark = pytest.mark.filterwarnings("error:.*was changed after")
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
@@ -257,7 +257,7 @@ def test_readers_beside_a_writer_never_see_a_mixture(folder: Path) -> None:
 
 
 def test_readers_beside_a_writer_through_transformers(folder: Path) -> None:
-    from fxpeft.integrations import loading
+    from fxpeft.integrations.transformers import loading
 
     done = threading.Event()
 

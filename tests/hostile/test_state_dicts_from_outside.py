@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fxpeft
 from fxpeft import AdapterError, LoraConfig
-from fxpeft.checkpoint import CheckpointError
+from fxpeft.checkpoint.peft import CheckpointError
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 CONFIG = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"])
@@ -162,7 +162,7 @@ def test_integers_where_the_model_has_integers(tmp_path: Path) -> None:
 
 
 def test_transformers_adapter_state_dict(saved: tuple[Path, dict[str, Tensor]]) -> None:
-    from fxpeft.integrations.transformers import install, uninstall
+    from fxpeft.integrations.transformers.install import install, uninstall
 
     install()
     try:

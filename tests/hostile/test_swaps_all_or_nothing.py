@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxpeft
-from fxpeft.passes.copies import Copies
-from fxpeft.state import state_of
-from fxpeft.swap import serving_of
+from fxpeft.adapters.state import state_of
+from fxpeft.passes.slots.copies import Copies
+from fxpeft.serving.swap import serving_of
 
 # --- records and slots ---
 
@@ -163,9 +163,7 @@ VERBS: dict[str, Callable[[nn.Module, dict[str, str]], None]] = {
     "set": lambda m, f: fxpeft.set_adapter(m, "c"),
     "several": lambda m, f: fxpeft.set_adapter(m, ["b", "c"]),
     "hotswap": lambda m, f: fxpeft.hotswap(m, f["c"], "a"),
-    "state_dict": lambda m, f: fxpeft.hotswap(
-        m, _tensors(f["b"]), "a", config=fxpeft.adapter_config(m, "b")
-    ),
+    "state_dict": lambda m, f: fxpeft.hotswap(m, _tensors(f["b"]), "a", config=fxpeft.adapter_config(m, "b")),
     "load": lambda m, f: fxpeft.load_adapter(m, f["c"], "new"),
     "scale": lambda m, f: fxpeft.set_scale(m, "a", 0.25),
     "off": lambda m, f: fxpeft.disable_adapters(m),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxpeft
-from fxpeft.integrations.model_state import is_prepared
+from fxpeft.integrations.transformers.model_state import is_prepared
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # other ranks, scales, patterns, more and fewer targets; the first is the one that is loaded before compiling
@@ -161,7 +161,7 @@ def test_plain_exchange_that_fails_keeps_the_old_adapter(
     model = tiny_llama()
     model.load_adapter(folders["first"])
     before = logits(model)
-    rebind, calls = fxpeft.adapters.rebind, []
+    rebind, calls = fxpeft.adapters.api.rebind, []
 
     def failing(*args: Any) -> None:
         calls.append(args)
@@ -169,7 +169,7 @@ def test_plain_exchange_that_fails_keeps_the_old_adapter(
             raise RuntimeError("no memory")
         rebind(*args)
 
-    monkeypatch.setattr(fxpeft.adapters, "rebind", failing)
+    monkeypatch.setattr(fxpeft.adapters.api, "rebind", failing)
     with pytest.raises(RuntimeError, match="no memory"):
         model.load_adapter(folders["patterns"], "default", hotswap=True)
     assert torch.equal(logits(model), before)
@@ -197,7 +197,7 @@ def test_first_adapter_brings_its_own_places(folders: dict[str, str], tmp_path: 
 @pytest.mark.parametrize("check", ["error", "warn", "ignore"])
 @pytest.mark.parametrize("late", ["loaded", "compiled"])
 def test_check_compiled(folders: dict[str, str], check: Any, late: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fxpeft.integrations import model_methods
+    from fxpeft.integrations.transformers import model_methods
 
     warned: list[str] = []
     monkeypatch.setattr(model_methods.logger, "warning", warned.append)

@@ -407,8 +407,6 @@ def test_signatures_are_transformers_own() -> None:
     assert compared == 9
 
 
-
-
 def test_uninstall_restores_everything() -> None:
     fxpeft.uninstall()
     places = (PreTrainedModel, Trainer, auto_factory._BaseAutoModelClass, auto_factory)

@@ -261,7 +261,7 @@ class Uploads:
 def uploads(monkeypatch: pytest.MonkeyPatch) -> Uploads:
     from huggingface_hub import ModelCard
 
-    import fxpeft.integrations.saving as saving
+    import fxpeft.integrations.transformers.saving as saving
 
     api = Uploads()
     for module in (transformers.utils.hub, saving):

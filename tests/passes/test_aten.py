@@ -14,8 +14,8 @@ from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
 
 from fxpeft.passes import AtenPass, EjectPass, InjectPass, Kind, PassError, Pipeline, RedirectPass, Rewrite
-from fxpeft.passes.inject import Origin
-from fxpeft.passes.match import OPERAND, SITE, TARGET
+from fxpeft.passes.rewrite.inject import Origin
+from fxpeft.passes.targets.match import OPERAND, SITE, TARGET
 
 #: form -> what its programs keep: all composite operators, or none
 DECOMPOSITIONS: dict[str, Callable[[], Any]] = {

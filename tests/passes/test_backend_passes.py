@@ -15,9 +15,9 @@ from torch.fx import GraphModule
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from fxpeft.passes import CleanPass, FoldInactivePass, GroupPass, Pipeline
-from fxpeft.passes.group import Group
-from fxpeft.passes.kinds import Linear
-from fxpeft.passes.slot import slot
+from fxpeft.passes.backend.group import Group
+from fxpeft.passes.slots.slot import slot
+from fxpeft.passes.targets.kinds import Linear
 
 RANK = 3
 SHAPES = {

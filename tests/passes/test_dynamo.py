@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from fxpeft.passes import EjectPass, InjectPass, MatchPass, Pipeline
-from fxpeft.passes.dynamo import annotate_sources, name_operands, parameter_path, source_name
-from fxpeft.passes.match import OPERAND, READS, TARGET, read_path
+from fxpeft.passes.captured.dynamo import annotate_sources, name_operands, parameter_path, source_name
+from fxpeft.passes.targets.match import OPERAND, READS, TARGET, read_path
 
 
 def captured(

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxpeft.passes import EjectPass, InjectPass, Pipeline, RedirectPass, Rewrite
-from fxpeft.passes.match import TARGET
+from fxpeft.passes.targets.match import TARGET
 
 
 def snapshot(graph_module: GraphModule) -> tuple[object, ...]:

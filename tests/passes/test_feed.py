@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fxpeft.passes import PassError, Pipeline, graph_text
 from fxpeft.passes.base import GraphPass
-from fxpeft.passes.feed import Feed, FeedPass, call_graph
 from fxpeft.passes.live import base_class, feed_module, generated_source, unbind
+from fxpeft.passes.rewrite.feed import Feed, FeedPass, call_graph
 
 
 class Model(nn.Module):

@@ -23,7 +23,7 @@ from fxpeft.passes import (
     Rewrite,
     graph_text,
 )
-from fxpeft.passes.match import SITE, TARGET
+from fxpeft.passes.targets.match import SITE, TARGET
 
 READ = [name for name in FORMS if name != "call_module"]  # forms that read each bias on its own
 

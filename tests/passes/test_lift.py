@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxpeft.passes import EjectPass, InjectPass, LiftPass, PassError, Pipeline, RedirectPass
-from fxpeft.passes.inject import get_attr, install
-from fxpeft.passes.lift import LIFTED, drop_unused, hand_in, last_placeholder, lift_bodies, remove
-from fxpeft.passes.match import OPERAND, TARGET
+from fxpeft.passes.rewrite.inject import get_attr, install
+from fxpeft.passes.rewrite.lift import LIFTED, drop_unused, hand_in, last_placeholder, lift_bodies, remove
+from fxpeft.passes.targets.match import OPERAND, TARGET
 
 SITES = ("up", "down")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from fxpeft.passes import Conv, Embedding, Linear, MatchPass, NameSelector, Target
-from fxpeft.passes.match import TARGET
+from fxpeft.passes.targets.match import TARGET
 
 
 def everything(site: str) -> bool:

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 import fxpeft
-from fxpeft.passes.names import NameSelector, matches, pattern_value
+from fxpeft.passes.targets.names import NameSelector, matches, pattern_value
 
 NAMES = [
     "", "q_proj", "xq_proj", "model.q_proj", "model.layers.0.q_proj", "model.layers.1.q_proj",

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from fxpeft.passes import ParameterKind, PassError, Pipeline, ReadPass, Rewrite, graph_text
 from fxpeft.passes.live import base_class, generated_source, unbind
-from fxpeft.passes.parameters import Reading, add_product, parameter_kind, parametrized, read_graph, read_module
+from fxpeft.passes.live.parameters import Reading, add_product, parameter_kind, parametrized, read_graph, read_module
 
 
 class Experts(nn.Module):
@@ -112,7 +112,7 @@ def test_text_of_the_rewritten_graph() -> None:
         "    down = self.down\n"
         "    adapters_factor = self.adapters.factor\n"
         "    mul = down * adapters_factor;  down = adapters_factor = None\n"
-        "    call_reading = fxpeft_passes_parameters_call_reading(base_forward, {'down': mul}, _args, _kwargs);  "
+        "    call_reading = fxpeft_passes_live_parameters_call_reading(base_forward, {'down': mul}, _args, _kwargs);  "
         "base_forward = mul = _args = _kwargs = None\n"
         "    return call_reading\n"
     )

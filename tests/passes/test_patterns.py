@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from fxpeft.passes import MatchPass, Pattern, PatternError, pattern
-from fxpeft.passes import patterns as p
-from fxpeft.passes.kinds import Conv, Embedding, Linear
-from fxpeft.passes.patterns import explain, from_peft, is_pattern, layers_of
-from fxpeft.passes.terms import Subject
+from fxpeft.passes.targets import patterns as p
+from fxpeft.passes.targets.kinds import Conv, Embedding, Linear
+from fxpeft.passes.targets.patterns import explain, from_peft, is_pattern, layers_of
+from fxpeft.passes.targets.terms import Subject
 
 NAMES = [
     f"model.layers.{i}.{part}"

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from test_patterns import SITES
 
 from fxpeft.passes import Pattern, PatternError, pattern
-from fxpeft.passes import patterns as p
-from fxpeft.passes.patterns import KINDS
-from fxpeft.passes.terms import COMPARE, Regex
+from fxpeft.passes.targets import patterns as p
+from fxpeft.passes.targets.patterns import KINDS
+from fxpeft.passes.targets.terms import COMPARE, Regex
 
 settings.register_profile("steady", deadline=None, derandomize=True, max_examples=150)
 STEADY = settings.get_profile("steady")
@@ -78,9 +78,7 @@ def test_a_text_is_read_back(wanted: Pattern) -> None:
 @given(PATTERNS, st.randoms(use_true_random=False))
 def test_spaces_mean_nothing(wanted: Pattern, random: Any) -> None:
     text = str(wanted)
-    spaced = "".join(
-        f"{' ' * random.randint(0, 3)}{sign}" if sign == " " else sign for sign in f"  {text} \n"
-    )
+    spaced = "".join(f"{' ' * random.randint(0, 3)}{sign}" if sign == " " else sign for sign in f"  {text} \n")
     assert pattern(spaced) == pattern(text)
 
 

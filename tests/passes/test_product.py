@@ -11,8 +11,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 import fxpeft
 from fxpeft.passes.base import PassError
-from fxpeft.passes.kinds import Conv
-from fxpeft.passes.product import product_of, why_no_delta
+from fxpeft.passes.live.product import product_of, why_no_delta
+from fxpeft.passes.targets.kinds import Conv
 
 
 def test_names_of_what_the_product_reads() -> None:

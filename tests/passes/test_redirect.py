@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxpeft.passes import InjectPass, PassError, Pipeline, RedirectPass
-from fxpeft.passes.match import OPERAND, TARGET
-from fxpeft.passes.redirect import REDIRECT
+from fxpeft.passes.rewrite.redirect import REDIRECT
+from fxpeft.passes.targets.match import OPERAND, TARGET
 
 READING = [form for form in FORMS if form != "call_module"]
 BIAS, WEIGHT = torch.arange(10.0) / 3, torch.linspace(-1, 2, 6 * 2 * 3).view(6, 2, 3)

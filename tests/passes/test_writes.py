@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxpeft.passes.writes import may_write
+from fxpeft.passes.backend.writes import may_write
 
 aten = torch.ops.aten
 

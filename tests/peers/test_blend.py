@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fxpeft
 from fxpeft import AdaLoraConfig, AdapterError, IA3Config, LoraConfig
-from fxpeft.derived import _quantile
+from fxpeft.transform.derived import _quantile
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -245,9 +245,7 @@ def test_dare_draws_from_the_generator_that_is_given(tmp_path: Path) -> None:
     _, model = pair(EQUAL, tmp_path)
     for name, seed in (("c", 3), ("d", 3), ("e", 4)):
         generator = torch.Generator().manual_seed(seed)
-        fxpeft.add_weighted_adapter(
-            model, ["a", "b"], WEIGHTS, name, "dare_linear", density=0.5, generator=generator
-        )
+        fxpeft.add_weighted_adapter(model, ["a", "b"], WEIGHTS, name, "dare_linear", density=0.5, generator=generator)
     c, d, e = (list(fxpeft.adapter_state_dict(model, name).values()) for name in "cde")
     assert all(map(torch.equal, c, d))
     assert not any(map(torch.equal, c, e))
@@ -273,7 +271,7 @@ def test_refused(tmp_path: Path) -> None:
     for name in ("s", "t"):
         fxpeft.add_adapter(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), name)
     fxpeft.add_adapter(model, LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True), "biased")
-    before = list(fxpeft.state.state_of(model).adapters)
+    before = list(fxpeft.adapters.state.state_of(model).adapters)
     two = ["a", "b"]
     for names, weights, values, message in (
         (two, WEIGHTS, {"combination_type": "mean"}, "combination_type: expected one of svd, linear"),
@@ -295,7 +293,7 @@ def test_refused(tmp_path: Path) -> None:
             fxpeft.add_weighted_adapter(model, names, weights, "c", **values)
     with pytest.raises(AdapterError, match="there is an adapter named 'a' already"):
         fxpeft.add_weighted_adapter(model, two, WEIGHTS, "a")
-    assert list(fxpeft.state.state_of(model).adapters) == before
+    assert list(fxpeft.adapters.state.state_of(model).adapters) == before
     grouped = conv_net()
     for name in two:
         fxpeft.add_adapter(grouped, LoraConfig(r=2, target_modules=["grouped"]), name)
@@ -376,10 +374,10 @@ def test_a_gain_needs_fold_or_a_rank(tmp_path: Path) -> None:
     fxpeft.add_adapter(model, IA3Config(target_modules=["key"], feedforward_modules=[]), "ia3")
     randomise(fxpeft.adapter_state_dict(model).values(), 1)
     for name, site in (("dora", "query"), ("ia3", "key")):
-        before = list(fxpeft.state.state_of(model).adapters)
+        before = list(fxpeft.adapters.state.state_of(model).adapters)
         with pytest.raises(AdapterError, match=rf"{site}: the method multiplies.*fold takes it exactly"):
             fxpeft.convert(model, name)
-        assert list(fxpeft.state.state_of(model).adapters) == before
+        assert list(fxpeft.adapters.state.state_of(model).adapters) == before
         fxpeft.set_adapter(model, name)
         wanted, path = logits(model), f"bert.encoder.layer.1.attention.self.{site}"
         exact = update(model, name, path)

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fxpeft
 from fxpeft import AdapterError, IA3Config, LoraConfig
-from fxpeft.backend import PASSES
-from fxpeft.passes.slot import Slot, slot_of
+from fxpeft.passes.slots.slot import Slot, slot_of
+from fxpeft.programs.backend import PASSES
 from fxpeft.testing import no_recompiles
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(3))
@@ -244,7 +244,7 @@ def test_slots_are_found_by_their_tensors() -> None:
     address = id(twin.shared.slot.d)
     del twin
     gc.collect()
-    from fxpeft.passes.slot import _slots
+    from fxpeft.passes.slots.slot import _slots
 
     assert address not in _slots
 

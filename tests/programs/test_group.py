@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fxpeft
 from fxpeft import IA3Config, LoraConfig
-from fxpeft.backend import DEFAULT, PASSES, backend
-from fxpeft.passes.slot import Slot
-from fxpeft.passes.stack import Stack, stack_of
+from fxpeft.passes.slots.slot import Slot
+from fxpeft.passes.slots.stack import Stack, stack_of
+from fxpeft.programs.backend import DEFAULT, PASSES, backend
 from fxpeft.testing import no_recompiles
 
 MAX_RANK = 8
@@ -394,7 +394,7 @@ def test_a_swap_that_fails_leaves_the_old_adapter(monkeypatch: pytest.MonkeyPatc
     fxpeft.set_adapter(model, "two")
     with torch.no_grad():
         wanted = compiled(X)
-    from fxpeft import swap
+    from fxpeft.serving import swap
 
     real, calls = swap._show_copies, []
 

@@ -20,8 +20,8 @@ from torch.export import Dim
 
 import fxpeft
 from fxpeft import AdaLoraConfig, AdapterError, IA3Config, LoraConfig, Package
-from fxpeft.fingerprint import fingerprint
-from fxpeft.packaging import MANIFEST, WEIGHTS, manifest
+from fxpeft.model.fingerprint import fingerprint
+from fxpeft.programs.packaging import MANIFEST, WEIGHTS, manifest
 
 METHODS = ("lora", "lora_bias", "ia3", "adalora", "dora")
 TARGETS = ["words", "up", "down", "head"]

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fxpeft
 from fxpeft import AdaLoraConfig, AdapterError, IA3Config, LoraConfig, Slots
-from fxpeft.programs import adapter_inputs, eject, rewrite
-from fxpeft.sites import make_plan
+from fxpeft.programs.rewrite import adapter_inputs, eject, rewrite
+from fxpeft.targets.sites import make_plan
 
 X = torch.randn(3, 4, 12, 9, generator=torch.Generator().manual_seed(2))
 
@@ -115,9 +115,7 @@ def text(program: Any) -> tuple[str, ...]:
 FEWER = ("inference IR", "dynamic shapes", "symbolic_trace", "dynamo")  # forms in which every method is tried
 
 
-@pytest.mark.parametrize(
-    ("method", "form"), [(m, f) for m in CONFIGS for f in PROGRAMS if m == "lora" or f in FEWER]
-)
+@pytest.mark.parametrize(("method", "form"), [(m, f) for m in CONFIGS for f in PROGRAMS if m == "lora" or f in FEWER])
 def test_equals_the_live_model(method: str, form: str) -> None:
     live, config, tensors = adapted(method)
     program = captured_as(form)
@@ -364,8 +362,8 @@ def test_static_slots_serve_an_adapter_by_copies(form: str) -> None:
     else:
         held = dict(rewritten.named_buffers())
     runner = rewritten.module() if isinstance(rewritten, ExportedProgram) else rewritten
+    from fxpeft.adapters.state import find_state
     from fxpeft.methods import method_of
-    from fxpeft.state import find_state
 
     state = find_state(live)
     assert state is not None

@@ -292,9 +292,7 @@ def _before_4_52(name: str) -> Row:
     return changed(row, keys=lambda key: PREFIX + family.old(key.removeprefix(PREFIX)), tolerance=1e-4)
 
 
-MODELS: dict[str, Row] = {
-    f"{name}, trained before Transformers 4.52": _before_4_52(name) for name in VISION_LANGUAGE
-}
+MODELS: dict[str, Row] = {f"{name}, trained before Transformers 4.52": _before_4_52(name) for name in VISION_LANGUAGE}
 
 
 # --- onto what ---
@@ -318,11 +316,12 @@ BASES: dict[str, Row] = {
     "float32": by_peft(PATTERNS),
     "bfloat16": _half(torch.bfloat16),
     "float16": _half(torch.float16),
-    "tied embeddings": by_peft(
-        peft.LoraConfig(r=3, lora_alpha=7, target_modules=["c_attn", "c_fc"]), tiny_gpt2
-    ),
+    "tied embeddings": by_peft(peft.LoraConfig(r=3, lora_alpha=7, target_modules=["c_attn", "c_fc"]), tiny_gpt2),
     "meta, its weights come later": by_peft(
-        PATTERNS, wrap=lambda model: model.to("meta"), after=_filled, skips="ST",
+        PATTERNS,
+        wrap=lambda model: model.to("meta"),
+        after=_filled,
+        skips="ST",
         why="slots are made beside the weights; Transformers loads a base before its adapters",
     ),
 }

@@ -14,7 +14,7 @@ from tiny import randomise
 from torch import Tensor, nn
 
 import fxpeft
-import fxpeft.backend
+import fxpeft.programs.backend
 from fxpeft.testing import no_recompiles
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -204,7 +204,12 @@ def test_an_idle_graph_has_no_trace_of_the_slots(folders: dict[str, Path], model
         return graph_module.forward
 
     model = prepared(folders)
-    walk(model, fxpeft.compile(model, inner=keep, passes=fxpeft.backend.PASSES, fullgraph=True), models, inputs())
+    walk(
+        model,
+        fxpeft.compile(model, inner=keep, passes=fxpeft.programs.backend.PASSES, fullgraph=True),
+        models,
+        inputs(),
+    )
     idle, active = ([n.target for n in g.graph.nodes].count(torch.matmul) for g in graphs)
     sites = len(NAMES) - 1
     assert (idle, active) == (0, 2 * sites)

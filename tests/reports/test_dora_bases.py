@@ -111,9 +111,7 @@ def test_an_offloaded_base(tmp_path: Path) -> None:
     torch.testing.assert_close(offloaded(ids).logits, wanted, rtol=0, atol=1e-5)
     for model in (whole, offloaded):
         model(ids, labels=ids).loss.backward()
-    grads = [
-        {n: p.grad for n, p in model.named_parameters() if p.grad is not None} for model in (whole, offloaded)
-    ]
+    grads = [{n: p.grad for n, p in model.named_parameters() if p.grad is not None} for model in (whole, offloaded)]
     assert grads[0].keys() == grads[1].keys() != set()
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-6)

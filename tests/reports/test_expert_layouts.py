@@ -44,6 +44,7 @@ class Experts:
     branches: tuple[str, str, str]  # gate, up, down
     dense: tuple[str, ...] = ()  # modules of the same names that are no experts'
 
+
 MODELS = {
     "mixtral": Experts(
         FAMILIES["mixtral"].build, "block_sparse_moe.experts", "mlp.experts", (0, 1), ("w1", "w3", "w2")

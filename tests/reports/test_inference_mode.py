@@ -120,9 +120,7 @@ ENTRIES: dict[str, Callable[[nn.Module, dict[str, str]], object]] = {
     "load": lambda m, f: fxpeft.load_adapter(m, f["a"], "new", trainable=True),
     "blend": lambda m, f: fxpeft.add_weighted_adapter(m, ["a"], [0.7], "new", "svd"),
     "convert": lambda m, f: fxpeft.convert(m, "a", new_name="new"),
-    "apply": lambda m, f: fxpeft.apply(
-        fxpeft.plan(m, fxpeft.LoraConfig(r=2, target_modules=["k_proj"])), m, "new"
-    ),
+    "apply": lambda m, f: fxpeft.apply(fxpeft.plan(m, fxpeft.LoraConfig(r=2, target_modules=["k_proj"])), m, "new"),
     "fold": lambda m, f: (fxpeft.fold(m, "a"), fxpeft.unfold(m)),
     "slots and back": lambda m, f: (prepare(m), fxpeft.release_hotswap(m)),
 }

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from vision_language import MODELS, VisionLanguage
 
 import fxpeft
-from fxpeft.cli import app
+from fxpeft.tools.cli import app
 
 PREFIX = "base_model.model."
 

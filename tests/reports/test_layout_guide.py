@@ -40,9 +40,7 @@ def mine(build: Callable[[], Any], folder: Path) -> Any:
     return model
 
 
-def both(
-    build: Callable[[], Any], folder: Path, outputs: Callable[[Any], Tensor], expected: Tensor
-) -> tuple[str, str]:
+def both(build: Callable[[], Any], folder: Path, outputs: Callable[[Any], Tensor], expected: Tensor) -> tuple[str, str]:
     """What fxpeft and PEFT make of a file."""
     return (
         outcome(lambda: mine(build, folder), outputs, expected),

@@ -13,8 +13,8 @@ from layouts import ROWS, Row
 from torch import Tensor
 
 import fxpeft
+from fxpeft.adapters.state import state_of
 from fxpeft.methods import method_of
-from fxpeft.state import state_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 GUIDE = Path(__file__).parents[2] / "examples" / "guides" / "compatibility.md"

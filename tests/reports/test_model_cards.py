@@ -80,9 +80,7 @@ def test_the_users_text_stays(content: str, tmp_path: Path) -> None:
     assert card.read_bytes() == first
 
 
-@pytest.mark.parametrize(
-    "content", [b"---\n- a list\n---\ntext", b"---\na: [1\n---\ntext", b"\xff\xfe\x00 not utf-8"]
-)
+@pytest.mark.parametrize("content", [b"---\n- a list\n---\ntext", b"---\na: [1\n---\ntext", b"\xff\xfe\x00 not utf-8"])
 def test_a_card_that_no_one_can_read_is_left_alone(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_bytes(content)
     card = save(tmp_path)

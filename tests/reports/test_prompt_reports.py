@@ -148,9 +148,7 @@ def test_deberta_takes_no_prefix_and_says_why() -> None:
         relative_attention=True, pos_att_type=["p2c", "c2p"], max_position_embeddings=32,
     )  # fmt: skip
     model = DebertaV2ForSequenceClassification(config).eval()
-    peer = peft.get_peft_model(
-        copy.deepcopy(model), peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="SEQ_CLS")
-    )
+    peer = peft.get_peft_model(copy.deepcopy(model), peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="SEQ_CLS"))
     with pytest.raises(ValueError, match="does not support past key values"):
         run(peer, input_ids=token_ids())
     with pytest.raises(AdapterError, match=r"DebertaV2.* takes no cache of keys and values, so no prefix"):

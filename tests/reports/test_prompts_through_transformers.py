@@ -16,13 +16,11 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import fxpeft
-from fxpeft.integrations.trainer import restore
+from fxpeft.integrations.transformers.trainer import restore
 
 LLAMA: dict[str, Any] = {
     "prompt tuning": lambda: fxpeft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
-    "p-tuning": lambda: fxpeft.PromptEncoderConfig(
-        num_virtual_tokens=3, encoder_hidden_size=20, task_type="CAUSAL_LM"
-    ),
+    "p-tuning": lambda: fxpeft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=20, task_type="CAUSAL_LM"),
     "prefix tuning": lambda: fxpeft.PrefixTuningConfig(
         num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=20, task_type="CAUSAL_LM"
     ),

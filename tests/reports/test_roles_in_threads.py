@@ -14,7 +14,7 @@ from tiny import tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from torch import nn
 
 import fxpeft
-from fxpeft.trace import tracing
+from fxpeft.model.trace import tracing
 
 MODELS: list[Callable[[], nn.Module]] = [tiny_llama, tiny_gpt2, tiny_bert, tiny_llama]
 TARGETS = "role:attention.*"

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import AveragedModel
 
 import fxpeft
-from fxpeft.wrappers import named_modules, plain_name, submodule, unwrap
+from fxpeft.model.wrappers import named_modules, plain_name, submodule, unwrap
 
 CONFIG = {"r": 3, "lora_alpha": 7, "target_modules": ["0", "2"], "rank_pattern": {"2": 2}, "bias": "lora_only"}
 

@@ -1,0 +1,1 @@
+"""PEFT's files, both ways, and adapters that need no model."""

@@ -1,0 +1,1 @@
+"""Transformers' own adapter methods, answered by fxpeft."""

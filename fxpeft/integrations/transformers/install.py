@@ -1,0 +1,82 @@
+"""fxpeft behind Transformers' own adapter methods, in the place of PEFT: :func:`install` and :func:`uninstall`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import transformers.integrations.peft
+import transformers.models.auto.auto_factory
+import transformers.pipelines
+from transformers import PreTrainedModel, Trainer
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from fxpeft.integrations.transformers import loading, model_methods, saving, trainer
+
+_NOTHING = object()
+_before: list[tuple[Any, str, Any]] = []  # owner, name, what it had itself
+
+
+def install() -> None:
+    """Let Transformers' adapter methods and loading run on fxpeft, without PEFT.
+
+    Every ``PreTrainedModel``, made before or after, then has ``add_adapter``, ``load_adapter``,
+    ``set_adapter``, ``enable_peft_hotswap`` and the others; ``from_pretrained`` and ``pipeline``
+    take an adapter's folder or id, ``save_pretrained`` and ``push_to_hub`` write the adapter alone,
+    and ``Trainer`` resumes from it. Signatures, return values and errors are those of transformers
+    5.23 and 5.24, whose integrations differ in the PEFT that they ask for alone. Calling it twice is
+    calling it once. Models that PEFT itself has adapted are left to PEFT.
+    """
+    if _before:
+        return
+    try:
+        for owner, name, value in list(_replacements()):
+            _before.append((owner, name, vars(owner).get(name, _NOTHING)))
+            setattr(owner, name, value)
+    except BaseException:
+        uninstall()
+        raise
+
+
+def uninstall() -> None:
+    """Give Transformers back what :func:`install` replaced. Adapters stay on their models, for fxpeft's functions."""
+    while _before:
+        owner, name, value = _before.pop()
+        if value is _NOTHING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, value)
+
+
+def _replacements() -> Iterator[tuple[Any, str, Any]]:
+    for name, member in model_methods.members().items():
+        yield PreTrainedModel, name, member
+    yield PreTrainedModel, "save_pretrained", saving.saves_adapter(PreTrainedModel.save_pretrained)
+    autos = (value for value in vars(modeling_auto).values() if isinstance(value, type))
+    # each Auto class has a copy of its own
+    for owner in (PreTrainedModel, _BaseAutoModelClass, *(a for a in autos if issubclass(a, _BaseAutoModelClass))):
+        if isinstance(vars(owner).get("from_pretrained"), classmethod):
+            yield owner, "from_pretrained", classmethod(_finds_adapter(vars(owner)["from_pretrained"].__func__))
+    # these three ask it only whether to look for an adapter_config.json; Trainer's, which also imports PEFT, stays
+    for module in (
+        transformers.integrations.peft, transformers.models.auto.auto_factory, transformers.pipelines
+    ):  # fmt: skip
+        yield module, "is_peft_available", _yes
+    yield Trainer, "_load_from_checkpoint", trainer.resumes_adapter(Trainer._load_from_checkpoint)
+    yield Trainer, "_load_best_model", trainer.loads_best_adapter(Trainer._load_best_model)
+    yield Trainer, "_push_from_checkpoint", trainer.pushes_adapter(Trainer._push_from_checkpoint)
+
+
+def _finds_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs = loading.split_adapter_kwargs(pretrained_model_name_or_path, kwargs)
+        return original(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    return from_pretrained
+
+
+def _yes() -> bool:
+    return True

@@ -1,0 +1,144 @@
+"""How Transformers sees that a model has adapters, and how an adapter gets into the model or its slots."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from fxpeft.adapters import api as adapters
+from fxpeft.adapters.injection import overwrite
+from fxpeft.adapters.state import Adapter, Values, find_state, is_prepared, set_trainable, state_of
+from fxpeft.methods import method_of
+from fxpeft.methods.base import SiteAdapter
+from fxpeft.passes.slots.slot import LEAST
+from fxpeft.serving import prepare as serving
+
+logger = logging.getLogger("transformers.integrations.peft")  # Transformers' own, which users filter and listen to
+
+LOADED, CONFIGS = "_hf_peft_config_loaded", "peft_config"  # how Transformers asks for adapters
+
+
+def adapters_of(model: PreTrainedModel) -> dict[str, Adapter]:
+    """fxpeft's adapters on a model; empty for a bare one."""
+    state = find_state(model)
+    return {} if state is None else state.adapters
+
+
+def belongs_to_peft(model: PreTrainedModel) -> bool:
+    """Whether PEFT itself has adapted this model."""
+    return not adapters_of(model) and bool(vars(model).get(CONFIGS))
+
+
+# --- the attributes by which Transformers knows a model with adapters ---
+
+
+def _get_loaded(self: PreTrainedModel) -> bool:
+    found: bool = vars(self).get(LOADED, bool(adapters_of(self)))
+    return found
+
+
+def _set_loaded(self: PreTrainedModel, value: bool) -> None:
+    # some models switch it off for a while, to save their base
+    vars(self).pop(LOADED, None) if value and adapters_of(self) else vars(self).update({LOADED: value})
+
+
+def _get_configs(self: PreTrainedModel) -> dict[str, Any]:
+    own = adapters_of(self)
+    if own:
+        return {name: adapter.config for name, adapter in own.items()}
+    if CONFIGS not in vars(self):
+        raise AttributeError(f"{type(self).__name__} has no adapters")
+    return vars(self)[CONFIGS]  # type: ignore[no-any-return]
+
+
+def _set_configs(self: PreTrainedModel, value: dict[str, Any]) -> None:
+    vars(self)[CONFIGS] = value
+
+
+def _delete_configs(self: PreTrainedModel) -> None:
+    vars(self).pop(CONFIGS, None)
+
+
+PROPERTIES = {
+    LOADED: property(_get_loaded, _set_loaded),
+    CONFIGS: property(_get_configs, _set_configs, _delete_configs),
+}
+
+
+# --- into the model ---
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Give the model its slots, for the adapters that it has and for any on its linear modules."""
+    wanted = model._prepare_peft_hotswap_kwargs or {}
+    own = [method_of(adapter.config).declared(adapter.config) for adapter in adapters_of(model).values()]
+    methods = tuple(dict.fromkeys(["lora", *own]))
+    serving.prepare_hotswap(model, max(wanted["target_rank"], LEAST), targets="all-linear", methods=methods)
+
+
+def train_parts(adapter: Adapter) -> None:
+    """Switch an adapter's dropout on, whatever mode the model is in: Transformers' new parts are in training mode."""
+    for part in adapter.parts.values():
+        part.train()
+
+
+def leave_slots(model: PreTrainedModel) -> None:
+    """Back to parameters, to train: slots are not trained. The next frozen adapter prepares them anew."""
+    if is_prepared(model):
+        logger.warning(
+            "Adapters that are trained can't be served from hotswap slots: the slots are taken out, so that a compiled "
+            "model compiles again. To avoid that, train first, and load the adapters into a model that only serves."
+        )
+        serving.release_hotswap(model)
+
+
+def add(model: PreTrainedModel, new: Adapter) -> None:
+    """Add an adapter that was loaded and make it the active one; the first frozen one may bring the slots."""
+    trains = not new.config.inference_mode
+    if trains:
+        leave_slots(model)
+    before = list(state.active) if (state := find_state(model)) is not None else []
+    adapters.install_adapter(model, new)
+    if getattr(model, "_hotswap_enabled", False) and not trains and not is_prepared(model):
+        try:
+            prepare(model)
+        except BaseException:
+            adapters.delete_adapter(model, new.name)
+            if before:
+                adapters.set_adapter(model, before)
+            raise
+
+
+def swap(model: PreTrainedModel, new: Adapter) -> None:
+    """Put an adapter in the place of the one of its name: in the slots, in its parameters, or anew."""
+    state = state_of(model)
+    old = state.get(new.name)
+    new.strength = old.strength
+    if not new.config.inference_mode:
+        leave_slots(model)
+    if getattr(model, "_hotswap_enabled", False) and new.config.inference_mode and not is_prepared(model):
+        prepare(model)
+    if is_prepared(model):
+        serving.replace_adapter(model, state, new, owned=True)  # fit copied them
+    elif _same_places(old, new):
+        overwrite(old, new.values)
+        old.plan = new.plan
+        for site, part in old.parts.items():
+            if isinstance(part, SiteAdapter):
+                part.plan = new.plan.sites[site]
+                part.set_strength(old.strength)
+        set_trainable(state)
+    else:
+        adapters.replace_attached(model, state, new)
+
+
+def _same_places(old: Adapter, new: Adapter) -> bool:
+    def shape(values: Values) -> object:
+        nested = [{p: {k: v.shape for k, v in ps.items()} for p, ps in g.items()} for g in (values.sites, values.saved)]
+        return nested, {p: v.shape for p, v in values.tensors.items()}
+
+    # dropout sits in the rewritten graph, so another probability is another graph
+    dropout = [getattr(a.config, "lora_dropout", 0.0) for a in (old, new)]
+    return shape(old.values) == shape(new.values) and dropout[0] == dropout[1]

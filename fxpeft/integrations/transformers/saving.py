@@ -1,0 +1,116 @@
+"""``save_pretrained`` of a model with adapters: the active one's two files, whole or not at all."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.hub import create_and_tag_model_card, hf_api
+
+from fxpeft.adapters.embeddings import embedding_tensors
+from fxpeft.adapters.state import Adapter, state_of
+from fxpeft.checkpoint import peft as checkpoint
+from fxpeft.checkpoint.model_card import CARD, write_card
+from fxpeft.files import replace_files
+from fxpeft.integrations.transformers.model_methods import held_adapter, only_active, without_prefix
+from fxpeft.integrations.transformers.model_state import LOADED, adapters_of, logger
+from fxpeft.methods import method_of
+from fxpeft.model.wrappers import plain_name
+from fxpeft.passes.live import Container
+
+ENCODER = "prompt_encoder.safetensors"  # a prompt in training, of which PEFT's format has only what comes out
+USED = ("save_directory", "is_main_process", "state_dict", "push_to_hub", "token", "save_peft_format")
+
+
+def saves_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``PreTrainedModel.save_pretrained``, for models with fxpeft's adapters too.
+
+    Transformers' arguments keep their meaning. Sharding and variants don't apply to two files.
+    """
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if not adapters_of(self):
+            return original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs)
+        if not getattr(self, LOADED):  # switched off by a model that saves its base too
+            if given.arguments.get("state_dict") is None:
+                given.arguments["state_dict"] = base_state_dict(self)
+            return original(*given.args, **given.kwargs)
+        given.apply_defaults()
+        return _save(self, **{name: given.arguments[name] for name in USED}, **given.arguments["kwargs"])
+
+    return save_pretrained
+
+
+def base_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's ``state_dict`` without what fxpeft put into it."""
+    own = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Container))
+    return {plain_name(key): value for key, value in model.state_dict().items() if not key.startswith(own)}
+
+
+def encoder_of(adapter: Adapter) -> dict[str, Tensor]:
+    """The parameters of a prompt that is trained with an encoder, by which training goes on; else empty."""
+    if not method_of(adapter.config).whole:
+        return {}
+    (parameters,) = adapter.current().sites.values()
+    return {key: value.cpu().contiguous() for key, value in parameters.items()} if len(parameters) > 1 else {}
+
+
+def _save(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    *,
+    is_main_process: bool,
+    state_dict: dict[str, Tensor] | None,
+    push_to_hub: bool,
+    token: Any,
+    save_peft_format: bool,
+    commit_message: str | None = None,
+    repo_id: str | None = None,
+    create_pr: bool = False,
+    **create: Any,
+) -> None:
+    folder = Path(save_directory)
+    if folder.is_file():
+        logger.error(f"Provided path ({save_directory}) should be a directory, not a file")
+        return
+    state = state_of(model)
+    if len(state.active) > 1:
+        raise ValueError(
+            "Multiple active adapters detected, saving multiple active adapters is not supported yet. You can save "
+            "adapters separately one by one by iteratively calling `model.set_adapter(adapter_name)` then "
+            "`model.save_pretrained(...)`"
+        )
+    adapter = held_adapter(model, only_active(model), state_dict)
+    tensors = checkpoint.to_tensors(adapter) if save_peft_format else without_prefix(adapter)
+    prefix = method_of(adapter.config).prefix
+    for key, tensor in embedding_tensors(model, adapter).items():
+        tensors[key if save_peft_format else key.removeprefix(prefix)] = tensor
+    encoder = encoder_of(adapter)
+    if not model.should_save_on_this_rank(is_main_process):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if push_to_hub:
+        target = hf_api().create_repo(repo_id or folder.name, exist_ok=True, token=token, **create).repo_id
+        timestamps = model._get_files_timestamps(folder)
+    if encoder:
+        replace_files({folder / ENCODER: save_tensors(encoder)})
+    else:
+        (folder / ENCODER).unlink(missing_ok=True)
+    checkpoint.write(folder, model, adapter, tensors)
+    if push_to_hub:
+        if not (folder / CARD).is_file():  # the user's own text stays
+            create_and_tag_model_card(target, model.model_tags, token=token).save(folder / CARD)
+        write_card(folder, model, adapter.config)
+        model._upload_modified_files(
+            folder, target, timestamps, commit_message=commit_message, token=token, create_pr=create_pr
+        )

@@ -1,0 +1,1 @@
+"""Reading a model: its modules and tensors, its traces and roles, its skeleton without weights."""

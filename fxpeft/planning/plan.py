@@ -1,0 +1,304 @@
+"""The plan: what an adapter would put where, to be read, kept, compared and applied before anything changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fxpeft.adapters.api import add_adapter
+from fxpeft.adapters.state import placement, unwrap
+from fxpeft.errors import AdapterError, listing
+from fxpeft.methods import config_class, method_of
+from fxpeft.methods.base import SitePlan
+from fxpeft.methods.config import AdapterConfig, matching
+from fxpeft.model.fast_path import fused_above
+from fxpeft.model.reads import idle, read_past
+from fxpeft.model.trace import model_flow
+from fxpeft.passes.base import Skip
+from fxpeft.passes.live import base_class
+from fxpeft.passes.targets.flow import Flow
+from fxpeft.passes.targets.names import NameSelector, pattern_value
+from fxpeft.passes.targets.patterns import explain, from_peft
+from fxpeft.passes.targets.roles import roles_of_sites
+from fxpeft.passes.targets.terms import Subject
+from fxpeft.planning.table import PlanDiff, diff_plans, plan_text
+from fxpeft.targets.experts import converted
+from fxpeft.targets.resolve import has_pattern, subjects_of
+from fxpeft.targets.sites import base_modules, make_plan
+
+if TYPE_CHECKING:
+    from fxpeft.passes.draw import Picture
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PlanSite:
+    """What goes to one site.
+
+    Args:
+        role: what it does in the data flow; empty where that is not known.
+        in_features, out_features: of the site's weight. alpha: ``None`` for a method without one.
+        scaling: the factor of the update. parameters: how many the adapter has here.
+        extra_bytes: of those parameters. flops: what the update adds per token (per position of a
+            convolution's output), two for a multiplication and its addition.
+    """
+
+    name: str
+    role: str
+    kind: str
+    in_features: int
+    out_features: int
+    rank: int
+    alpha: float | None
+    scaling: float
+    parameters: int
+    extra_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every site of an adapter, made by :func:`plan` before anything is changed; prints as a table.
+
+    Args:
+        model: the base's class. config: patterns and defaults resolved, as it would be saved.
+        sites: what goes where. skipped: what could be adapted and isn't, and why.
+        saved, tensors: modules and single parameters that the adapter brings whole.
+        notes: what could not be found out.
+    """
+
+    model: str
+    config: AdapterConfig
+    sites: tuple[PlanSite, ...]
+    skipped: tuple[Skip, ...] = ()
+    saved: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    flow: Flow | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all sites together."""
+        return sum(site.parameters for site in self.sites)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of those parameters."""
+        return sum(site.extra_bytes for site in self.sites)
+
+    @property
+    def flops(self) -> int:
+        """What all updates add per token."""
+        return sum(site.flops for site in self.sites)
+
+    def __str__(self) -> str:
+        return plan_text(self)
+
+    def to_json(self) -> str:
+        """The plan as JSON, for :meth:`from_json`."""
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("config", "flow")}
+        content["sites"] = [dataclasses.asdict(site) for site in self.sites]
+        content["skipped"] = [dataclasses.asdict(skip) for skip in self.skipped]
+        return json.dumps({"format": FORMAT, **content, "config": self.config.to_dict()}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan that :meth:`to_json` wrote.
+
+        Raises:
+            AdapterError: it is no plan, or of another format.
+        """
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise AdapterError(f"plan: expected JSON, found what can't be read as such: {error}") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            found = content.get("format") if isinstance(content, dict) else type(content).__name__
+            raise AdapterError(f"plan: expected an object with format {FORMAT}, found {found!r}")
+        values = content.get("config")
+        if not isinstance(values, dict):
+            raise AdapterError(f"plan: expected a config, found {values!r}")
+        config = config_class(values.get("peft_type"), "plan").from_dict(values, source="plan")
+        try:
+            return cls(
+                _of_type(content["model"], str), config,
+                tuple(_read(PlanSite, site) for site in content["sites"]),
+                tuple(_read(Skip, skip) for skip in content["skipped"]),
+                *(tuple(_of_type(v, str) for v in content[name]) for name in ("saved", "tensors", "notes")),
+            )  # fmt: skip
+        except (KeyError, TypeError) as error:
+            raise AdapterError(f"plan: expected what Plan.to_json writes, found {error}") from None
+
+    def diff(self, other: Plan) -> PlanDiff:
+        """What changes from this plan to ``other``; false where nothing does, prints as lines."""
+        return diff_plans(self, other)
+
+    def draw(self, layer: int = 0, path: str | Path | None = None) -> Picture:
+        """One layer's data flow, before and after the rewrite, its sites coloured by role.
+
+        Args:
+            layer: the layer's index.
+            path: an ``.svg``, ``.png`` or ``.pdf`` file to write.
+
+        Raises:
+            AdapterError: the plan has no data flow (it was read from JSON, or the model can't be traced),
+                or there is no such layer.
+        """
+        from fxpeft.planning.picture import draw_plan
+
+        picture = draw_plan(self, layer)
+        if path is not None:
+            picture.save(path)
+        return picture
+
+
+@matching()
+def plan(
+    model: nn.Module, config: AdapterConfig, *, inputs: Mapping[str, Any] | None = None, roles: bool = True
+) -> Plan:
+    """What ``add_adapter(model, config)`` would do. Nothing is changed, no weight is read.
+
+    Args:
+        model: may be on the meta device, made before any weight is loaded.
+        inputs: keyword arguments of ``forward``, for a model that fxpeft knows no inputs of.
+        roles: trace the model for the roles of its modules. Where it can't be traced the plan has a note.
+
+    Raises:
+        AdapterError: as :func:`fxpeft.add_adapter`.
+    """
+    model = unwrap(model)
+    modules = dict(base_modules(model))
+    notes: list[str] = []
+    flow: Flow | None = None
+    if roles:
+        try:
+            flow = model_flow(model, inputs)
+        except AdapterError as error:
+            notes.append(f"no roles: {str(error).splitlines()[0]}")
+    known = None if flow is None else roles_of_sites(flow)
+    found = make_plan(model, converted(model, config), roles=known)
+    known, method = known or {}, method_of(found.config)
+    sites = []
+    for name, site in found.sites.items():
+        host = site.kind.host(name)
+        _, dtype = placement(modules[host], model, autocast=True, leaf=site.kind.leaf)
+        shapes = method.shapes(found.config, site)
+        count = sum(map(math.prod, shapes.values()))
+        # a prompt adds tokens, not work per token; a parameter is updated once a call, whatever the tokens
+        flops = 0 if method.whole or site.kind.leaf else _flops(site, shapes.values())
+        alpha = None
+        if hasattr(found.config, "lora_alpha"):
+            own = getattr(found.config, "alpha_pattern", None) or {}
+            alpha = pattern_value(own, name, found.config.lora_alpha, "alpha_pattern")
+        sites.append(
+            PlanSite(
+                name, ", ".join(known.get(host, ())), site.kind.name, site.kind.in_features, site.kind.out_features,
+                site.rank, alpha, site.scaling, count, count * dtype.itemsize, flops,
+            )
+        )  # fmt: skip
+    subjects = [] if method.whole else subjects_of(modules, known)
+    selector = found.config.selector() if subjects else None
+    hosts = {site.kind.host(name) for name, site in found.sites.items()}
+    unread = {} if method.whole else {name: why for name in modules if name and (why := idle(name, modules))}
+    reasons = {
+        subject.name: _why_not(config, selector, subject, modules[subject.name])
+        for subject in subjects
+        if subject.name not in hosts
+    } | unread
+    skipped = [Skip(name, reasons[name]) for name in modules if name in reasons]
+    notes += _beside([name for name in modules if name in hosts], modules)
+    notes += _unused(config, subjects) if subjects else []
+    return Plan(
+        base_class(model).__name__, dataclasses.replace(found.config), tuple(sites), tuple(skipped), tuple(found.saved),
+        tuple(found.tensors), tuple(notes), flow,
+    )  # fmt: skip
+
+
+def apply(plan: Plan, model: nn.Module, name: str = "default") -> None:
+    """Do what a plan says: add a fresh adapter to ``model``.
+
+    Raises:
+        AdapterError: the model's sites are not the plan's, or as :func:`fxpeft.add_adapter`; nothing was
+            changed.
+    """
+    own = make_plan(unwrap(model), plan.config, heads=False)
+    planned = {s.name: (s.kind, s.in_features, s.out_features, s.rank, s.scaling) for s in plan.sites}
+    real = {n: (s.kind.name, s.kind.in_features, s.kind.out_features, s.rank, s.scaling) for n, s in own.sites.items()}
+    differ = [
+        f"{site}: the plan has {planned.get(site, 'no such site')}, the model {real.get(site, 'no such site')}"
+        for site in dict.fromkeys((*planned, *real))
+        if planned.get(site) != real.get(site)
+    ]
+    if differ:
+        raise AdapterError(
+            f"the plan was made for another model than this {type(model).__name__}; nothing was changed.\n"
+            f"(kind, in, out, rank, scaling)\n{listing(differ)}\nMake a new one with fxpeft.plan(model, config)."
+        )
+    add_adapter(model, plan.config, name)
+
+
+def _flops(site: SitePlan, shapes: Iterable[tuple[int, ...]]) -> int:
+    """A matrix costs two per element, a vector one; an embedding's A is looked up and costs nothing."""
+    shapes = list(shapes)
+    looked_up = site.kind.a_shape(site.rank) if site.kind.name == "embedding" else None
+    if looked_up in shapes:
+        shapes.remove(looked_up)
+    return sum(math.prod(shape) * (2 if sum(d > 1 for d in shape) > 1 else 1) for shape in shapes)
+
+
+def _why_not(config: AdapterConfig, selector: NameSelector | None, subject: Subject, module: nn.Module) -> str:
+    """Why a module is no site, in the words of the config that was given."""
+    targets, exclude = config.target_modules, config.exclude_modules
+    if subject.kind is None:
+        return f"{base_class(module).__name__} is no kind of target"
+    if exclude is not None and has_pattern(exclude) and from_peft(exclude)(subject):
+        return "matches exclude_modules"
+    why = from_peft(targets).why_not(subject) if targets is not None and has_pattern(targets) else None
+    return why or (selector.why_not(subject.name) if selector is not None else None) or "matches no target"
+
+
+def _beside(hosts: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Sites that are called, and whose weight is read past the call in some branch of the forward."""
+    readers: dict[str, list[str]] = {}
+    for name in hosts:
+        past = read_past(name, modules) if name else None
+        if past is not None and not fused_above(modules[""], [name]):
+            readers.setdefault(past.reader, []).append(name)
+    return [
+        f"{reader} also reads the weight of {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} without calling "
+        "it, in a branch where an adapter has no effect (a fused kernel, for instance)"
+        for reader, names in readers.items()
+    ]
+
+
+def _unused(config: AdapterConfig, subjects: Sequence[Subject]) -> list[str]:
+    """Terms and names that select nothing: typos, most likely."""
+    notes = []
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if value is not None and (has_pattern(value) or not isinstance(value, str)):
+            notes += [f"{name}: {line}" for line in explain(from_peft(value), subjects)]
+    return notes
+
+
+def _of_type(value: Any, wanted: type) -> Any:
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise TypeError(f"{value!r} where {wanted.__name__} was expected")
+    return value
+
+
+def _read(cls: type[Any], values: Any) -> Any:
+    """A dataclass of strings and numbers, its types checked."""
+    numbers = {"int": int, "float": (int, float), "float | None": (int, float, type(None)), "str": str}
+    names = {f.name: numbers[str(f.type)] for f in dataclasses.fields(cls)}
+    if not isinstance(values, dict) or set(values) != set(names):
+        raise TypeError(f"{values!r} where {cls.__name__} was expected")
+    return cls(**{name: _of_type(value, names[name]) for name, value in values.items()})  # type: ignore[arg-type]

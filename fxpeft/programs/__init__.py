@@ -1,0 +1,1 @@
+"""Whole programs: exported, packaged, compiled by a backend of their own."""

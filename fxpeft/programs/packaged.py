@@ -1,0 +1,282 @@
+"""A packaged model at run time: compiled code, slots that it reads, and adapters swapped by copies.
+
+The slots are those of a prepared model in outline (:mod:`fxpeft.model.skeleton`), whose memory the compiled
+code was told to read. So everything that works on a prepared model works here, at the same cost.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fxpeft.adapters import api as adapters
+from fxpeft.adapters.change import ordinary
+from fxpeft.adapters.state import state_of
+from fxpeft.checkpoint import peft as checkpoint
+from fxpeft.errors import AdapterError, CheckpointError
+from fxpeft.files import replace_files
+from fxpeft.methods.config import AdapterConfig
+from fxpeft.model.skeleton import Outline, kind_from_json, skeleton
+from fxpeft.passes.slots.slot import FEATURES
+from fxpeft.programs.inputs import fit
+from fxpeft.programs.packaging import MANIFEST, VERSION, WEIGHTS, pattern_of
+from fxpeft.serving import prepare as serving
+from fxpeft.serving.swap import serving_of
+
+_FIELDS = frozenset(("fingerprint", "max_rank", "methods", "rank", "device", "sites", "modules", "inputs", "outputs"))
+_PLAIN = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", None)
+
+
+class Package:
+    """What :func:`open_package` returns: call it as the model was called when it was exported.
+
+    Calls and swaps of several threads exclude each other as on a prepared model: every call sees one
+    adapter, whole, and a swap waits for the calls that are under way.
+    """
+
+    def __init__(self, path: str | Path, *, num_runners: int = 1) -> None:
+        self.path = Path(path)
+        self.manifest, self._runner = _load(self.path, num_runners)
+        modules = self.manifest["modules"]
+        device, source = self.manifest["device"], f"{self.path}: {MANIFEST}"
+        weights = _weights(self.path, self.manifest) if "dora" in self.manifest["methods"] else {}
+        outlines = {
+            name: Outline(
+                kind_from_json(m, source), weights.get(f"{name}.weight"), weights.get(f"{name}.bias"),
+                dtype=getattr(torch, m["dtype"]), device=device, biased=m["bias"],
+            )
+            for name, m in modules.items()
+        }  # fmt: skip
+        self._model = skeleton(outlines)
+        serving.prepare_hotswap(
+            self._model, self.manifest["max_rank"], targets=pattern_of(self.manifest["sites"]),
+            methods=self.manifest["methods"], rank=self.manifest["rank"],
+        )  # fmt: skip
+        self._serving = serving_of(state_of(self._model))
+        self._in_spec, self._out_spec = _specs(self._runner.loader.get_call_spec())
+        self._carriers: dict[int, Tensor] = {}
+        self._bind()
+
+    def _bind(self) -> None:
+        """Let the compiled code read the slots where they are."""
+        held = set(self._runner.get_constant_fqns())
+        constants: dict[str, Tensor] = {}
+        for site, slot in self._serving.slots.items():
+            for name in ("a", "b", "d", *FEATURES):
+                tensor = slot._buffers.get(name)
+                if tensor is not None:
+                    constants[f"slot.{site}.{name}"] = tensor
+        missing = [name for name in constants if name not in held]
+        if missing:
+            raise AdapterError(f"{self.path}: damaged: the compiled code reads no {', '.join(missing[:5])}")
+        self._constants = constants
+        self._runner.load_constants(constants, check_full_update=False, user_managed=True)
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model.
+
+        A tensor that lies in memory in another way than the example did (a transposed or an expanded one) is copied.
+
+        Raises:
+            AdapterError: arguments of another structure, or a flag, dtype, device or shape it wasn't made for.
+        """
+        leaves, spec = pytree.tree_flatten((args, _ordered(kwargs, self._in_spec)))
+        if spec != self._in_spec:
+            raise AdapterError(f"{self.path}: expected arguments like {self._in_spec}, found {spec}")
+        tensors = fit(self.manifest, leaves, str(self.path))
+        rank = self._serving.rank
+        with self._serving.lock.read():
+            if rank is not None:
+                tensors.append(self._carrier(rank.rank))
+            # a copy of the list, which it empties: a tensor that it frees while it runs needs the interpreter's lock,
+            # which another thread holds that waits for this run
+            outputs = self._runner.loader.boxed_run([*tensors])
+        if self._out_spec is not None:
+            return pytree.tree_unflatten(outputs, self._out_spec)
+        return dict(zip(self.manifest["outputs"], outputs, strict=True))
+
+    def _carrier(self, rank: int) -> Tensor:
+        if rank not in self._carriers:
+            self._carriers[rank] = torch.zeros(rank, dtype=torch.uint8, device=self.manifest["device"])
+        return self._carriers[rank]
+
+    def load_adapter(
+        self, source: str | Path, name: str = "default", *, check_finite: bool = False, any_base: bool = False
+    ) -> None:
+        """Load an adapter from a folder in PEFT's format and make it the active one.
+
+        Args:
+            any_base: take it although it says that it was trained on another base.
+
+        Raises:
+            AdapterError: it doesn't fit the slots, the modules or the base; nothing was changed.
+        """
+        self._check_base(source, any_base)
+        adapters.load_adapter(self._model, source, name, check_finite=check_finite, local_files_only=True)
+
+    def hotswap(
+        self,
+        source: str | Path | Mapping[str, Tensor],
+        name: str | None = None,
+        *,
+        config: AdapterConfig | None = None,
+        check_finite: bool = False,
+        any_base: bool = False,
+    ) -> None:
+        """Replace an adapter, the active one by default, by one from a folder or a state_dict with PEFT's keys.
+
+        A package without any takes it as its first. Arguments and errors as in :func:`fxpeft.hotswap`.
+        """
+        if not isinstance(source, Mapping):
+            self._check_base(source, any_base)
+            if not state_of(self._model).adapters:
+                self.load_adapter(source, name or "default", check_finite=check_finite, any_base=any_base)
+                return
+        serving.hotswap(self._model, source, name, config=config, check_finite=check_finite, local_files_only=True)
+
+    def save_slots(self, path: str | Path) -> None:
+        """Write what is in the slots now, for a host without Python (``examples/cpp/host.cpp``).
+
+        A safetensors file with the compiled program's own constants, ``slot.<site>.a`` and so on, and
+        with dynamic rank ``active_rank``, which such a host passes on as the last input.
+        """
+        path, rank = Path(path), self._serving.rank
+        with self._serving.lock.read():
+            tensors = {name: tensor.cpu().clone() for name, tensor in self._constants.items()}
+            if rank is not None:
+                tensors["active_rank"] = self._carrier(rank.rank).cpu()
+        replace_files({path: save_tensors(tensors)})
+
+    def set_adapter(self, names: str | Sequence[str]) -> None:
+        """Make these adapters the active ones; their updates add up."""
+        adapters.set_adapter(self._model, names)
+
+    def set_scale(self, name: str, scale: float) -> None:
+        """Multiply an adapter's own scale."""
+        adapters.set_scale(self._model, name, scale)
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget an adapter."""
+        adapters.delete_adapter(self._model, name)
+
+    def disable(self) -> None:
+        """Run the bare base model until :meth:`enable`."""
+        adapters.disable_adapters(self._model)
+
+    def enable(self) -> None:
+        """Let the active adapters take part again."""
+        adapters.enable_adapters(self._model)
+
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters, in order."""
+        return adapters.active_adapters(self._model)
+
+    def _check_base(self, source: str | Path, any_base: bool) -> None:
+        if not Path(source).is_dir():
+            raise CheckpointError(f"{source}: expected a folder in PEFT's format, found none")
+        if any_base or not (Path(source) / checkpoint.WEIGHTS).is_file():
+            return  # reading it says what is missing
+        base, own = checkpoint.base_of(source), self.manifest["fingerprint"]
+        if base is not None and base != own:
+            raise AdapterError(
+                f"{source}: it was trained on another base: expected fingerprint {own[:12]}, found {base[:12]}; "
+                "nothing was changed. If that is meant, pass any_base=True"
+            )
+
+
+@ordinary()
+def open_package(path: str | Path, *, num_runners: int = 1) -> Package:
+    """Open a ``.pt2`` that :func:`fxpeft.package` wrote: a callable with slots for adapters.
+
+    **Opening a package runs native code from the file**, as opening any AOTInductor package does, and as unpickling
+    runs Python code: whoever wrote it can do all that this process may. Never open a file of somebody you don't
+    trust. Adapters that are loaded into an open package are data, and no code.
+
+    Args:
+        num_runners: how many calls can run at a time; others wait.
+
+    Raises:
+        AdapterError: no package of fxpeft's, or a damaged one.
+    """
+    return Package(path, num_runners=num_runners)
+
+
+def _load(path: Path, num_runners: int) -> tuple[dict[str, Any], Any]:
+    from torch.export.pt2_archive._package import load_pt2
+
+    manifest = _manifest(path)  # first, so that no code of a file runs that doesn't even say it is a package
+    try:
+        content = load_pt2(str(path), num_runners=num_runners)
+    except Exception as error:  # torch raises what its archive reader and the dynamic linker raise
+        raise AdapterError(f"{path}: can't be opened as a .pt2 package: {error}") from error
+    if "model" not in content.aoti_runners:
+        raise AdapterError(f"{path}: expected {MANIFEST} and a compiled model in it; was it made by fxpeft.package?")
+    return manifest, content.aoti_runners["model"]
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """What a package says of itself."""
+    if not path.is_file():
+        raise AdapterError(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = next((n for n in archive.namelist() if n.partition("/")[2] == f"extra/{MANIFEST}"), None)
+            text = archive.read(member) if member else b""
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        raise AdapterError(f"{path}: can't be opened as a .pt2 package: {error}") from error
+    if member is None:
+        raise AdapterError(f"{path}: expected {MANIFEST} and a compiled model in it; was it made by fxpeft.package?")
+    try:
+        manifest = json.loads(text)
+        version = manifest["version"]
+        missing = _FIELDS - manifest.keys() if version == VERSION else frozenset()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise AdapterError(f"{path}: {MANIFEST} is damaged: {error}") from error
+    if version != VERSION:
+        raise AdapterError(f"{path}: expected manifest version {VERSION}, found {version}; open it with that fxpeft")
+    if missing:
+        raise AdapterError(f"{path}: {MANIFEST} is damaged: it lacks {', '.join(sorted(missing))}")
+    return dict(manifest)
+
+
+def _weights(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The sites' own weights and biases, which a package for DoRA holds."""
+    with zipfile.ZipFile(path) as archive:
+        member = next((name for name in archive.namelist() if name.partition("/")[2] == WEIGHTS), None)
+        try:
+            tensors = load_tensors(archive.read(member)) if member else {}
+        except (SafetensorError, zipfile.BadZipFile) as error:
+            raise AdapterError(f"{path}: {WEIGHTS} is damaged: {error}") from error
+    missing = [site for site in manifest["sites"] if f"{site}.weight" not in tensors]
+    if missing:
+        raise AdapterError(f"{path}: damaged: {WEIGHTS} has no weight of {', '.join(missing[:5])}")
+    return {name: tensor.to(manifest["device"]) for name, tensor in tensors.items()}
+
+
+def _specs(call_spec: Sequence[str]) -> tuple[Any, Any]:
+    """How inputs and outputs are nested; no output's where that needs classes of the model's."""
+    into = pytree.treespec_loads(call_spec[0])
+    args, kwargs = pytree.tree_unflatten(list(range(into.num_leaves)), into)
+    kwargs.pop("active_rank", None)
+    out = pytree.treespec_loads(call_spec[1]) if _is_plain(json.loads(call_spec[1])[1]) else None
+    return pytree.tree_structure((args, kwargs)), out
+
+
+def _is_plain(spec: Mapping[str, Any]) -> bool:
+    return spec["type"] in _PLAIN and all(map(_is_plain, spec["children_spec"]))
+
+
+def _ordered(kwargs: dict[str, Any], spec: Any) -> dict[str, Any]:
+    names = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)[1] if kwargs else {}
+    return {k: kwargs[k] for k in names if k in kwargs} | kwargs

@@ -1,0 +1,110 @@
+"""The targets of a captured program: where they are, and the weights that each works with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxpeft.model.skeleton import Outline
+from fxpeft.passes.base import attribute
+from fxpeft.passes.rewrite.subgraphs import closed, walk
+from fxpeft.passes.targets.kinds import Conv
+from fxpeft.passes.targets.match import (
+    SITE,
+    TARGET,
+    MatchPass,
+    Target,
+    Unsupported,
+    calling_module,
+    operands,
+    read_path,
+    read_target,
+)
+
+
+class Attributes:
+    """The tensors of a graph module by dotted name."""
+
+    def __init__(self, graph_module: GraphModule, examples: Mapping[str, Tensor]) -> None:
+        self.graph_module = graph_module
+        self.examples = examples
+
+    def __getitem__(self, path: str) -> Any:
+        return self.examples[path] if path in self.examples else attribute(self.graph_module, path)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A matched node: its graph, its target and its weight and bias."""
+
+    graph_module: GraphModule
+    node: Node
+    target: Target
+    outline: Outline
+
+
+def match_sites(graph_module: GraphModule, tensors: Any) -> tuple[dict[str, list[Found]], list[str]]:
+    """Every target of the program, in all its graphs, and what was left out with the reason."""
+    found: dict[str, list[Found]] = {}
+    skipped = []
+    for _, each in walk(graph_module):
+        result = MatchPass(lambda site: True)(each)
+        skipped += [f"{s.site or '(root)'}: {s.reason}" for s in result.report.skipped]
+        for node in each.graph.nodes:
+            target: Target | None = node.meta.get(TARGET)
+            if target is None or isinstance(node.meta.get(SITE), str) or node.op == "output":
+                continue
+            if isinstance(target.kind, Conv) and _pads_itself(node, target):
+                skipped.append(f"{target.site}: it pads its input itself, and the adapter's A would see the padding")
+                continue
+            found.setdefault(target.site, []).append(Found(each, node, target, _outline(each, node, target, tensors)))
+    return found, skipped
+
+
+def closed_sites(graph_module: GraphModule) -> dict[str, str]:
+    """Sites with a target in a body that can't be entered -> why not: adapters there would be lost without a word."""
+    found = {}
+    for _, each in walk(graph_module):
+        for node, bodies in closed(each):
+            graphs = [g for body in bodies for g in body.modules() if isinstance(g, GraphModule)]
+            inside = [n for g in graphs for n in g.graph.nodes]
+            if any(_is_target(g, n) for g in graphs for n in g.graph.nodes):
+                paths = (read_path(n) for n in (*node.all_input_nodes, *inside))
+                sites = {p.rpartition(".")[0] for p in paths if p and p.rpartition(".")[2] == "weight"}
+                found.update(dict.fromkeys(sites, f"is used in a body of {node.target} that can't be entered"))
+    return found
+
+
+def _is_target(gm: GraphModule, node: Node) -> bool:
+    try:
+        return read_target(gm, node) is not None
+    except Unsupported:
+        return True
+
+
+def _pads_itself(node: Node, target: Target) -> bool:
+    source = node.args[target.input] if len(node.args) > target.input else None
+    return isinstance(source, Node) and source.op == "call_function" and calling_module(source) == target.site != ""
+
+
+def _outline(gm: GraphModule, node: Node, target: Target, tensors: Any) -> Outline:
+    weight, flip, bias = operands(gm, node)
+    while isinstance(weight, Node) and read_path(weight) is None:
+        weight, flip = weight.all_input_nodes[0], not flip
+    value = _tensor(gm, weight, tensors)
+    own = None if bias is None else _tensor(gm, bias, tensors)
+    return Outline(target.kind, (value.t() if flip else value).detach(), None if own is None else own.detach())
+
+
+def _tensor(gm: GraphModule, read: Node | str, tensors: Any) -> Tensor:
+    """A weight by the node that reads it, or by its name where a module is called."""
+    if isinstance(read, str):
+        found: Tensor = attribute(gm, read)
+        return found
+    if read.op == "get_attr" and hasattr(gm, str(read.target).partition(".")[0]):
+        return attribute(gm, str(read.target))  # type: ignore[no-any-return]
+    return tensors[read_path(read)]  # type: ignore[no-any-return]

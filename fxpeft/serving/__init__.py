@@ -1,0 +1,1 @@
+"""Static slots, prepared once, and the swaps that write them."""

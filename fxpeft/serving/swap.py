@@ -1,0 +1,321 @@
+"""The swap: adapters are lowered once to slot values, and copied into the slots all or nothing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxpeft.adapters.state import Adapter, ModelState, Values, check_together
+from fxpeft.errors import AdapterError, listing
+from fxpeft.methods import method_of, slot_needs
+from fxpeft.methods.base import Base, SlotValues
+from fxpeft.model.wrappers import submodule
+from fxpeft.passes.base import PassError, attribute, join
+from fxpeft.passes.recent import Recent
+from fxpeft.passes.slots.copies import Copies
+from fxpeft.passes.slots.slot import FEATURES, LEAST, ActiveRank, Slot
+from fxpeft.passes.targets.kinds import Kind
+from fxpeft.serving import prompts as prompts_serving
+from fxpeft.serving.guard import ModelLock
+from fxpeft.targets.sites import AdapterPlan, base_state, base_value, base_values
+
+
+@dataclass
+class Serving:
+    """The slots of a prepared model and what is in them.
+
+    Args:
+        rank: the active rank; ``None`` in static mode.
+        kinds: site -> kind. saved: modules, and tensors: dotted parameter names, that an adapter may bring.
+        prompts: the placeholder of a prompt, where prompts were declared.
+        slots: site -> its placeholders. copies: module -> its replaceable copy.
+        shown: the adapters that are in the slots now.
+        dirty: site -> number of leading ranks that may hold something other than zero.
+        featured: site and feature (gain, shift) that may hold something other than its neutral value.
+        holds: module or parameter -> values of the adapter whose copy it holds, ``None`` for the base's.
+        plans: config -> plan, of the last ones, so that adapters of one config share the search for their sites.
+        places: where the slots' memory is. Copies that were prepared for another list of places are made anew.
+        torn: a swap began to write and did not come to its end.
+    """
+
+    max_rank: int
+    rank: ActiveRank | None
+    methods: tuple[str, ...]
+    kinds: Mapping[str, Kind]
+    saved: frozenset[str]
+    tensors: frozenset[str]
+    prompts: prompts_serving.PromptSlot | None = None
+    slots: dict[str, Slot] = field(default_factory=dict)
+    copies: dict[str, nn.Module] = field(default_factory=dict)
+    shown: list[Adapter] = field(default_factory=list)
+    dirty: dict[str, int] = field(default_factory=dict)
+    featured: set[tuple[str, str]] = field(default_factory=set)
+    holds: dict[str, tuple[Values | None, Any]] = field(default_factory=dict)
+    plans: Recent[str, AdapterPlan] = field(default_factory=lambda: Recent(limit=64))
+    places: list[int] = field(default_factory=list)
+    torn: bool = False
+    lock: ModelLock = field(default_factory=ModelLock)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({"places": [], "torn": False, **state})
+        self.plans = Recent(state["plans"].items(), limit=64)  # a plain dict in older pickles
+
+    @functools.cached_property
+    def features(self) -> frozenset[str]:
+        """The optional placeholders that the declared methods need."""
+        needs = slot_needs()
+        return frozenset[str]().union(*(needs[m] for m in self.methods))
+
+    def hosts(self) -> set[str]:
+        """Names of the modules that have placeholders."""
+        sites = {kind.host(site) for site, kind in self.kinds.items()}
+        return {*sites, *self.saved, *(path.rpartition(".")[0] for path in self.tensors)}
+
+    def locked(self) -> set[str]:
+        """Names of the modules that a change of adapters writes to or binds anew."""
+        return self.hosts() if self.prompts is None else {*self.hosts(), self.prompts.site}
+
+
+def serving_of(state: ModelState) -> Serving:
+    """The model's slots, or an error that says how to get them."""
+    if state.serving is None:
+        raise AdapterError("the model has no slots: call prepare_hotswap(model) before compiling it")
+    return state.serving
+
+
+def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
+    """Give an adapter its slot values at its strength. The model is not touched.
+
+    Raises:
+        AdapterError: a site, module or parameter without a slot, a rank above ``max_rank``, or a
+            method that the slots were not declared for; all are named.
+    """
+    method, values = method_of(adapter.config), adapter.values
+    sites = {} if method.whole else values.sites
+    biases, weights = ([p for p in values.tensors if p.endswith(".bias") is b] for b in (True, False))
+    places: list[tuple[str, Iterable[str], Collection[str]]] = [
+        ("declare it in targets, or in target_parameters where it is a parameter", sites, serving.kinds),
+        ("declare it in modules_to_save", values.saved, serving.saved),
+        ("declare it in bias", biases, serving.tensors),
+        ("an adapter with a weight of its own has to be there before prepare_hotswap", weights, serving.tensors),
+    ]
+    problems = [f"{n}: has no slot; {how}" for how, own, slots in places for n in own if n not in slots]
+    needed = method.declared(adapter.config)
+    if needed not in serving.methods and not method.whole:
+        problems.append(f"its method, {needed}: declare methods={(*serving.methods, needed)}")
+    lowered: dict[str, SlotValues] = {}
+    problems += prompts_serving.lower(serving.prompts, adapter)
+    for site, parameters in sites.items():
+        plan, base = adapter.plan.sites[site], Base(model, values.own(site), site)
+        try:
+            lowered[site] = method.lower(plan.scaled(adapter.strength), parameters, base)
+        except PassError as error:
+            problems.append(f"{site}: {error}")
+            continue
+        if (rank := lowered[site].d.numel()) > serving.max_rank:
+            problems.append(f"{site}: rank {rank} is above max_rank {serving.max_rank}")
+    if problems:
+        raise AdapterError(
+            f"adapter {adapter.name!r} doesn't fit the slots; nothing was changed.\n{listing(problems)}\n"
+            "Prepare the model for it: release_hotswap(model), then prepare_hotswap(...) before compiling."
+        )
+    adapter.lowered, adapter.copies = lowered, None
+    return adapter
+
+
+def settle(adapter: Adapter) -> Adapter:
+    """Give an adapter contiguous memory of its own.
+
+    Showing it is then a plain copy, and neither a file that is written over nor a caller's tensor
+    that is changed later can reach it. The values become views of the slot values where they can.
+    """
+    method, values = method_of(adapter.config), adapter.values
+    own: dict[str, SlotValues] = {}
+    for site, v in adapter.lowered.items():
+        a, b = v.a.new_empty(v.a.shape), v.b.new_empty(v.b.shape)
+        own[site] = v._replace(a=a, b=b)
+    Copies(pair for site, v in adapter.lowered.items() for pair in zip(own[site][:2], v[:2], strict=True)).run()
+    sites = {site: method.keep(adapter.plan.sites[site], values.sites[site], own[site]) for site in own}
+    adapter.values = values.clone() if method.whole else replace(values.clone(sites=False), sites=sites)
+    adapter.lowered, adapter.copies, adapter.settled = own, None, True
+    return adapter
+
+
+def lower_again(model: nn.Module, state: ModelState) -> None:
+    """Lower adapters with gains or shifts anew: those of DoRA follow from the base's weights, which are others now."""
+    for name, adapter in list(state.adapters.items()):
+        if any(values.features() for values in adapter.lowered.values()):
+            state.adapters[name] = settle(lower(model, serving_of(state), replace(adapter)))
+
+
+def activate(model: nn.Module, state: ModelState, adapters: list[Adapter], *, fresh: Adapter | None = None) -> None:
+    """Put lowered adapters into the slots, side by side along the rank; none: the bare model. Part of a change.
+
+    Args:
+        fresh: the one that is shown for the first time and may be the last: it is settled when it comes again.
+    """
+    serving = serving_of(state)
+    for adapter in adapters:
+        if not adapter.settled and adapter is not fresh:
+            settle(adapter)
+    check_together(adapters)
+    check_ranks(serving, adapters)
+    check_gains(adapters)
+    reshow(model, serving, adapters)
+
+
+def reshow(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
+    """Write the slots, whatever they hold now. Where that breaks off, they are torn until it is done again."""
+    if serving.torn:
+        serving.dirty = dict.fromkeys(serving.slots, serving.max_rank)
+        serving.holds = {}
+        serving.featured = {(site, name) for site, slot in serving.slots.items() for name in slot.features}
+    serving.torn = True
+    serving.lock.version += 1
+    _show(model, serving, adapters)
+    serving.shown = list(adapters)
+    serving.torn = False
+
+
+def check_ranks(serving: Serving, adapters: list[Adapter]) -> None:
+    """Refuse adapters whose ranks together are more than a slot holds."""
+    total: dict[str, int] = {}
+    for adapter in adapters:
+        for site, value in adapter.lowered.items():
+            total[site] = total.get(site, 0) + value.d.numel()
+    over = [f"{site}: {rank} ranks" for site, rank in total.items() if rank > serving.max_rank]
+    if over:
+        raise AdapterError(
+            f"the active adapters need more than max_rank {serving.max_rank} ranks together:\n{listing(over)}\n"
+            "Activate fewer at a time, or prepare with a larger max_rank."
+        )
+
+
+def check_gains(adapters: list[Adapter]) -> None:
+    """Refuse a gain beside another adapter: a slot multiplies the sum of all, and a DoRA's shift is of one bias."""
+    clashes = []
+    for adapter in adapters:
+        for site, value in adapter.lowered.items():
+            brought = f"{site}.bias" if value.shift is not None else None
+            others = [
+                a.name for a in adapters if a is not adapter and (site in a.lowered or brought in a.values.tensors)
+            ]
+            if others and (value.g_in is not None or value.g_out is not None):
+                clashes.append(f"{site}: {adapter.name} ({method_of(adapter.config).name}) and {', '.join(others)}")
+    if clashes:
+        raise AdapterError(
+            "these adapters can't share a slot, since a gain multiplies what the others add:\n"
+            f"{listing(clashes)}\nset one of them active, or release_hotswap(model) to run them one after the other"
+        )
+
+
+def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
+    """Write the slots. Everything was checked; only copies are left."""
+    used: dict[str, int] = {}
+    copies = []
+    buffers = [slot._buffers for slot in serving.slots.values()]  # as attributes they cost more than their addresses
+    places = [own[name].data_ptr() for own in buffers for name in "abd"]  # type: ignore[union-attr]
+    if places != serving.places:  # ``.to(device)``, ``.data =`` and the like: views made before lead elsewhere
+        serving.places = places
+        for slot in serving.slots.values():
+            slot.windows.clear()
+    for adapter in adapters:
+        copies.append(_copies(serving, adapter, used))
+        for site, value in adapter.lowered.items():
+            used[site] = used.get(site, 0) + value.d.numel()
+    active = serving.max_rank if serving.rank is None else max([LEAST, *used.values()])
+    for site, slot in serving.slots.items():
+        start, dirty = used.get(site, 0), serving.dirty.get(site, 0)
+        stale = min(dirty, active)
+        if stale > start:  # old ranks that this swap would compute with: zero them, they may even be NaN
+            for tensor in _window(slot, start, stale - start):
+                tensor.zero_()
+        serving.dirty[site] = dirty if dirty > active else start
+    for each in copies:
+        each.run()
+    if serving.features:
+        _show_features(serving, adapters)
+    _show_copies(model, serving, adapters)
+    prompts_serving.show(model, serving.prompts, adapters)
+    for site, slot in serving.slots.items():
+        idle = not used.get(site) and not any((site, name) in serving.featured for name in slot.features)
+        if slot.idle is not idle:  # setting an attribute of a module costs more than all the rest here
+            slot.idle = idle
+    if serving.rank is not None and len(serving.rank.carrier) != active:
+        serving.rank.set(active)
+
+
+def _copies(serving: Serving, adapter: Adapter, used: Mapping[str, int]) -> Copies:
+    """The copies of an adapter to behind the ranks in use; kept where it is alone."""
+    alone = not used
+    if alone and adapter.copies is not None and adapter.copies[0] is serving.places:
+        return adapter.copies[1]
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for site, value in adapter.lowered.items():
+        window = _window(serving.slots[site], used.get(site, 0), value.d.numel())
+        pairs += zip(window, value[:3], strict=True)
+    copies = Copies(pairs)
+    if alone:
+        adapter.copies = (serving.places, copies)
+    return copies
+
+
+def _window(slot: Slot, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of a slot's ranks, kept: making three views costs more than copying a small adapter."""
+    key = (start, count)
+    if key not in slot.windows:
+        if len(slot.windows) > 64:
+            slot.windows.clear()
+        a, b, d = (t.narrow(0, start, count) for t in (slot.a, slot.b, slot.d))
+        slot.windows[key] = (a, b, d)
+    window: tuple[Tensor, Tensor, Tensor] = slot.windows[key]
+    return window
+
+
+def _show_features(serving: Serving, adapters: list[Adapter]) -> None:
+    """Gains and shifts: the one adapter's that has them, the sum of shifts, or the neutral value."""
+    for site, slot in serving.slots.items():
+        lowered = [a.lowered[site] for a in adapters if site in a.lowered]
+        for name in slot.features:
+            given = [value for v in lowered if (value := getattr(v, name)) is not None]
+            if given:
+                getattr(slot, name).copy_(given[0] if len(given) == 1 else torch.stack(given).sum(0))
+                serving.featured.add((site, name))
+            elif (site, name) in serving.featured:
+                getattr(slot, name).fill_(FEATURES[name][1])
+                serving.featured.discard((site, name))
+
+
+def _show_copies(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
+    """Modules and parameters that an adapter brings, or the base's own; copied where that changes."""
+    for path, copy in serving.copies.items():
+        owner = next((a.values for a in adapters if path in a.values.saved), None)
+        written = _written(base_state(submodule(model, path)).values()) if owner is None else ()
+        if not _holds(serving, path, owner, written):
+            own = base_values(submodule(model, path)) if owner is None else owner.saved[path]
+            for key, tensor in own.items():
+                attribute(copy, key).copy_(tensor.detach())
+            serving.holds[path] = owner, written
+    for path in serving.tensors:
+        owner = next((a.values for a in adapters if path in a.values.tensors), None)
+        written = _written([attribute(model, path)]) if owner is None else ()
+        if not _holds(serving, path, owner, written):
+            site, _, leaf = path.rpartition(".")
+            value: Tensor = base_value(model, path) if owner is None else owner.tensors[path]
+            attribute(model, join(site, "slot", leaf)).copy_(value.detach())
+            serving.holds[path] = owner, written
+
+
+def _holds(serving: Serving, path: str, owner: Values | None, written: tuple[tuple[int, int], ...]) -> bool:
+    held = serving.holds.get(path)
+    return held is not None and held[0] is owner and held[1] == written
+
+
+def _written(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Which tensors, and how often they were written: other weights of the base make its copies stale."""
+    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)

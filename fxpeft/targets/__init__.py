@@ -1,0 +1,1 @@
+"""From a config to the sites it takes: names, patterns, roles, an architecture's defaults."""

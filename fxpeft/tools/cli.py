@@ -1,0 +1,347 @@
+"""The command line: ``fxpeft`` or ``python -m fxpeft``.
+
+Every command takes folders and hub ids, and ``--json`` for scripts. Exit codes: 0: yes, done or equal;
+1: it was asked and the answer is no (``check``, ``diff``); 2: the question itself was wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import warnings
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import fxpeft
+from fxpeft.errors import AdapterError
+
+if TYPE_CHECKING:
+    from fxpeft.checkpoint.peft import Checkpoint
+
+app = typer.Typer(
+    name="fxpeft", help=fxpeft.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)  # fmt: skip
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Source = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder or hub id.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or hub id.")]
+Base = Annotated[str, typer.Option("--model", metavar="MODEL", help="The base model's folder or hub id.")]
+Folded = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="The base; default: the one that the adapter names.")
+]
+Target = Annotated[
+    list[str] | None, typer.Option("--target", help="A pattern or name, repeatable; default: the architecture's.")
+]
+
+
+class Method(str, Enum):
+    """The methods that a plan can be made for from the command line."""
+
+    lora = "lora"
+    dora = "dora"
+
+
+class To(str, Enum):
+    """What methods can be converted to."""
+
+    lora = "lora"
+
+
+class Dtype(str, Enum):
+    """What tensors can be converted to."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fxpeft {fxpeft.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    pass
+
+
+def _print(as_json: bool, content: Any, *shown: Any) -> None:
+    """``content`` as JSON, or what a person reads."""
+    if as_json:
+        print(json.dumps(_plain(content), indent=2))
+        return
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    for part in shown:
+        console.print(Text(part) if isinstance(part, str) else part)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@app.command()
+def plan(
+    model: Model,
+    target: Target = None,
+    exclude: Annotated[str | None, typer.Option(help="A pattern for what to leave out.")] = None,
+    rank: Annotated[int, typer.Option(min=1)] = 8,
+    alpha: Annotated[float, typer.Option(help="The update is scaled by alpha / rank.")] = 8,
+    method: Method = Method.lora,
+    save: Annotated[Path | None, typer.Option(help="Write the plan here, as JSON.")] = None,
+    draw: Annotated[Path | None, typer.Option(help="Draw a layer into this .svg, .png or .pdf.")] = None,
+    layer: Annotated[int, typer.Option(help="The layer to draw.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Show what an adapter would put where; only the model's config is read."""
+    from fxpeft.model.empty import empty_model
+    from fxpeft.planning.table import plan_notes, plan_table
+
+    # one text is PEFT's regular expression or a pattern; a name alone is meant as a name
+    targets: Any = target
+    if target and len(target) == 1 and (target[0] == "all-linear" or not target[0].isidentifier()):
+        targets = target[0]
+    options: dict[str, Any] = {"use_dora": True} if method is Method.dora else {}
+    config = fxpeft.LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=targets, exclude_modules=exclude, base_model_name_or_path=model,
+        **options,
+    )  # fmt: skip
+    made = fxpeft.plan(empty_model(model), config)
+    if save is not None:
+        save.write_text(made.to_json() + "\n", encoding="utf-8")
+    if draw is not None:
+        made.draw(layer, draw)
+    head = f"{type(made.config).__name__} on {made.model}: {len(made.sites)} sites, {made.parameters:,} parameters"
+    _print(as_json, json.loads(made.to_json()) if as_json else None, head, plan_table(made), *plan_notes(made))
+
+
+@app.command()
+def inspect(adapter: Source, as_json: Json = False) -> None:
+    """Show what is in an adapter: config, sites, ranks, norms of the updates, size."""
+    from fxpeft.checkpoint.adapter_file import inspect_sites, site_tensors
+    from fxpeft.checkpoint.peft import read
+    from fxpeft.methods import method_of
+    from fxpeft.planning.table import size
+
+    found = read(adapter)
+    sites, rest = inspect_sites(found), site_tensors(found)[1]
+    values, off = found.config.to_dict(), type(found.config).unsupported
+    own = {k: v for k, v in values.items() if v not in (None, {}, []) and k not in off}
+    total = {
+        "method": method_of(found.config).name,
+        "base": found.config.base_model_name_or_path,
+        "sites": len(sites),
+        "parameters": sum(t.numel() for t in found.tensors.values()),
+        "bytes": sum(t.numel() * t.element_size() for t in found.tensors.values()),
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in found.tensors.values()}),
+        "ranks": sorted({s.rank for s in sites if s.rank}),
+        "finite": all(bool(t.isfinite().all()) for t in found.tensors.values()),
+    }
+    table = Table("site", "rank", "parameters", "norm", "shapes", box=None)
+    for site in sites:
+        norm = "" if site.norm is None else f"{site.norm:.4g}"
+        shapes = ", ".join(f"{k} {v}" for k, v in site.shapes.items())
+        table.add_row(site.name, str(site.rank or ""), size(site.parameters), norm, shapes)
+    other = {key: list(tensor.shape) for key, tensor in rest.items()}
+    lines = [f"{k}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in total.items()]
+    lines += [f"{k}: {v}" for k, v in own.items() if k not in ("target_modules", "peft_version", "inference_mode")]
+    content = {**total, "config": own, "site": sites, "other": other}
+    _print(as_json, content, *lines, table, *(f"{k} {v}" for k, v in other.items()))
+
+
+@app.command()
+def check(
+    adapter: Source,
+    model: Base,
+    max_rank: Annotated[int, typer.Option(min=2, help="Ranks that a slot holds.")] = 128,
+    slots: Annotated[str, typer.Option(help="What has slots: a pattern.")] = "all-linear",
+    as_json: Json = False,
+) -> None:
+    """Tell whether an adapter loads on a model, and whether it swaps there without recompiling; and why not."""
+    import torch
+
+    from fxpeft.adapters.state import Adapter, state_of
+    from fxpeft.checkpoint.layouts import in_layout_of
+    from fxpeft.checkpoint.peft import assign, read
+    from fxpeft.methods import method_of, slot_needs
+    from fxpeft.model.empty import empty_model
+    from fxpeft.serving.swap import lower, serving_of
+    from fxpeft.targets.sites import make_plan
+
+    found, bare = read(adapter), empty_model(model)
+    answer: dict[str, Any] = {"loads": False, "swaps": False, "why_not": None, "sites": 0}
+    try:
+        found = in_layout_of(bare, found)
+        made = make_plan(bare, found.config, heads=False, of_file=True)
+        values = assign(bare, made, found, check_finite=True)
+        answer.update(loads=True, sites=len(made.sites))
+        declared = method_of(found.config).declared(found.config)
+        if declared in slot_needs():
+            with torch.device("meta"):
+                fxpeft.prepare_hotswap(
+                    bare, max_rank, targets=slots, methods=[declared], modules_to_save=list(values.saved),
+                )  # fmt: skip
+            lower(bare, serving_of(state_of(bare)), Adapter("checked", made, values))
+            answer["swaps"] = True
+        else:
+            answer["why_not"] = f"{declared} has no slot"
+    except AdapterError as error:
+        answer["why_not"] = str(error)
+    words = [f"loads: {'yes' if answer['loads'] else 'no'}", f"swaps: {'yes' if answer['swaps'] else 'no'}"]
+    _print(as_json, answer, *words, *([answer["why_not"]] if answer["why_not"] else []))
+    raise typer.Exit(0 if answer["swaps"] else 1)
+
+
+@app.command()
+def convert(
+    adapter: Source,
+    output: Annotated[Path, typer.Argument(help="The new adapter's folder.")],
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the new tensors.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="The most ranks of a site: truncated SVD.")] = None,
+    to: Annotated[To | None, typer.Option(help="Another method; it reads the base model.")] = None,
+    model: Folded = None,
+    as_json: Json = False,
+) -> None:
+    """Write an adapter in another dtype, at a smaller rank or as plain LoRA, errors stated; in PEFT's format."""
+    import torch
+
+    from fxpeft.checkpoint.adapter_file import cast, shrink
+    from fxpeft.checkpoint.peft import read, write_files
+
+    if dtype is None and rank is None and to is None:
+        raise AdapterError("convert: say what to: --dtype, --rank or --to")
+    found = read(adapter)
+    errors: dict[str, float] = {}
+    if to is not None:
+        found = _as_lora(adapter, model, rank, output)
+    elif rank is not None:
+        found, errors = shrink(found, rank)
+    if dtype is not None:
+        found = cast(found, getattr(torch, dtype.value))
+    write_files(output, found.config.to_dict(), found.tensors)
+    count = sum(t.numel() for t in found.tensors.values())
+    worst = max(errors.values(), default=0.0)
+    content = {"output": str(output), "parameters": count, "worst_error": worst, "errors": errors}
+    table = Table("site", "relative error of the update", box=None)
+    for name, error in errors.items():
+        table.add_row(name, f"{error:.3g}")
+    _print(as_json, content, f"{output}: {count:,} parameters", *([table, f"worst: {worst:.3g}"] if errors else []))
+
+
+def _adapted(adapter: str, base: str | None) -> tuple[Any, str]:
+    """The base model with the adapter on it, and where it came from."""
+    from fxpeft.checkpoint.peft import read
+    from fxpeft.model.empty import loaded_model
+
+    base = base or read(adapter).config.base_model_name_or_path
+    if base is None:
+        raise AdapterError(f"{adapter}: names no base model; say which with --model")
+    whole = loaded_model(base)
+    fxpeft.load_adapter(whole, adapter, check_finite=True)
+    return whole, base
+
+
+def _as_lora(adapter: str, base: str | None, rank: int | None, output: Path) -> Checkpoint:
+    """The adapter as plain LoRA; how far off that is goes to stderr."""
+    from fxpeft.checkpoint.peft import read
+
+    whole, _ = _adapted(adapter, base)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fxpeft.convert(whole, "default", new_name="converted", rank=rank)
+    for warning in told:
+        if "approximates" in str(warning.message):
+            print(f"warning: {warning.message}", file=sys.stderr)
+    fxpeft.save_adapter(whole, output, "converted")
+    return read(output)
+
+
+@app.command()
+def fold(
+    adapter: Source,
+    output: Annotated[Path, typer.Argument(help="The merged model's folder.")],
+    model: Folded = None,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into its base model's weights and save that model; NaN and infinity are refused."""
+    from fxpeft.adapters.state import state_of
+
+    if output.is_dir() and any(output.iterdir()):
+        raise AdapterError(f"{output}: expected a new or an empty folder")
+    whole, base = _adapted(adapter, model)
+    sites = list(state_of(whole).get("default").plan.sites)
+    fxpeft.merge_and_unload(whole, safe=True)
+    whole.save_pretrained(output)
+    content = {"output": str(output), "base": base, "sites": sites}
+    _print(as_json, content, f"{output}: {base} with {len(sites)} sites folded")
+
+
+@app.command()
+def diff(before: Source, after: Source, as_json: Json = False) -> None:
+    """Compare two adapters: configs, sites, and how far their updates are apart. Exit code 1 where they differ."""
+    from fxpeft.checkpoint.adapter_file import diff_files
+    from fxpeft.checkpoint.peft import read
+
+    found = diff_files(read(before), read(after))
+    lines = [f"{name}: {a} -> {b}" for name, (a, b) in found.config.items()]
+    lines += [*(f"- {name}" for name in found.removed), *(f"+ {name}" for name in found.added)]
+    for site in found.changed:
+        ranks = f"rank {site.ranks[0]} -> {site.ranks[1]}, " if site.ranks[0] != site.ranks[1] else ""
+        apart = "differs" if site.distance is None else f"apart by {site.distance:.3g} of the update"
+        lines.append(f"~ {site.name}: {ranks}{apart}")
+    lines += [f"~ {key}" for key in found.rest]
+    _print(as_json, found, *(lines or ["no difference"]))
+    raise typer.Exit(1 if found else 0)
+
+
+@app.command()
+def bench(
+    model: Model,
+    target: Annotated[str, typer.Option(help="A pattern for what is adapted.")] = "all-linear",
+    rank: Annotated[int, typer.Option(min=1)] = 16,
+    max_rank: Annotated[int, typer.Option(min=2)] = 64,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Tokens per row.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1)] = 10,
+    compiled: Annotated[bool, typer.Option("--compile/--eager")] = False,
+    random: Annotated[bool, typer.Option("--random", help="Random weights: the folder needs only a config.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a forward with and without an adapter, and a swap, on this machine; medians, in turn."""
+    from fxpeft.tools.bench import measure
+
+    result = measure(
+        model, target=target, rank=rank, max_rank=max_rank, batch=batch, length=length, rounds=rounds,
+        compiled=compiled, random=random,
+    )  # fmt: skip
+    table = Table("", "ms", "of the base", box=None)
+    for name, milliseconds in result.milliseconds.items():
+        share = f"{milliseconds / result.milliseconds['base']:.2f}" if name != "swap" else ""
+        table.add_row(name, f"{milliseconds:.3f}", share)
+    _print(as_json, result, f"{result.sites} sites, rank {rank} of {max_rank}, {result.device}", table,
+           f"graphs: {result.graphs}")  # fmt: skip
+
+
+def main() -> None:
+    """Run the command; errors of fxpeft are one message on stderr and exit code 2."""
+    from fxpeft.passes.base import PassError
+
+    try:
+        app()
+    except (AdapterError, PassError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""New weights out of adapters: folds, blends, conversions, task vectors."""

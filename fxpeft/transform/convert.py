@@ -1,0 +1,145 @@
+"""Convert: an adapter of one method becomes a plain LoRA, exactly or as near as a rank allows."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fxpeft.adapters.api import check_name
+from fxpeft.adapters.change import changes
+from fxpeft.adapters.inplace import accumulator, fold_weight
+from fxpeft.adapters.state import Adapter, state_of, unwrap
+from fxpeft.errors import AdapterError, listing
+from fxpeft.methods import method_of
+from fxpeft.methods.base import Base, SitePlan, SlotValues
+from fxpeft.model.wrappers import submodule
+from fxpeft.passes.base import PassError
+from fxpeft.passes.live import base_weight
+from fxpeft.passes.live.product import why_no_delta
+from fxpeft.passes.targets.kinds import Conv
+from fxpeft.targets.parameters import refuse_parameters
+from fxpeft.transform.derived import add_lora, brought, factorise, in_order, refactorise
+
+
+@changes
+@torch.no_grad()
+def convert(
+    model: nn.Module, name: str, to: Literal["lora"] = "lora", *, new_name: str | None = None, rank: int | None = None
+) -> None:
+    """Add a plain LoRA (scale 1, no rsLoRA) that computes what another adapter does, and make it the active one.
+
+    Exact up to rounding, at the same ranks, from AdaLoRA (singular values go into B, ranks that are off
+    are left out), from LoRA with rsLoRA, patterns or a strength (they go into B), and from any
+    registered method that lowers to ranks and a shift. The old adapter stays.
+
+    A gain (DoRA, IA3) is no low-rank update: :func:`fxpeft.fold` takes it exactly. With ``rank`` the
+    update is approximated by the best of that rank, and a warning says how far off it is.
+
+    Args:
+        new_name: ``<name>_lora`` by default.
+        rank: the most ranks at each site; also makes a LoRA smaller. A layer can't have more than its size.
+
+    Raises:
+        AdapterError: a method that needs ``rank``, an update that is no change of the weight, or a folded
+            adapter; the sites are named, and nothing was changed.
+    """
+    model, state = unwrap(model), state_of(model)
+    adapter = state.get(name)
+    new_name = f"{name}_lora" if new_name is None else new_name
+    check_name(model, new_name)
+    state.check_unfolded([name], "it can't be converted")
+    if method_of(adapter.config).whole:
+        raise AdapterError(f"adapter {name!r}: a prompt adds tokens, which no LoRA does")
+    if to != "lora":
+        raise AdapterError(f"to: expected 'lora', found {to!r}")
+    if rank is not None and rank <= 0:
+        raise AdapterError(f"rank: expected a positive integer, found {rank}")
+    refuse_parameters([adapter], "convert")
+    values, current = brought([adapter]), adapter.current()
+    errors: dict[str, float] = {}
+    problems: list[str] = []
+    for site in in_order(model, [adapter]):
+        module = submodule(model, site)
+        plan = adapter.plan.sites[site].scaled(adapter.strength)
+        own = current.own(site)
+        dtype = next(iter(current.sites[site].values())).dtype
+        base = Base(module, own)
+        try:
+            if "weight" in own:
+                raise PassError("the adapter brings its own base weight here; fold it instead")
+            lowered = method_of(adapter.config).lower(plan, current.sites[site], base)
+            a, b = _factors(module, plan, lowered, rank, errors, site)
+            shift = _shift(plan, lowered, base)
+        except PassError as error:
+            problems.append(f"{site}: {error}")
+            continue
+        values.sites[site] = {"lora_A": a.to(dtype), "lora_B": b.to(dtype)}
+        if shift is not None:
+            values.sites[site]["lora_B_bias"] = shift.to(dtype)
+    if problems:
+        raise AdapterError(f"adapter {name!r} can't be converted to LoRA; nothing was changed.\n{listing(problems)}")
+    _fill_biases(adapter, values.sites)
+    add_lora(model, new_name, values, [adapter])
+    worst = max(errors, key=lambda site: errors[site], default=None)
+    if worst is not None and errors[worst] > 1e-5:
+        warnings.warn(
+            f"{new_name!r} approximates {name!r} at rank {rank}: the update is off by up to {errors[worst]:.1%} of its "
+            f"norm (at {worst}), {sum(errors.values()) / len(errors):.1%} on average; fold {name!r} to have it exactly",
+            stacklevel=4,
+        )
+
+
+def _factors(
+    module: nn.Module, plan: SitePlan, lowered: SlotValues, rank: int | None, errors: dict[str, float], site: str
+) -> tuple[Tensor, Tensor]:
+    """A and B of scale 1, and the share of the update that they miss."""
+    kind = plan.kind
+    gains = [name for name in ("g_in", "g_out") if getattr(lowered, name) is not None]
+    if gains and rank is None:
+        raise PassError(
+            "the method multiplies what the base computes, which no low-rank update does; fold takes it exactly, or "
+            "give a rank to approximate it"
+        )
+    a, rows = lowered.a.float(), lowered.b.float() * lowered.d.to(lowered.b.device).unsqueeze(1)
+    grouped = isinstance(kind, Conv) and kind.groups > 1
+    if rank is None:
+        on = lowered.d != 0
+        if not grouped and not on.all():  # at least one is kept: a LoRA of rank 0 there isn't
+            on[0] |= not on.any()
+            a, rows = a[on.to(a.device)], rows[on.to(a.device)]
+        return a, kind.unrows(rows, len(a)).contiguous()
+    reason = why_no_delta(kind, module) if grouped or gains else None
+    if reason:
+        raise PassError(f"{reason}, so there is no nearest one of a lower rank")
+    most = min(rank, kind.out_features, torch.Size(kind.a_shape(1)).numel())
+    if gains:
+        weight = accumulator(base_weight(module))
+        delta = fold_weight(kind, weight, lowered) - weight
+        a, b = factorise(kind, delta, most)
+    else:
+        delta = kind.delta(a, rows)
+        a, b = refactorise(kind, a, rows, most)
+    missed = torch.linalg.vector_norm(delta - kind.delta(a, kind.rows(b)))
+    errors[site] = float(missed / torch.linalg.vector_norm(delta).clamp(min=1e-30))
+    return a, b
+
+
+def _shift(plan: SitePlan, lowered: SlotValues, base: Base) -> Tensor | None:
+    """What is added per output, beside the base's own bias; ``None`` for nothing."""
+    bias = base.bias()
+    if bias is None or lowered.g_out is None:
+        return lowered.shift
+    shift = bias * (lowered.g_out - 1) + (0 if lowered.shift is None else lowered.shift)
+    # DoRA's correction takes the gain off the bias again, to within rounding
+    return shift if shift.abs().max() > 1e-6 * bias.abs().max() * (1 + lowered.g_out.abs().max()) else None
+
+
+def _fill_biases(adapter: Adapter, sites: dict[str, dict[str, Tensor]]) -> None:
+    """``lora_bias`` is one setting for all sites: those without get zeros."""
+    if any("lora_B_bias" in parts for parts in sites.values()):
+        for site, parts in sites.items():
+            out = adapter.plan.sites[site].kind.out_features
+            parts.setdefault("lora_B_bias", parts["lora_B"].new_zeros(out))

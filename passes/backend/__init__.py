@@ -1,0 +1,1 @@
+"""What runs between Dynamo's capture and Inductor."""

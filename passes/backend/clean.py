@@ -1,0 +1,54 @@
+"""Clean: a graph in; out, without what reads a slot for nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch.fx import GraphModule, Node
+
+from fxpeft.passes.backend.fold_inactive import FOLDED
+from fxpeft.passes.backend.writes import may_write
+from fxpeft.passes.base import GraphPass, Report, RewriteResult, node_of
+from fxpeft.passes.rewrite.subgraphs import calls
+
+
+class CleanPass(GraphPass):
+    """Erase nodes that have no user, depend on a slot or were folded, and do nothing but compute.
+
+    Placeholders stay, and so do the operands of bodies: callers go on handing them in.
+
+    Args:
+        slots: names of the placeholders that carry slots.
+    """
+
+    name = "clean"
+
+    def __init__(self, slots: Collection[str]) -> None:
+        self.slots = slots
+
+    def call(self, graph_module: GraphModule) -> RewriteResult:
+        before = len(graph_module.graph.nodes)
+        gone = _clean(graph_module, {n for n in graph_module.graph.nodes if n.name in self.slots})
+        report = Report(self.name, tuple(gone), (), before, len(graph_module.graph.nodes))
+        return RewriteResult(graph_module, bool(gone), report)
+
+
+def _clean(gm: GraphModule, slots: set[Node]) -> list[str]:
+    gone = []
+    for call in calls(gm):
+        for body in call.bodies():
+            inner = _clean(body, {p for p, operand in call.inputs(body) if node_of(operand) in slots})
+            if inner:
+                gone += inner
+                body.recompile()
+    entered = {call.node for call in calls(gm)}
+    depends = set(slots)
+    for node in gm.graph.nodes:
+        reads = FOLDED in node.meta or any(n in depends for n in node.all_input_nodes)
+        if node not in entered and node.op != "output" and reads:
+            depends.add(node)
+    for node in reversed(list(gm.graph.nodes)):
+        if node in depends and node.op != "placeholder" and not node.users and not may_write(node):
+            gm.graph.erase_node(node)
+            gone.append(node.name)
+    return gone

@@ -1,0 +1,206 @@
+"""Group: a graph with slots in; out, slots that read one input share one product with a stack of their A's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from fxpeft.passes.backend.writes import may_write
+from fxpeft.passes.base import GraphPass, Report, RewriteResult, Skip, node_of
+from fxpeft.passes.rewrite.subgraphs import calls
+
+GROUPED = "fxpeft.grouped"  # node.meta key: on a placeholder, those whose A's are stacked in what it takes now
+
+
+@dataclass(frozen=True)
+class Group:
+    """A stack ``[max_rank, sites, in]`` of the A's of sites with one input.
+
+    Args:
+        place: the placeholder that takes it. Its own A is read by the group only.
+        members: the placeholders whose A's it holds, in order; ``place`` is one of them.
+    """
+
+    place: str
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Product:
+    """``linear(cast, view)``: ``source`` in A's dtype, times the leading ``rank`` rows of the A at ``place``."""
+
+    node: Node
+    place: Node
+    cast: Node
+    source: Node
+    rank: Any
+
+
+class GroupPass(GraphPass):
+    """Sites with one input reduce it in one product: ``linear(x, stack[:r].flatten(0, 1))``, then a slice for each.
+
+    A stack holds the ranks first and a rank's rows of all its sites side by side: narrowed to the rank in
+    use it is contiguous, so that no rank adds a guard. Whoever calls the graph hands it in, see :attr:`groups`.
+    What no longer has a reader is left for :class:`~fxpeft.passes.CleanPass`.
+
+    Args:
+        slots: placeholder that carries an A -> why it can't be stacked, or ``None``.
+        names: placeholder -> the site's name in reports.
+
+    After a run :attr:`groups` says which stacks the graph takes.
+    """
+
+    name = "group"
+
+    def __init__(self, slots: Mapping[str, str | None], names: Mapping[str, str] | None = None) -> None:
+        self.slots, self.names = slots, names or {}
+        self.groups: tuple[Group, ...] = ()
+
+    def call(self, graph_module: GraphModule) -> RewriteResult:
+        graph, before = graph_module.graph, len(graph_module.graph.nodes)
+        places = [n for n in graph.nodes if n.op == "placeholder" and n.name in self.slots and GROUPED not in n.meta]
+        products = {place: _products(place) for place in places}
+        reasons = {place: self.slots[place.name] or _why_not(graph_module, place, products[place]) for place in places}
+        sets: dict[tuple[Any, ...], list[_Product]] = {}
+        for product in (p for place in places if reasons[place] is None for p in products[place]):
+            value = _value(product.place)
+            assert value is not None
+            key = (product.source, product.rank, value.shape, value.dtype, value.device)
+            sets.setdefault(key, []).append(product)
+        order = {node: number for number, node in enumerate(graph.nodes)}
+        stacks: dict[tuple[Node, ...], list[list[_Product]]] = {}
+        for found in sets.values():
+            found.sort(key=lambda p: order[p.node])
+            members = tuple(dict.fromkeys(p.place for p in found))
+            reason = None if len(members) > 1 else "shares its input with no other site"
+            first = min((p.cast for p in found), key=order.__getitem__)
+            if reason is None and (between := _write(first, found[-1].node)) is not None:
+                reason = f"{between.name} may change their input between the sites that share it"
+            if reason is None:
+                stacks.setdefault(members, []).append(found)
+            else:
+                reasons.update({m: reason for m in members if reasons[m] is None})
+        made, grouped = [], set[Node]()
+        for members, several in stacks.items():
+            own = {p.node for found in several for p in found}
+            free = [m for m in members if {p.node for p in products[m]} <= own and _reads_only(m, products[m])]
+            if not free:
+                reasons.update(dict.fromkeys(members, "every A of the group is read elsewhere too"))
+                continue
+            _stack(free[0], members)
+            for found in several:
+                _rewrite(graph_module, free[0], members, found)
+            made.append(Group(free[0].name, tuple(m.name for m in members)))
+            grouped.update(members)
+        self.groups = tuple(made)
+        skipped = tuple(Skip(self._site(p), r) for p, r in reasons.items() if r is not None and p not in grouped)
+        matched = tuple(self._site(p) for p in places if p in grouped)
+        report = Report(self.name, matched, skipped, before, len(graph.nodes))
+        return RewriteResult(graph_module, bool(made), report)
+
+    def _site(self, place: Node) -> str:
+        return self.names.get(place.name, place.name)
+
+
+def _views(place: Node) -> dict[Node, Any]:
+    """The nodes that are a slot's active A, each with the rank that it was narrowed to; ``None``: all of it."""
+    views: dict[Node, Any] = {place: None}
+    for user in place.users:
+        if user.op == "call_method" and user.target == "narrow" and user.args[:3] == (place, 0, 0):
+            views[user] = user.args[3]
+    return views
+
+
+def _products(place: Node) -> list[_Product]:
+    found = []
+    for view, rank in _views(place).items():
+        for node in view.users:
+            plain = node.op == "call_function" and node.target is F.linear and len(node.args) == 2 and not node.kwargs
+            cast = node_of(node.args[0]) if plain and node.args[1] is view else None
+            if cast is not None:
+                is_cast = cast.op == "call_method" and cast.target == "type_as"
+                source = node_of(cast.args[0]) if is_cast else cast
+                assert source is not None
+                found.append(_Product(node, place, cast, source, rank))
+    return found
+
+
+def _why_not(gm: GraphModule, place: Node, products: list[_Product]) -> str | None:
+    value = _value(place)
+    if any(place in call.node.all_input_nodes for call in calls(gm)):
+        return "is read in the body of a higher-order operator"
+    if not products:
+        return "is no linear site"
+    if value is None or not all(isinstance(size, int) for size in value.shape):
+        return "the shape of its A is not known while compiling"
+    return None
+
+
+def _reads_only(place: Node, products: list[_Product]) -> bool:
+    """Whether a slot's A goes into these products, and elsewhere for its dtype only."""
+    nodes = {p.node for p in products}
+    views = _views(place)
+    return all(
+        user in nodes or user in views or (user.target == "type_as" and user.args[0] is not view)
+        for view in views
+        for user in view.users
+    )
+
+
+def _write(first: Node, last: Node) -> Node | None:
+    """A node between two that may write to a tensor or change how the next ones compute, or ``None``."""
+    node = first.next
+    while node is not last:
+        if may_write(node):
+            return node
+        node = node.next
+    return None
+
+
+def _rewrite(gm: GraphModule, place: Node, members: tuple[Node, ...], found: list[_Product]) -> None:
+    graph, first, count = gm.graph, found[0], len(members)
+    value = _value(place)
+    assert value is not None
+    with graph.inserting_before(first.node):
+        rank = value.shape[0] if first.rank is None else first.rank
+        active = place if first.rank is None else _emit(graph, "narrow", place, 0, 0, rank)
+        rows = _emit(graph, "flatten", active, 0, 1)
+        reduced = _emit(graph, F.linear, first.cast, rows)
+        parts = _emit(graph, "unflatten", reduced, -1, (rank, count))
+    for product in found:
+        with graph.inserting_before(product.node):
+            part = _emit(graph, "select", parts, -1, members.index(product.place))
+        part.meta |= {k: v for k, v in product.node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        product.node.replace_all_uses_with(part)
+        graph.erase_node(product.node)
+
+
+def _emit(graph: Graph, target: Any, *args: Any) -> Node:
+    """A new node with its value: torch caches no graph with a method of what it doesn't know to be a tensor."""
+    node = graph.create_node("call_method" if isinstance(target, str) else "call_function", target, args)
+    values = map_arg(args, lambda n: n.meta.get("example_value", n.meta.get("val")))
+    run = getattr(Tensor, target) if isinstance(target, str) else target
+    node.meta["example_value"] = run(*values)
+    return node
+
+
+def _stack(place: Node, members: tuple[Node, ...]) -> None:
+    """Say what the placeholder takes from now on."""
+    value = _value(place)
+    assert value is not None
+    shape = (value.shape[0], len(members), *value.shape[1:])
+    # what Dynamo found there, and guards, is the slot's own A
+    place.meta = {k: v for k, v in place.meta.items() if k != "grapharg"} | {
+        "example_value": value.new_empty(shape), GROUPED: tuple(m.name for m in members)
+    }  # fmt: skip
+
+
+def _value(node: Node) -> Tensor | None:
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value if isinstance(value, Tensor) else None

@@ -1,0 +1,1 @@
+"""Captured programs in the form that the passes read."""

@@ -1,0 +1,131 @@
+"""Aten: a graph with an adapter's Python-level nodes in; out, the same in ATen operators with their values' shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, StrictMinMaxConstraint
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, attribute
+from fxpeft.passes.rewrite.inject import Origin
+from fxpeft.passes.rewrite.redirect import REDIRECT
+from fxpeft.passes.slots.slot import LEAST
+from fxpeft.passes.targets.match import REWRITE, SITE
+
+# decomposed, torch's matmul of a vector squeezes its product in place, and an inference IR knows no such operators
+_OUT_OF_PLACE = {torch.ops.aten.squeeze_.dim: torch.ops.aten.squeeze.dim}
+
+
+class AtenPass(GraphPass):
+    """What torch.export's graphs consist of: operators of the ATen library, each with ``meta["val"]``.
+
+    Args:
+        fake_mode: the mode that the graph's values belong to.
+        decompositions: operator -> its decomposition, for a program in inference IR; ``None``:
+            training IR, in which composite operators stay.
+        symbolic: operands whose first dimension may have any size from 2 to ``max_size``.
+    """
+
+    name = "aten"
+
+    def __init__(
+        self,
+        fake_mode: FakeTensorMode,
+        decompositions: Mapping[Any, Callable[..., Any]] | None,
+        *,
+        symbolic: Collection[torch.Tensor] = (),
+        max_size: int = 0,
+    ) -> None:
+        self.fake_mode = fake_mode
+        self.decompositions = decompositions
+        self.fakes = {id(tensor): _symbolic(fake_mode, tensor, max_size) for tensor in symbolic}
+
+    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in self.fakes:
+            self.fakes[id(tensor)] = self.fake_mode.from_tensor(tensor, static_shapes=True)
+        return self.fakes[id(tensor)]
+
+    def call(self, graph_module: GraphModule) -> RewriteResult:
+        before, matched = len(graph_module.graph.nodes), []
+        bases = {n.name: n for n in graph_module.graph.nodes}
+        for node in list(graph_module.graph.nodes):
+            if "val" in node.meta or not (isinstance(node.meta.get(SITE), str) or REDIRECT in node.meta):
+                continue
+            matched.append(node.name)
+            if node.op == "get_attr":
+                node.meta["val"] = self._fake(attribute(graph_module, str(node.target)))
+            else:
+                self._expand(graph_module, node, bases[node.meta[SITE]])
+        report = Report(self.name, tuple(matched), (), before, len(graph_module.graph.nodes))
+        return RewriteResult(graph_module, bool(matched), report)
+
+    def _expand(self, gm: GraphModule, node: Node, base: Node) -> None:
+        flat, spec = pytree.tree_flatten((node.args, node.kwargs))
+        places = [i for i, value in enumerate(flat) if isinstance(value, Node)]
+        function = gm.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+
+        def run(*values: Any) -> Any:
+            filled = list(flat)
+            for place, value in zip(places, values, strict=True):
+                filled[place] = value
+            args, kwargs = pytree.tree_unflatten(filled, spec)
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return function(*args, **kwargs)  # type: ignore[operator]
+
+        traced = make_fx(
+            run, dict(self.decompositions or {}), pre_dispatch=self.decompositions is None, _allow_non_fake_inputs=True,
+        )(*(flat[i].meta["val"] for i in places))  # fmt: skip
+        result = _inline(gm, node, traced, [flat[i] for i in places], base)
+        if not isinstance(result, Node):
+            raise PassError(f"site {base.name!r}: {node.format_node()} computes no tensor; write it without")
+        for other in gm.graph.nodes:
+            origin = other.meta.get(SITE)
+            if isinstance(origin, Origin):
+                into, out = (result.name if name == node.name else name for name in (origin.input, origin.output))
+                other.meta[SITE] = replace(origin, input=into, output=out)
+        node.replace_all_uses_with(result)
+        gm.graph.erase_node(node)
+
+
+def _inline(gm: GraphModule, node: Node, traced: GraphModule, inputs: list[Node], base: Node) -> Any:
+    """Write a traced graph's nodes before ``node``; returns what stands for its output."""
+    given = iter(inputs)
+    made: dict[Node, Node] = {}
+    result: Any = None
+    for n in traced.graph.nodes:
+        if n.op == "placeholder":
+            made[n] = next(given)
+        elif n.op == "output":
+            result = made.get(n.args[0], n.args[0])
+        elif n.op == "get_attr":
+            raise PassError(f"site {base.name!r}: a rewrite that makes tensors of its own can't go into a program")
+        elif n.users or n.is_impure():
+            with gm.graph.inserting_before(node):
+                new = made[n] = gm.graph.node_copy(n, made.__getitem__)
+            new.target = _OUT_OF_PLACE.get(new.target, new.target)  # type: ignore[call-overload]
+            new.meta = {k: n.meta[k] for k in ("val", "tensor_meta") if k in n.meta}
+            new.meta |= {k: base.meta[k] for k in ("nn_module_stack", "stack_trace") if k in base.meta}
+            new.meta |= {SITE: node.meta[SITE], REWRITE: node.meta[REWRITE]}
+            new.meta["torch_fn"] = (new.name, f"{type(new.target).__name__}.{new.target}")
+    return result
+
+
+def _symbolic(fake_mode: FakeTensorMode, tensor: torch.Tensor, most: int) -> torch.Tensor:
+    """A fake of ``tensor`` with a first dimension between 2 and ``most``."""
+    context: Any = StatelessSymbolicContext(
+        dynamic_sizes=[DimDynamic.DYNAMIC, *(DimDynamic.STATIC for _ in tensor.shape[1:])],
+        constraint_sizes=[
+            StrictMinMaxConstraint(vr=ValueRanges(LEAST, most), warn_only=False), *(None for _ in tensor.shape[1:])
+        ],
+    )  # fmt: skip
+    return fake_mode.from_tensor(tensor, symbolic_context=context, source=ConstantSource("fxpeft_active_rank"))

@@ -1,0 +1,122 @@
+"""A live module in; out, the stored weight and bias of its one product, as views that a fold can write to."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import GraphModule, Node
+
+from fxpeft.passes.base import PassError
+from fxpeft.passes.live import base_class, given_forward, signature, trace_module
+from fxpeft.passes.recent import Recent
+from fxpeft.passes.targets.kinds import Conv, Embedding, Kind
+from fxpeft.passes.targets.match import TARGET, operands, stored_weight
+
+# forwards that torch.fx may not look into and that are nothing but the product of their kind
+_STOCK = {c.forward for c in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+_products: Recent[tuple[Any, ...], Product] = Recent()
+
+
+class Product(NamedTuple):
+    """What a module's product reads.
+
+    Args:
+        weight: the attribute's name. flip: whether it is stored ``[in, out]``.
+        bias: the attribute's name, or ``None`` where the product adds nothing.
+    """
+
+    kind: Kind
+    weight: str
+    flip: bool
+    bias: str | None
+
+    def view(self, stored: Tensor) -> Tensor:
+        """A stored weight as ``[out, in, ...]``, or that as it is stored."""
+        return stored.t() if self.flip else stored
+
+
+def product_of(module: nn.Module) -> Product:
+    """The product of a module that can be changed by writing to its weight and its bias.
+
+    Raises:
+        PassError: there is none: no target, a weight that is quantised, computed, elsewhere or read
+            for something else too, or a forward that torch.fx can't look into.
+    """
+    key = signature(module)
+    product = _products.recent(key) if key else None
+    if product is None:
+        product = _read(module)
+        if key:
+            _products[key] = product
+    for leaf in (product.weight, product.bias):
+        if leaf is not None:
+            check_stored(module, leaf)
+    return product
+
+
+def _read(module: nn.Module) -> Product:
+    traced = trace_module(module)
+    node = next(n for n in traced.graph.nodes if TARGET in n.meta)
+    if node.op == "call_module" and (given_forward(module) or base_class(module).forward not in _STOCK):
+        name = base_class(module).__name__
+        raise PassError(f"torch.fx can't look into {name}.forward, which may do more with its weight than one product")
+    found, flip = stored_weight(traced, node)
+    weight, bias = _own_name(module, traced, found), operands(traced, node)[2]
+    return Product(node.meta[TARGET].kind, weight, flip, None if bias is None else _own_name(module, traced, bias))
+
+
+def _own_name(module: nn.Module, traced: GraphModule, found: Node | str) -> str:
+    """The name of the attribute that an operand is read from, where it is read for nothing else."""
+    name = base_class(module).__name__
+    if isinstance(found, str):
+        return found.rpartition(".")[2]
+    if found.op != "get_attr":
+        raise PassError(f"{name}.forward computes an operand of its product, so writing would change something else")
+    path = str(found.target)
+    if "." in path:
+        raise PassError(f"{name}.forward reads {path}, which is no attribute of its own")
+    if _uses(traced.graph, path) != 1:
+        raise PassError(f"{name}.forward reads its {path} for something else than its product too")
+    return path
+
+
+def check_stored(module: nn.Module, leaf: str) -> None:
+    """Refuse a tensor of a module that can't be written to: computed, quantised, offloaded."""
+    name = base_class(module).__name__
+    tensor = {**module._parameters, **module._buffers}.get(leaf)
+    if tensor is None or hasattr(base_class(module), leaf):
+        raise PassError(f"{name}.{leaf} is not stored but computed when it is read; remove its parametrization first")
+    if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_floating_point() or tensor.layout != torch.strided:
+        found = f"{type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}"
+        raise PassError(f"expected a plain floating-point tensor, {name}.{leaf} is a {found}: dequantise it first")
+    if tensor.is_meta:
+        raise PassError(f"{name}.{leaf} is offloaded (on the meta device); load the model without offloading")
+
+
+def _uses(graph: fx.Graph, path: str) -> int:
+    """How often a graph computes with an attribute; asking for its dtype or shape is no computation."""
+    reads = [n for n in graph.nodes if n.op == "get_attr" and n.target == path]
+    return sum(user.target not in (getattr, "size", "dim") for read in reads for user in read.users)
+
+
+def why_no_delta(kind: Kind, module: nn.Module) -> str | None:
+    """Why a low-rank update of a target is no change of its weight, or ``None``."""
+    if isinstance(kind, Embedding) and dict(kind.options).get("max_norm") is not None:
+        return "an embedding with max_norm rescales what it looks up, the update's part apart from the base's"
+    if not isinstance(kind, Conv):
+        return None
+    if kind.groups > 1:
+        return "the update of a grouped convolution mixes all groups, and its weight can't"
+    pads = kind.padding not in (0, "valid", (0,) * len(kind.kernel))
+    wide = any(k > 1 for k in kind.kernel)
+    if kind.padding == "same" and wide and any(d != 1 for d in _sizes(kind.dilation)):
+        return 'with padding="same" and dilation the update is a convolution without dilation'
+    if getattr(module, "padding_mode", "zeros") != "zeros" and pads and (wide or kind.padding != "same"):
+        return f"the update pads with zeros, the convolution with padding_mode={module.padding_mode!r}"
+    return None
+
+
+def _sizes(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)

@@ -1,0 +1,1 @@
+"""Targets into sites and back: inject, eject and what they take."""

@@ -1,0 +1,95 @@
+"""Eject: a rewritten graph in; out, exactly the graph that inject and redirect were given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxpeft.passes.base import GraphPass, Report, RewriteResult, Skip, attribute
+from fxpeft.passes.rewrite.inject import Origin, reroute
+from fxpeft.passes.rewrite.redirect import REDIRECT
+from fxpeft.passes.targets.match import OPERAND, SITE, TARGET, Target, read_path
+
+
+class EjectPass(GraphPass):
+    """Take the adapter subgraphs out again: nodes, their names and order are as before inject.
+
+    Args:
+        select: which sites; all by default.
+    """
+
+    name = "eject"
+
+    def __init__(self, select: Callable[[str], bool] = lambda site: True) -> None:
+        self.select = select
+
+    def call(self, graph_module: GraphModule) -> RewriteResult:
+        graph = graph_module.graph
+        before = len(graph.nodes)
+        matched, skipped = [], []
+        gone: set[str] = set()  # what the erased nodes read
+        for node in list(graph.nodes):
+            target: Target | None = node.meta.get(TARGET)
+            if target is None or node.op == "output":
+                continue
+            if not self.select(target.site):
+                skipped.append(Skip(target.site, "not selected"))
+                continue
+            origin = node.meta.pop(SITE, None)
+            if not isinstance(origin, Origin):
+                skipped.append(Skip(target.site, "holds no adapter"))
+                continue
+            gone |= _restore(graph_module, node, target, origin)
+            matched.append(target.site)
+        modified = bool(matched)
+        for node in list(graph.nodes):
+            if REDIRECT in node.meta and node.users:
+                old = next(n for n in graph.nodes if n.name == node.meta[REDIRECT])
+                site = str(read_path(old)).rpartition(".")[0]
+                if self.select(site):
+                    node.replace_all_uses_with(old)
+                    modified = True
+                    if node.op == "get_attr":
+                        graph.erase_node(node)
+                        gone.add(str(node.target))
+        _prune(graph_module, gone)
+        report = Report(self.name, tuple(matched), tuple(skipped), before, len(graph.nodes))
+        return RewriteResult(graph_module, modified, report)
+
+
+def _restore(gm: GraphModule, node: Node, target: Target, origin: Origin) -> set[str]:
+    """Take one site's new nodes out; returns the paths that they read."""
+    by_name = {n.name: n for n in gm.graph.nodes}
+    new = [n for n in gm.graph.nodes if n.meta.get(SITE) == node.name]
+    output = by_name[origin.output]
+    if output is not node:
+        reroute(output, node, new)
+    source = by_name[origin.input]
+    if target.input < len(node.args):
+        node.update_arg(target.input, source)
+    else:
+        node.update_kwarg("input", source)
+    # what a rewrite reads of the target itself stays: a called module's weight, for instance
+    gone = _paths(n for n in new if OPERAND in n.meta or n.op == "call_module")
+    for made_node in reversed(new):
+        gm.graph.erase_node(made_node)
+    return gone
+
+
+def _paths(nodes: Iterable[Node]) -> set[str]:
+    return {str(n.target) for n in nodes if n.op in ("get_attr", "call_module")}
+
+
+def _prune(gm: GraphModule, gone: set[str]) -> None:
+    """Drop the operands that no node reads any more, and the plain modules that are empty then."""
+    plain = vars(nn.Module()).keys()
+    for path in gone - _paths(gm.graph.nodes):
+        delattr(attribute(gm, path.rpartition(".")[0]), path.rpartition(".")[2])
+        while path := path.rpartition(".")[0]:
+            module = attribute(gm, path)
+            holds = module._parameters or module._buffers or module._modules or vars(module).keys() - plain
+            if type(module) is not nn.Module or holds:
+                break
+            delattr(attribute(gm, path.rpartition(".")[0]), path.rpartition(".")[2])

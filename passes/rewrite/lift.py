@@ -1,0 +1,200 @@
+"""Lift: a graph that reads an adapter's operands as attributes in; out, each is a placeholder."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
+
+from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, attribute
+from fxpeft.passes.rewrite.inject import Origin, get_attr, install
+from fxpeft.passes.rewrite.redirect import REDIRECT
+from fxpeft.passes.rewrite.subgraphs import Call, calls
+from fxpeft.passes.targets.match import OPERAND, REWRITE, SITE
+
+HANDED = ("operand",)  # as node.meta[REWRITE]: an adapter's operand on its way into a body
+LIFTED = "fxpeft.lifted"  # on a placeholder that this pass made: the path of the operand
+
+
+@dataclass
+class LiftPass(GraphPass):
+    """Make placeholders of the operands that inject and redirect installed; a tensor that is read twice gets one.
+
+    Args:
+        place: which placeholder of the graph a new one follows, given its tensor; ``None``: the last one.
+
+    After a run ``lifted`` maps the placeholders' names to (path, tensor), in the graph's order.
+    """
+
+    name = "lift"
+    place: Callable[[GraphModule, torch.Tensor], Node | None] = lambda gm, tensor: None
+    lifted: dict[str, tuple[str, torch.Tensor]] = field(default_factory=dict)
+
+    def call(self, graph_module: GraphModule) -> RewriteResult:
+        graph, before = graph_module.graph, len(graph_module.graph.nodes)
+        made: dict[Any, Node] = {}
+        paths: set[str] = set()
+        self.lifted = {}
+        for node in list(graph.nodes):
+            if node.op != "get_attr" or OPERAND not in node.meta:
+                continue
+            path = str(node.target)
+            tensor = attribute(graph_module, path)
+            paths.add(path)
+            key = id(tensor), node.meta.get(REDIRECT)
+            if key not in made:
+                made[key] = self._placeholder(graph_module, node, path, tensor)
+            node.replace_all_uses_with(made[key])
+            graph.erase_node(node)
+        for path in paths:
+            remove(graph_module, path)
+        report = Report(self.name, tuple(self.lifted), (), before, len(graph.nodes))
+        return RewriteResult(graph_module, bool(made), report)
+
+    def _placeholder(self, gm: GraphModule, node: Node, path: str, tensor: torch.Tensor) -> Node:
+        after = self.place(gm, tensor) or last_placeholder(gm)
+        prefix = "p_" if isinstance(tensor, torch.nn.Parameter) else "b_"
+        name = prefix + re.sub(r"\W", "_", path)
+        context = gm.graph.inserting_after(after) if after else gm.graph.inserting_before(next(iter(gm.graph.nodes)))
+        with context:
+            new = gm.graph.placeholder(name)
+        new.target = new.name
+        new.meta = {k: v for k, v in node.meta.items() if k in ("val", "tensor_meta", REDIRECT)} | {LIFTED: path}
+        self.lifted[new.name] = (path, tensor)
+        return new
+
+
+def last_placeholder(graph_module: GraphModule) -> Node | None:
+    """The last placeholder, or ``None``."""
+    return next((n for n in reversed(graph_module.graph.nodes) if n.op == "placeholder"), None)
+
+
+def remove(root: torch.nn.Module, path: str) -> None:
+    """Delete an attribute below ``root`` and the plain modules that are empty then; fine if it is gone."""
+    owner_path, _, leaf = path.rpartition(".")
+    try:
+        delattr(attribute(root, owner_path), leaf)
+    except AttributeError:
+        return
+    while owner_path:
+        module = attribute(root, owner_path)
+        if type(module) is not torch.nn.Module or module._parameters or module._buffers or module._modules:
+            return
+        owner_path, _, leaf = owner_path.rpartition(".")
+        delattr(attribute(root, owner_path), leaf)
+
+
+def lift_bodies(graph_module: GraphModule) -> None:
+    """Hand the operands that bodies of higher-order operators read in from outside, through every level."""
+    for call in calls(graph_module):
+        for number, body in enumerate(call.bodies()):
+            lift_bodies(body)
+            lift = LiftPass()
+            if lift(body).modified:
+                for name, (path, tensor) in lift.lifted.items():
+                    _hand_in(call, number, name, path, tensor)
+            body.graph.lint()
+            body.recompile()
+
+
+def _hand_in(call: Call, number: int, name: str, path: str, tensor: torch.Tensor) -> None:
+    gm = call.graph_module
+    install(gm, path, tensor)
+    with gm.graph.inserting_before(call.node):
+        read = get_attr(gm.graph, path)
+    inside = next(n for n in call.bodies()[number].graph.nodes if n.name == name)
+    read.meta = {SITE: call.node.name, REWRITE: HANDED, OPERAND: True} | (
+        {"val": inside.meta["val"]} if "val" in inside.meta else {}
+    )
+    call.append(read)
+    for other, body in enumerate(call.bodies()):
+        if other != number:  # all branches take the same operands
+            after = last_placeholder(body)
+            assert after is not None
+            with body.graph.inserting_after(after):
+                extra = body.graph.placeholder(name)
+            extra.target = extra.name
+            extra.meta = {k: v for k, v in inside.meta.items() if k != REDIRECT}
+
+
+def drop_unused(graph_module: GraphModule) -> list[Node]:
+    """The inverse, after eject: hand nothing into bodies that they don't read any more.
+
+    Returns:
+        The graph's own lifted placeholders that nothing reads; whoever calls the graph has to know that they go.
+    """
+    for call in calls(graph_module):
+        for body in call.bodies():
+            drop_unused(body)
+        _drop_operands(call)
+    for node in list(graph_module.graph.nodes):
+        if node.op == "get_attr" and node.meta.get(REWRITE) == HANDED and not node.users:
+            graph_module.graph.erase_node(node)
+            if not any(n.op == "get_attr" and n.target == node.target for n in graph_module.graph.nodes):
+                remove(graph_module, str(node.target))
+    return [n for n in graph_module.graph.nodes if LIFTED in n.meta and not n.users]
+
+
+def _drop_operands(call: Call) -> None:
+    columns = list(zip(*([p for p, _ in call.inputs(b)] for b in call.bodies()), strict=True))
+    for number in reversed(range(len(columns))):
+        if all(LIFTED in n.meta and not n.users for n in columns[number]):
+            for placeholder in columns[number]:
+                placeholder.graph.erase_node(placeholder)
+            call.drop(number)
+    for body in call.bodies():
+        body.graph.lint()
+        body.recompile()
+
+
+def hand_in(graph_module: GraphModule) -> None:
+    """Lift for a plain graph module: its operands come in one more argument, ``adapters``, a dict by name.
+
+    Raises:
+        PassError: the graph takes nested arguments, whose structure is not in the graph.
+    """
+    graph = graph_module.graph
+    if type(graph._codegen) is not CodeGen:
+        raise PassError("this graph module's arguments are nested; rewrite the ExportedProgram it came from")
+    if any(n.op == "placeholder" and n.target == "adapters" for n in graph.nodes):
+        raise PassError("the graph has an argument named 'adapters' already; eject that adapter first")
+    argument: Node | None = None
+    first: dict[str, torch.Tensor] = {}
+    for node in list(graph.nodes):
+        if node.op != "get_attr" or OPERAND not in node.meta:
+            continue
+        path = str(node.target)
+        if argument is None:
+            last = last_placeholder(graph_module)
+            context = graph.inserting_after(last) if last else graph.inserting_before(next(iter(graph.nodes)))
+            with context:
+                argument = graph.placeholder("adapters")
+            argument.meta[LIFTED] = "adapters"
+        with graph.inserting_before(node):
+            item = graph.call_function(operator.getitem, (argument, path.partition(".")[2]))
+        item.meta = dict(node.meta)
+        first[path.partition(".")[2]] = attribute(graph_module, path)
+        node.replace_all_uses_with(item)
+        graph.erase_node(node)
+        _rename(graph_module, node.name, item.name)
+    for key in first:
+        for container in ("adapters", "slot"):
+            if hasattr(graph_module, container):
+                remove(graph_module, f"{container}.{key}")
+    graph_module.meta["fxpeft.inputs"] = first
+
+
+def _rename(graph_module: GraphModule, old: str, new: str) -> None:
+    for node in graph_module.graph.nodes:
+        origin = node.meta.get(SITE)
+        if isinstance(origin, Origin) and old in (origin.input, origin.output):
+            node.meta[SITE] = replace(
+                origin, input=new if origin.input == old else origin.input,
+                output=new if origin.output == old else origin.output,
+            )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The slot, its stack for groups, and the copies that fill it."""

@@ -1,0 +1,206 @@
+"""The universal slot: static placeholders at one site that any lowered adapter is copied into.
+
+    y = g_out * (base(g_in * x) + expand(reduce(g_in * x, A[:r]) * d[:r], B[:r])) + shift
+
+g_in, g_out and shift are there where the slot was made for methods that need them; without them the
+graph holds no trace of them. A, B and d hold ``max_rank`` ranks, rank first. In *dynamic* mode the
+subgraph narrows them to the rank in use, which it reads as the *size* of a carrier tensor: a size
+is symbolic in a compiled graph, so one graph serves every rank and does only that rank's work. In
+*static* mode all ranks are computed, and the unused ones are zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from fxpeft.passes.live import Container
+from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.targets.kinds import Kind
+
+FEATURES = {"g_in": ("in_features", 1.0), "g_out": ("out_features", 1.0), "shift": ("out_features", 0.0)}
+NEUTRAL = {"d": 0, "shift": 0, "g_in": 1, "g_out": 1}  # what is in a slot that holds nothing
+CARRIER = ".carrier"  # where a program's slots read the active rank, in the place of an ActiveRank
+LEAST = 2  # Dynamo specialises sizes 0 and 1, so ranks start at 2; rank 1 is padded
+
+
+class ActiveRank:
+    """The rank in use, as the size of ``carrier``, shared by all slots of a model.
+
+    A plain object on purpose: Dynamo specialises tensors and ints that it finds on a module, and
+    this one it keeps symbolic.
+    """
+
+    def __init__(self, max_rank: int) -> None:
+        self.max_rank = max_rank
+        self.set(LEAST)
+
+    def set(self, rank: int) -> int:
+        """Make ``rank`` the active one, at least :data:`LEAST`; returns what was set."""
+        rank = max(rank, LEAST)
+        with torch.inference_mode(False):  # to Dynamo a tensor of inference mode is another kind
+            carrier = torch.empty(rank, 0, dtype=torch.float32)
+        if self.max_rank > LEAST:
+            torch._dynamo.mark_dynamic(carrier, 0, min=LEAST, max=self.max_rank)
+        self.rank, self.carrier = rank, carrier
+        return rank
+
+    def __getstate__(self) -> tuple[int, int]:
+        return self.max_rank, self.rank
+
+    def __setstate__(self, state: tuple[int, int]) -> None:
+        self.max_rank = state[0]
+        self.set(state[1])  # a pickled tensor would have lost its mark
+
+
+class Slot(Container):
+    """One site's placeholders, as buffers that no ``state_dict`` holds.
+
+    Args:
+        kind: the site's kind.
+        rank: the model's active rank, or ``None`` for static mode.
+        features: which of ``g_in`` [in], ``g_out`` [out] and ``shift`` [out] the slot has.
+
+    ``idle`` says that it holds nothing, so that a graph without it may run; whoever writes slots keeps it true.
+    """
+
+    a: Tensor
+    b: Tensor
+    d: Tensor
+    g_in: Tensor
+    g_out: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        kind: Kind,
+        max_rank: int,
+        rank: ActiveRank | None,
+        *,
+        features: Collection[str] = (),
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.kind, self.rank, self.idle = kind, rank, False
+        self.windows: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}  # views, kept by the swap
+        self.stacks: tuple[Any, ...] = ()  # what compiled code reads in the place of several slots' A's
+        for name, shape in zip("ab", kind.slot_shapes(max_rank), strict=True):
+            self.register_buffer(name, torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+        # float32 whatever the model's dtype: alpha / rank in bfloat16 would be off by up to 0.4%
+        self.register_buffer("d", torch.zeros(max_rank, device=device, dtype=torch.float32), persistent=False)
+        takes = {"g_in": kind.takes_gain, "g_out": True, "shift": kind.takes_bias}
+        self.features = tuple(name for name in FEATURES if name in features and takes[name])
+        for name, (size, neutral) in FEATURES.items():
+            if name in self.features:
+                value = torch.full((getattr(kind, size),), neutral, device=device, dtype=torch.float32)
+                self.register_buffer(name, value, persistent=False)
+        self._announce()
+
+    def extra_repr(self) -> str:
+        """Its room, the rank in use, and whether it holds nothing."""
+        rank = [] if self.rank is None else [f"rank={self.rank.rank}"]
+        return ", ".join([f"max_rank={len(self.d)}", *rank, *self.features, *(["idle"] if self.idle else [])])
+
+    def _announce(self) -> None:
+        """Let :func:`slot_of` find the slot by its tensors."""
+        for buffer in self._buffers.values():
+            _slots[id(buffer)] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._announce()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
+        """What torch does to a module's tensors; the values stay, ``to_empty`` keeps them too.
+
+        Back from the meta device, which has none, a slot holds nothing.
+        """
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        with torch.inference_mode(False), torch.no_grad():
+            for name, old in before.items():
+                new = self._buffers[name]
+                assert old is not None
+                assert new is not None
+                if name in ("d", *FEATURES):
+                    new = self._buffers[name] = torch.empty_like(old, device=new.device)
+                if old.is_meta:
+                    new.fill_(NEUTRAL.get(name, 0))
+                elif new.data_ptr() != old.data_ptr():
+                    new.copy_(old)
+        self._announce()
+        self.stacks = ()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a pickled view would come back as a tensor of its own, and swaps would write beside the slot
+        return {**vars(self), "windows": {}, "stacks": ()}
+
+    def rewrite(self, carrier: Tensor | None = None) -> Rewrite:
+        """The site's rewrite; its operands are reachable at ``slot.<name>``.
+
+        Args:
+            carrier: for a graph that holds tensors only: the tensor whose size is the active rank.
+        """
+        operands: dict[str, Any] = {n: self._buffers[n] for n in ("a", "b", "d", *FEATURES) if n in self._buffers}
+        if carrier is not None:
+            return Rewrite("slot", slot_of_carrier, {**operands, CARRIER[1:]: carrier}, container="slot")
+        if self.rank is not None:
+            operands["rank"] = self.rank
+        return Rewrite("slot", slot, operands, container="slot")
+
+
+_slots: WeakValueDictionary[int, Slot] = WeakValueDictionary()
+
+
+def slot_of(tensor: Tensor) -> Slot | None:
+    """The slot that a tensor is a placeholder of, or ``None``."""
+    found = _slots.get(id(tensor))  # ids are used again, and ``.to`` replaces tensors
+    return found if found is not None and any(b is tensor for b in found._buffers.values()) else None
+
+
+def slot(
+    kind: Kind,
+    base: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    a: Tensor,
+    b: Tensor,
+    d: Tensor,
+    rank: ActiveRank | None = None,
+    g_in: Tensor | None = None,
+    g_out: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """The serving subgraph. Narrows dimension 0 only: on any other, ``rank == max_rank`` adds a guard."""
+    if g_in is not None:
+        x = (x * kind.per_input(g_in)).type_as(x)
+    y = base(x)
+    reduce = kind.reduce
+    if rank is not None:
+        r = rank.carrier.size(0)
+        a, b, d, reduce = a.narrow(0, 0, r), b.narrow(0, 0, r), d.narrow(0, 0, r), kind.reduce_rows
+    h = kind.scale(reduce(x, a), d)
+    # a rank that is off adds nothing to any input, and 0 * inf were NaN: chosen, not multiplied away
+    out = y + kind.expand_rows(torch.where(kind.per_output(d) == 0, 0, h), b)
+    if g_out is not None:
+        out = out * kind.per_output(g_out)
+    if shift is not None:
+        out = out + kind.per_output(shift)
+    return out.type_as(y)
+
+
+def slot_of_carrier(
+    kind: Kind, base: Callable[[Tensor], Tensor], x: Tensor, *, carrier: Tensor, **operands: Tensor
+) -> Tensor:
+    """:func:`slot`, the active rank being the size of a tensor that the graph reads itself."""
+    return slot(kind, base, x, rank=_Carried(carrier), **operands)  # type: ignore[arg-type]
+
+
+class _Carried(NamedTuple):
+    carrier: Tensor

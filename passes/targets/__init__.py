@@ -1,0 +1,1 @@
+"""Which nodes are targets: kinds, patterns, names and roles."""
