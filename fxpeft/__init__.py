@@ -29,7 +29,7 @@ if _TYPE_CHECKING:
     from fxpeft.adapters.parameters import set_requires_grad, trainable_parameters
     from fxpeft.checkpoint.inferred import infer_config
     from fxpeft.errors import AdapterError, CheckpointError, LockError, LockTimeout
-    from fxpeft.integrations.transformers.install import install, uninstall
+    from fxpeft.integrations.transformers.patch import install, uninstall
     from fxpeft.methods import register
     from fxpeft.methods.adalora import AdaLoraConfig
     from fxpeft.methods.ia3 import IA3Config
@@ -118,7 +118,7 @@ _MODULES = {
     **dict.fromkeys(("AdapterError", "CheckpointError", "LockError", "LockTimeout"), "fxpeft.errors"),
     **dict.fromkeys(("hold", "hotswap", "prepare_hotswap", "release_hotswap"), "fxpeft.serving.prepare"),
     **dict.fromkeys(("fold", "folded_adapters", "merge_and_unload", "refold", "unfold"), "fxpeft.transform.fold"),
-    **dict.fromkeys(("install", "uninstall"), "fxpeft.integrations.transformers.install"),
+    **dict.fromkeys(("install", "uninstall"), "fxpeft.integrations.transformers.patch"),
     **dict.fromkeys(("Package", "open_package"), "fxpeft.programs.packaged"),
     "package": "fxpeft.programs.packaging",
     **dict.fromkeys(("Slots", "adapter_inputs", "eject", "rewrite"), "fxpeft.programs.rewrite"),

@@ -17,6 +17,19 @@ def test_every_public_name_is_there() -> None:
         fxpeft.lora  # noqa: B018
 
 
+def test_no_module_hides_a_function_of_a_package() -> None:
+    """``fxpeft.integrations.transformers.install`` is the function, as it was before there was a package."""
+    program = """
+import fxpeft.integrations.transformers as package
+from fxpeft.integrations.transformers import loading, saving, trainer
+import fxpeft
+assert package.install is fxpeft.install and callable(package.install)
+assert package.uninstall is fxpeft.uninstall and callable(package.uninstall)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_command_tells_the_version() -> None:
     done = subprocess.run([sys.executable, "-m", "fxpeft", "--version"], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == f"fxpeft {version('fxpeft')}"

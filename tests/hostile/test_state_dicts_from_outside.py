@@ -162,7 +162,7 @@ def test_integers_where_the_model_has_integers(tmp_path: Path) -> None:
 
 
 def test_transformers_adapter_state_dict(saved: tuple[Path, dict[str, Tensor]]) -> None:
-    from fxpeft.integrations.transformers.install import install, uninstall
+    from fxpeft.integrations.transformers import install, uninstall
 
     install()
     try:

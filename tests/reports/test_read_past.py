@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fxpeft
 from fxpeft import AdapterError, LoraConfig
-from fxpeft.integrations.transformers.install import install, uninstall
+from fxpeft.integrations.transformers import install, uninstall
 from fxpeft.model.reads import idle, read_past
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(3))

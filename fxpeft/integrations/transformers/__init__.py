@@ -1,1 +1,5 @@
 """Transformers' own adapter methods, answered by fxpeft."""
+
+from fxpeft.integrations.transformers.patch import install, uninstall
+
+__all__ = ["install", "uninstall"]

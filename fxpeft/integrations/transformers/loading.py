@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightTransform
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.hub import cached_file, resolve_revision
 from transformers.utils.loading_report import LoadStateDictInfo
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -107,6 +108,28 @@ def read(
     if weights.name == checkpoint.WEIGHTS:
         return Checkpoint(str(source), given, checkpoint.read_safetensors(weights))
     return Checkpoint(str(source), given, checkpoint.read_pickle(weights, weights_only=True))
+
+
+def options_of(
+    source: str | None,
+    given: LoadStateDictConfig | None,
+    local_files_only: bool,
+    adapter_kwargs: Mapping[str, Any] | None,
+    kwargs: Mapping[str, Any],
+) -> tuple[LoadStateDictConfig, dict[str, Any]]:
+    """Transformers' load config and the arguments of downloads; ``TypeError`` for an unknown argument."""
+    direct = {key: value for key, value in kwargs.items() if key in DOWNLOAD}
+    fields = {**(vars(given) if given is not None else {}), **{k: v for k, v in kwargs.items() if k not in direct}}
+    options = LoadStateDictConfig(**fields)
+    download: dict[str, Any] = dict(options.download_kwargs or {})
+    if given is not None and source is not None and given.pretrained_model_name_or_path != source:
+        download.pop("revision", None)  # the base model's, not the adapter's
+        download.pop("subfolder", None)
+    own = {key: value for key, value in (adapter_kwargs or {}).items() if key in DOWNLOAD}
+    download = {**download, **direct, **own}
+    if local_files_only:
+        download["local_files_only"] = True
+    return options, {key: value for key, value in download.items() if key in DOWNLOAD and value is not None}
 
 
 def _find_tensors(source: str | os.PathLike[str], download: Mapping[str, Any], use_safetensors: bool | None) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -20,10 +19,10 @@ from transformers.utils.loading_report import LoadStateDictInfo, log_state_dict_
 from fxpeft.adapters import api as adapters
 from fxpeft.adapters.change import changes, changing, ordinary
 from fxpeft.adapters.name import check_adapter_name
-from fxpeft.adapters.state import Adapter, ModelState, Values, state_of
-from fxpeft.checkpoint import peft as checkpoint
+from fxpeft.adapters.state import Adapter, state_of
 from fxpeft.errors import AdapterError
 from fxpeft.integrations.transformers import loading
+from fxpeft.integrations.transformers.held import held_adapter, loaded_state, only_active, without_prefix
 from fxpeft.integrations.transformers.model_state import (
     LOADED,
     PROPERTIES,
@@ -37,14 +36,9 @@ from fxpeft.integrations.transformers.model_state import (
     train_parts,
 )  # fmt: skip
 from fxpeft.methods import method_of
-from fxpeft.methods.base import Method
 from fxpeft.methods.config import AdapterConfig
-from fxpeft.model.wrappers import plain_name
-from fxpeft.passes.base import join
 from fxpeft.targets.experts import converted
 from fxpeft.targets.sites import make_plan
-
-NO_ADAPTER = "No adapter loaded. Please load an adapter first."
 
 
 @changes
@@ -112,7 +106,7 @@ def load_adapter(
             doesn't fit the model at all. The model is then as it was.
     """
     name = check_adapter_name(adapter_name or "default")
-    options, download = _options(peft_model_id, load_config, local_files_only, adapter_kwargs, kwargs)
+    options, download = loading.options_of(peft_model_id, load_config, local_files_only, adapter_kwargs, kwargs)
     source = peft_model_id or options.pretrained_model_name_or_path
     _swaps(self, name, hotswap)  # what is wrong with it is told before files are read
     if source is None and adapter_state_dict is None and peft_config is None:
@@ -157,7 +151,7 @@ def set_adapter(self: PreTrainedModel, adapter_name: list[str] | str) -> None:
     Raises:
         ValueError: no such adapter.
     """
-    state = _loaded(self)
+    state = loaded_state(self)
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
     missing = [name for name in names if name not in state.adapters]
     if missing and isinstance(adapter_name, str):
@@ -185,20 +179,20 @@ def set_adapter(self: PreTrainedModel, adapter_name: list[str] | str) -> None:
 @changes
 def enable_adapters(self: PreTrainedModel) -> None:
     """Let the active adapters take part in the forward again; ``ValueError`` where there is none."""
-    _loaded(self)
+    loaded_state(self)
     adapters.enable_adapters(self)
 
 
 @changes
 def disable_adapters(self: PreTrainedModel) -> None:
     """Run the base model alone; ``ValueError`` where there is no adapter."""
-    _loaded(self)
+    loaded_state(self)
     adapters.disable_adapters(self)
 
 
 def active_adapters(self: PreTrainedModel) -> list[str]:
     """Names of the active adapters; ``ValueError`` where there is none."""
-    return list(_loaded(self).active)
+    return list(loaded_state(self).active)
 
 
 def active_adapter(self: PreTrainedModel) -> str:
@@ -219,7 +213,7 @@ def get_adapter_state_dict(
     Raises:
         ValueError: no such adapter, or not all of its values are in ``state_dict``.
     """
-    _loaded(self)
+    loaded_state(self)
     name = adapter_name if adapter_name is not None else only_active(self)
     return without_prefix(held_adapter(self, name, state_dict))
 
@@ -231,7 +225,7 @@ def delete_adapter(self: PreTrainedModel, adapter_names: list[str] | str) -> Non
     Raises:
         ValueError: one of them is not there; none was deleted.
     """
-    state = _loaded(self)
+    state = loaded_state(self)
     names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
     missing = [name for name in names if name not in state.adapters]
     if missing:
@@ -285,41 +279,7 @@ def enable_peft_hotswap(
         raise
 
 
-# --- what they share ---
-
-
-def _loaded(model: PreTrainedModel) -> ModelState:
-    if not adapters_of(model):
-        raise ValueError(NO_ADAPTER)
-    return state_of(model)
-
-
-def held_adapter(model: PreTrainedModel, name: str, state_dict: Mapping[str, Tensor] | None) -> Adapter:
-    """The adapter of that name, its values taken from ``state_dict`` where that is given.
-
-    Raises:
-        ValueError: no such adapter, or not all of its values are in ``state_dict``.
-    """
-    adapter = state_of(model).get(name)
-    if state_dict is None or not adapter.parts:  # served from slots, an adapter is in no state_dict
-        return adapter
-    return replace(adapter, values=_values_in(adapter, state_dict), parts={})
-
-
-def without_prefix(adapter: Adapter) -> dict[str, Tensor]:
-    """An adapter's tensors as Transformers keys them; a prompt's keys have no such prefix, in PEFT neither."""
-    tensors = checkpoint.to_tensors(adapter)
-    if method_of(adapter.config).whole:
-        return tensors
-    return {key.removeprefix(Method.prefix): value for key, value in tensors.items()}
-
-
-def only_active(model: PreTrainedModel) -> str:
-    """The name of the first active adapter; ``ValueError`` where none is active."""
-    state = _loaded(model)
-    if not state.active:
-        raise AdapterError(f"no adapter is active; set_adapter one of {', '.join(state.adapters)}")
-    return state.active[0]
+# --- what they check first ---
 
 
 def _check_free(model: PreTrainedModel, name: str) -> None:
@@ -344,49 +304,6 @@ def _check_type(model: PreTrainedModel, config: AdapterConfig) -> None:
             f"a second adapter needs the type of the first: expected {', '.join(set(others.values()))}, found "
             f"{config.peft_type}; delete_adapter {', '.join(others)}, or use fxpeft's own functions"
         )
-
-
-def _options(
-    source: str | None,
-    given: LoadStateDictConfig | None,
-    local_files_only: bool,
-    adapter_kwargs: Mapping[str, Any] | None,
-    kwargs: Mapping[str, Any],
-) -> tuple[LoadStateDictConfig, dict[str, Any]]:
-    """Transformers' load config and the arguments of downloads; ``TypeError`` for an unknown argument."""
-    direct = {key: value for key, value in kwargs.items() if key in loading.DOWNLOAD}
-    fields = {**(vars(given) if given is not None else {}), **{k: v for k, v in kwargs.items() if k not in direct}}
-    options = LoadStateDictConfig(**fields)
-    download: dict[str, Any] = dict(options.download_kwargs or {})
-    if given is not None and source is not None and given.pretrained_model_name_or_path != source:
-        download.pop("revision", None)  # the base model's, not the adapter's
-        download.pop("subfolder", None)
-    own = {key: value for key, value in (adapter_kwargs or {}).items() if key in loading.DOWNLOAD}
-    download = {**download, **direct, **own}
-    if local_files_only:
-        download["local_files_only"] = True
-    return options, {key: value for key, value in download.items() if key in loading.DOWNLOAD and value is not None}
-
-
-def _values_in(adapter: Adapter, state_dict: Mapping[str, Tensor]) -> Values:
-    tensors = {plain_name(key): tensor for key, tensor in state_dict.items()}
-
-    def take(host: str, key: str) -> Tensor:
-        path = f"{host}.adapters.{adapter.name}.{key}"
-        if path not in tensors:
-            raise AdapterError(f"{path}: expected in state_dict, found none; pass the state_dict of this very model")
-        return tensors[path].detach()
-
-    def place(site: str, key: str) -> tuple[str, str]:
-        kind = adapter.plan.sites[site].kind
-        return kind.host(site), join(kind.leaf, key)
-
-    own = adapter.values
-    return Values(
-        {site: {key: take(*place(site, key)) for key in parts} for site, parts in own.sites.items()},
-        {path: {key: take(path, key) for key in parts} for path, parts in own.saved.items()},
-        {path: take(path.rpartition(".")[0], path.rpartition(".")[2]) for path in own.tensors},
-    )
 
 
 def _shared(method: Callable[..., Any]) -> Callable[..., Any]:

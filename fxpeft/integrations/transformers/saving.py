@@ -19,7 +19,7 @@ from fxpeft.adapters.state import Adapter, state_of
 from fxpeft.checkpoint import peft as checkpoint
 from fxpeft.checkpoint.model_card import CARD, write_card
 from fxpeft.files import replace_files
-from fxpeft.integrations.transformers.model_methods import held_adapter, only_active, without_prefix
+from fxpeft.integrations.transformers.held import held_adapter, only_active, without_prefix
 from fxpeft.integrations.transformers.model_state import LOADED, adapters_of, logger
 from fxpeft.methods import method_of
 from fxpeft.model.wrappers import plain_name

@@ -19,7 +19,7 @@ from fxpeft.adapters.injection import overwrite
 from fxpeft.adapters.state import Adapter, state_of, unwrap
 from fxpeft.checkpoint import peft as checkpoint
 from fxpeft.checkpoint.layouts import in_layout_of
-from fxpeft.integrations.transformers.model_methods import only_active
+from fxpeft.integrations.transformers.held import only_active
 from fxpeft.integrations.transformers.model_state import adapters_of, logger
 from fxpeft.integrations.transformers.saving import ENCODER, encoder_of
 from fxpeft.methods import method_of
