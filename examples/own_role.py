@@ -8,7 +8,7 @@ which an attention reads. Run: python examples/own_role.py
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 import fxpeft
-from fxpeft.passes.targets.roles import Role, declare
+from fxpeft.passes import Role, declare
 
 declare(Role("down:linear -{!activation}-> up:linear -> a:attention", {"down": "attention.latent"}))
 
