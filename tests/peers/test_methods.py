@@ -1,4 +1,4 @@
-"""Every method on every kind of target beside PEFT; what passes becomes the table in the README."""
+"""Every method on every kind of target beside PEFT; what passes becomes the table in the guide."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import nn
 import fxpeft
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-README = Path(__file__).parents[2] / "README.md"
+GUIDE = Path(__file__).parents[2] / "examples" / "guides" / "methods.md"
 
 
 def trains(method: MethodCase, kind: KindCase, folder: Path) -> None:
@@ -221,7 +221,7 @@ def test_ia3_on_an_unknown_architecture_asks_for_names() -> None:
 
 
 def table() -> str:
-    """The README's table of what passed."""
+    """The guide's table of what passed."""
     lines = ["| method | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
     for method, case in METHODS.items():
         cells = ["" if k in case.refused else "".join(passed[method, k]) for k in KINDS]
@@ -229,21 +229,21 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def test_the_table_in_the_readme_says_what_passed(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_the_table_in_the_guide_says_what_passed(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     for method, kind in CELLS:
         if (method, kind) not in passed:  # this test alone was asked for
             run(method, kind, tmp_path / method / kind)
-    text, start, end = README.read_text(encoding="utf-8"), "<!-- methods -->\n", "\n<!-- end methods -->"
+    text, start, end = GUIDE.read_text(encoding="utf-8"), "<!-- methods -->\n", "\n<!-- end methods -->"
     before, _, rest = text.partition(start)
     found, _, after = rest.partition(end)
     if request.config.getoption("--fxpeft-update"):
-        README.write_text(before + start + table() + end + after, encoding="utf-8")
+        GUIDE.write_text(before + start + table() + end + after, encoding="utf-8")
         found = table()
     assert found == table()
 
 
 def test_a_table_that_says_more_than_passed_is_noticed() -> None:
     passed[next(iter(CELLS))] = ["T"]
-    text = README.read_text(encoding="utf-8")
+    text = GUIDE.read_text(encoding="utf-8")
     assert table() not in text
     del passed[next(iter(CELLS))]

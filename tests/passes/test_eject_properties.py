@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from graphs import chains, matched, snapshot
+from graphs import matched
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_eject import chains, snapshot
 from torch import Tensor, nn
 from torch.fx import GraphModule
 

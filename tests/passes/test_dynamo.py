@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import IDS, SITES, Functional, Program, chains, program
+from graphs import IDS, SITES, Functional, Program, program
+from test_eject import chains
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
