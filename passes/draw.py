@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxpeft.passes.base import PassError, attribute
-from fxpeft.passes.targets.match import ROLE, SITE, TARGET
+from fxpeft.passes.meta import ROLE, SITE, TARGET
 
 Drawing: TypeAlias = "nx.DiGraph[str]"
 Engine = Literal["dot", "matplotlib"]
@@ -60,13 +60,13 @@ def drawing_of(graph_module: GraphModule, *, new: bool = False) -> Drawing:
             continue
         stands_for[node] = node
         reads = [_read(graph_module, node, r) for r in _reads(node, stands_for)]
-        target = node.meta.get(TARGET)
+        target = TARGET.get(node)
         drawing.add_node(
             node.name,
             label="\n".join([name, *reads]),
-            fill=colour(node.meta.get(ROLE, "")) if target is None or ROLE in node.meta else COLOURS["attention"],
+            fill=colour(ROLE.get(node) or "") if target is None or ROLE.has(node) else COLOURS["attention"],
             site=target.site if target is not None else "",
-            new=isinstance(node.meta.get(SITE), str) and new,
+            new=SITE.has(node) and new,
         )
         drawing.add_edges_from((n.name, node.name) for n in drawn)
     return drawing

@@ -13,10 +13,10 @@ from fxpeft.methods import method_of
 from fxpeft.methods.base import SiteAdapter
 from fxpeft.passes.draw import Drawing, Picture, colour, drawing_of
 from fxpeft.passes.live import trace_module
+from fxpeft.passes.meta import TARGET
 from fxpeft.passes.rewrite.inject import InjectPass, Rewrite
 from fxpeft.passes.targets.flow import Flow
 from fxpeft.passes.targets.kinds import Conv, Embedding, Kind
-from fxpeft.passes.targets.match import TARGET
 from fxpeft.passes.targets.patterns import layers_of
 from fxpeft.passes.targets.roles import find_roles
 
@@ -97,7 +97,7 @@ def _rewritten(plan: Plan, name: str, kind: Kind) -> tuple[Drawing, dict[str, st
     assert isinstance(rewrite, Rewrite)
     graph = InjectPass({"": [rewrite]})(trace_module(_stand_in(kind))).graph_module
     stands_for = {n.name: {"placeholder": "x", "output": "output"}.get(n.op, "base") for n in graph.graph.nodes
-                  if n.op in ("placeholder", "output") or TARGET in n.meta}  # fmt: skip
+                  if n.op in ("placeholder", "output") or TARGET.has(n)}  # fmt: skip
     return drawing_of(graph, new=True), stands_for
 
 

@@ -15,8 +15,9 @@ from torch.fx import GraphModule
 from fxpeft.errors import AdapterError
 from fxpeft.passes.backend.clean import CleanPass
 from fxpeft.passes.backend.fold_inactive import FoldInactivePass
-from fxpeft.passes.backend.group import GROUPED, GroupPass
+from fxpeft.passes.backend.group import GroupPass
 from fxpeft.passes.captured.dynamo import parameter_path, source_name
+from fxpeft.passes.meta import GROUPED
 from fxpeft.passes.pipeline import Pipeline
 from fxpeft.passes.rewrite.subgraphs import copy_graph_module
 from fxpeft.passes.slots.slot import NEUTRAL, Slot, slot_of
@@ -92,7 +93,7 @@ def backend(
     stacks = {names.index(g.place): [names.index(member) for member in g.members] for g in groups}
     placeholders = (n for n in active.graph.nodes if n.op == "placeholder")
     pairs = zip(placeholders, example_inputs, strict=True)
-    given = [n.meta["example_value"] if GROUPED in n.meta else value for n, value in pairs]
+    given = [n.meta["example_value"] if GROUPED.has(n) else value for n, value in pairs]
     full = lower(active, given, **more)
     if stacks:
         full = _with_stacks(full, stacks)

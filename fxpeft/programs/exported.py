@@ -18,11 +18,11 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from fxpeft.passes.base import PassError
 from fxpeft.passes.captured.aten import AtenPass
+from fxpeft.passes.meta import LIFTED, READS
 from fxpeft.passes.pipeline import Pipeline
-from fxpeft.passes.rewrite.lift import LIFTED, LiftPass, drop_unused, last_placeholder, lift_bodies
+from fxpeft.passes.rewrite.lift import LiftPass, drop_unused, last_placeholder, lift_bodies
 from fxpeft.passes.rewrite.subgraphs import copy_graph_module, walk
 from fxpeft.passes.slots.slot import CARRIER, LEAST
-from fxpeft.passes.targets.match import READS
 
 USER = InputKind.USER_INPUT
 KEYWORDS = ("adapters", "active_rank")
@@ -48,7 +48,7 @@ def open_program(program: ExportedProgram) -> GraphModule:
     targets = {s.arg.name: s.target for s in program.graph_signature.input_specs if s.kind in _KINDS}
     for node in graph_module.graph.nodes:
         if node.op == "placeholder" and targets.get(node.name) is not None:
-            node.meta[READS] = targets[node.name]
+            READS.set(node, targets[node.name])
     return graph_module
 
 
@@ -105,7 +105,7 @@ def close_program(
 
     lift = LiftPass(place)
     Pipeline([lift])(graph_module)
-    for node in [n for n in graph_module.graph.nodes if str(n.meta.get(LIFTED)).endswith(CARRIER)]:
+    for node in [n for n in graph_module.graph.nodes if (LIFTED.get(n) or "").endswith(CARRIER)]:
         last = last_placeholder(graph_module)
         if last is not None and last is not node:
             last.append(node)  # keyword arguments are flattened in this order
@@ -158,7 +158,7 @@ def _assemble(
     buffers = {k: v for k, v in lifted.attributes.items() if k not in parameters}
     ranges = {k: v for k, v in program.range_constraints.items() if k not in gone}
     for node in placeholders:
-        if LIFTED in node.meta:
+        if LIFTED.has(node):
             for size in node.meta["val"].shape:
                 if isinstance(size, torch.SymInt):
                     ranges.setdefault(size.node.expr, ValueRanges(LEAST, max_rank))
@@ -204,7 +204,7 @@ def _examples(program: ExportedProgram, placeholders: list[Node], inputs: Mappin
 
 def _remaining(kwargs: Mapping[str, Any], placeholders: list[Node]) -> dict[str, Any]:
     """Keyword arguments without the operands that no placeholder is left for."""
-    paths = [n.meta[LIFTED] for n in placeholders if LIFTED in n.meta]
+    paths = [LIFTED.of(n) for n in placeholders if LIFTED.has(n)]
     left = {path.partition(".")[2] for path in paths}
     kept = {k: v for k, v in kwargs.items() if k not in KEYWORDS}
     operands = {k: v for k, v in kwargs.get("adapters", {}).items() if k in left}

@@ -29,7 +29,7 @@ from fxpeft.model.trace import check_module_names, tracing
 from fxpeft.model.wrappers import submodule
 from fxpeft.passes.base import PassError
 from fxpeft.passes.live import base_weight, kind_of
-from fxpeft.passes.rewrite.lift import LIFTED
+from fxpeft.passes.meta import LIFTED
 from fxpeft.passes.slots.slot import CARRIER, LEAST
 from fxpeft.programs.exported import USER
 from fxpeft.programs.inputs import describe, without_gaps
@@ -183,7 +183,7 @@ def _symbols(program: ExportedProgram) -> list[_Symbol]:
     for node in program.graph.nodes:
         if node.op != "placeholder" or node.name not in names or not isinstance(node.meta.get("val"), Tensor):
             continue
-        carrier = str(node.meta.get(LIFTED)).endswith(CARRIER)
+        carrier = (LIFTED.get(node) or "").endswith(CARRIER)
         for dimension, size in enumerate(node.meta["val"].shape):
             if not isinstance(size, torch.SymInt):
                 continue

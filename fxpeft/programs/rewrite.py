@@ -25,16 +25,17 @@ from fxpeft.methods.lora import LoraConfig
 from fxpeft.model.skeleton import skeleton
 from fxpeft.passes.base import PassError
 from fxpeft.passes.captured.dynamo import annotate_sources, name_operands
+from fxpeft.passes.meta import INPUTS, ORIGIN
 from fxpeft.passes.pipeline import Pipeline
 from fxpeft.passes.rewrite.eject import EjectPass
-from fxpeft.passes.rewrite.inject import InjectPass, Origin, Rewrite
+from fxpeft.passes.rewrite.inject import InjectPass, Rewrite
 from fxpeft.passes.rewrite.lift import drop_unused, hand_in, lift_bodies
 from fxpeft.passes.rewrite.redirect import RedirectPass
 from fxpeft.passes.rewrite.subgraphs import annotate_bodies, copy_graph_module, own_bodies, share_bodies, walk
 from fxpeft.passes.slots.slot import LEAST, Slot
 from fxpeft.passes.source import check_all_names, check_path
 from fxpeft.passes.targets.kinds import Conv, Kind
-from fxpeft.passes.targets.match import SITE, read_path
+from fxpeft.passes.targets.match import read_path
 from fxpeft.passes.targets.names import Selection
 from fxpeft.passes.targets.patterns import from_peft
 from fxpeft.passes.targets.terms import Subject
@@ -233,10 +234,7 @@ def eject(program: P, targets: str | Collection[str] | None = None) -> P:
 
 def adapter_inputs(program: ExportedProgram | GraphModule) -> dict[str, Tensor]:
     """What a program that was rewritten with ``adapters="inputs"`` takes as ``adapters``: the first values."""
-    if isinstance(program, ExportedProgram):
-        found = _keywords(program).get("adapters")
-    else:
-        found = program.meta.get("fxpeft.inputs")
+    found = _keywords(program).get("adapters") if isinstance(program, ExportedProgram) else INPUTS.get(program)
     if not found:
         raise AdapterError('the program takes no adapters as input: rewrite it with adapters="inputs"')
     return dict(found)
@@ -395,8 +393,8 @@ def _is_new(matched: tuple[dict[str, list[Found]], list[str]], rewrites: Rewrite
     there, clashes = 0, []
     for site, wanted in rewrites.items():
         for each in matched[0][site]:
-            origin = each.node.meta.get(SITE)
-            if isinstance(origin, Origin):
+            origin = ORIGIN.get(each.node)
+            if origin is not None:
                 there += 1
                 if origin.rewrites != tuple(r.name for r in wanted):
                     clashes.append(f"{site}: {', '.join(origin.rewrites)}")

@@ -11,13 +11,11 @@ from torch.fx import GraphModule, Node
 
 from fxpeft.model.skeleton import Outline
 from fxpeft.passes.base import attribute
+from fxpeft.passes.meta import SITE, TARGET, Located
 from fxpeft.passes.rewrite.subgraphs import closed, walk
 from fxpeft.passes.targets.kinds import Conv
 from fxpeft.passes.targets.match import (
-    SITE,
-    TARGET,
     MatchPass,
-    Target,
     Unsupported,
     calling_module,
     operands,
@@ -43,7 +41,7 @@ class Found:
 
     graph_module: GraphModule
     node: Node
-    target: Target
+    target: Located
     outline: Outline
 
 
@@ -55,8 +53,8 @@ def match_sites(graph_module: GraphModule, tensors: Any) -> tuple[dict[str, list
         result = MatchPass(lambda site: True)(each)
         skipped += [f"{s.site or '(root)'}: {s.reason}" for s in result.report.skipped]
         for node in each.graph.nodes:
-            target: Target | None = node.meta.get(TARGET)
-            if target is None or isinstance(node.meta.get(SITE), str) or node.op == "output":
+            target = TARGET.get(node)
+            if target is None or SITE.has(node) or node.op == "output":
                 continue
             if isinstance(target.kind, Conv) and _pads_itself(node, target):
                 skipped.append(f"{target.site}: it pads its input itself, and the adapter's A would see the padding")
@@ -86,12 +84,12 @@ def _is_target(gm: GraphModule, node: Node) -> bool:
         return True
 
 
-def _pads_itself(node: Node, target: Target) -> bool:
+def _pads_itself(node: Node, target: Located) -> bool:
     source = node.args[target.input] if len(node.args) > target.input else None
     return isinstance(source, Node) and source.op == "call_function" and calling_module(source) == target.site != ""
 
 
-def _outline(gm: GraphModule, node: Node, target: Target, tensors: Any) -> Outline:
+def _outline(gm: GraphModule, node: Node, target: Located, tensors: Any) -> Outline:
     weight, flip, bias = operands(gm, node)
     while isinstance(weight, Node) and read_path(weight) is None:
         weight, flip = weight.all_input_nodes[0], not flip

@@ -6,9 +6,9 @@ from collections.abc import Collection
 
 from torch.fx import GraphModule, Node
 
-from fxpeft.passes.backend.fold_inactive import FOLDED
 from fxpeft.passes.backend.writes import may_write
 from fxpeft.passes.base import GraphPass, Report, RewriteResult, node_of
+from fxpeft.passes.meta import FOLDED
 from fxpeft.passes.rewrite.subgraphs import calls
 
 
@@ -44,7 +44,7 @@ def _clean(gm: GraphModule, slots: set[Node]) -> list[str]:
     entered = {call.node for call in calls(gm)}
     depends = set(slots)
     for node in gm.graph.nodes:
-        reads = FOLDED in node.meta or any(n in depends for n in node.all_input_nodes)
+        reads = FOLDED.has(node) or any(n in depends for n in node.all_input_nodes)
         if node not in entered and node.op != "output" and reads:
             depends.add(node)
     for node in reversed(list(gm.graph.nodes)):

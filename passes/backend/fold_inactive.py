@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from fxpeft.passes.base import GraphPass, Report, RewriteResult, node_of
+from fxpeft.passes.meta import FOLDED
 from fxpeft.passes.rewrite.subgraphs import Call, calls
 
-FOLDED = "fxpeft.folded"  # node.meta key: another node stands for this one now
 # of zeros they make zeros, and of ones, ones
 _SAME = {"type_as", "narrow", "view", "unsqueeze", "to", "t", "permute", "transpose", "flatten", "unflatten"}
 _LINEAR = {F.linear, torch.matmul, F.conv1d, F.conv2d, F.conv3d}
@@ -59,7 +59,7 @@ def _fold(gm: GraphModule, values: dict[Node, int]) -> list[str]:
                 continue
             if _alike(node, source):
                 node.replace_all_uses_with(source)
-                node.meta[FOLDED] = True
+                FOLDED.set(node, True)
                 folded.append(node.name)
             elif _wider(node, source):
                 sources[node] = source

@@ -13,9 +13,8 @@ from torch.fx.node import map_arg
 
 from fxpeft.passes.backend.writes import may_write
 from fxpeft.passes.base import GraphPass, Report, RewriteResult, Skip, node_of
+from fxpeft.passes.meta import GROUPED
 from fxpeft.passes.rewrite.subgraphs import calls
-
-GROUPED = "fxpeft.grouped"  # node.meta key: on a placeholder, those whose A's are stacked in what it takes now
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class GroupPass(GraphPass):
 
     def call(self, graph_module: GraphModule) -> RewriteResult:
         graph, before = graph_module.graph, len(graph_module.graph.nodes)
-        places = [n for n in graph.nodes if n.op == "placeholder" and n.name in self.slots and GROUPED not in n.meta]
+        places = [n for n in graph.nodes if n.op == "placeholder" and n.name in self.slots and not GROUPED.has(n)]
         products = {place: _products(place) for place in places}
         reasons = {place: self.slots[place.name] or _why_not(graph_module, place, products[place]) for place in places}
         sets: dict[tuple[Any, ...], list[_Product]] = {}
@@ -196,9 +195,9 @@ def _stack(place: Node, members: tuple[Node, ...]) -> None:
     assert value is not None
     shape = (value.shape[0], len(members), *value.shape[1:])
     # what Dynamo found there, and guards, is the slot's own A
-    place.meta = {k: v for k, v in place.meta.items() if k != "grapharg"} | {
-        "example_value": value.new_empty(shape), GROUPED: tuple(m.name for m in members)
-    }  # fmt: skip
+    place.meta = {k: v for k, v in place.meta.items() if k != "grapharg"}
+    place.meta["example_value"] = value.new_empty(shape)
+    GROUPED.set(place, tuple(m.name for m in members))
 
 
 def _value(node: Node) -> Tensor | None:

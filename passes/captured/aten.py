@@ -16,10 +16,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, attribute
-from fxpeft.passes.rewrite.inject import Origin
-from fxpeft.passes.rewrite.redirect import REDIRECT
+from fxpeft.passes.meta import ORIGIN, REDIRECT, REWRITE, SITE
 from fxpeft.passes.slots.slot import LEAST
-from fxpeft.passes.targets.match import REWRITE, SITE
 
 # decomposed, torch's matmul of a vector squeezes its product in place, and an inference IR knows no such operators
 _OUT_OF_PLACE = {torch.ops.aten.squeeze_.dim: torch.ops.aten.squeeze.dim}
@@ -58,13 +56,13 @@ class AtenPass(GraphPass):
         before, matched = len(graph_module.graph.nodes), []
         bases = {n.name: n for n in graph_module.graph.nodes}
         for node in list(graph_module.graph.nodes):
-            if "val" in node.meta or not (isinstance(node.meta.get(SITE), str) or REDIRECT in node.meta):
+            if "val" in node.meta or not (SITE.has(node) or REDIRECT.has(node)):
                 continue
             matched.append(node.name)
             if node.op == "get_attr":
                 node.meta["val"] = self._fake(attribute(graph_module, str(node.target)))
             else:
-                self._expand(graph_module, node, bases[node.meta[SITE]])
+                self._expand(graph_module, node, bases[SITE.of(node)])
         report = Report(self.name, tuple(matched), (), before, len(graph_module.graph.nodes))
         return RewriteResult(graph_module, bool(matched), report)
 
@@ -89,10 +87,10 @@ class AtenPass(GraphPass):
         if not isinstance(result, Node):
             raise PassError(f"site {base.name!r}: {node.format_node()} computes no tensor; write it without")
         for other in gm.graph.nodes:
-            origin = other.meta.get(SITE)
-            if isinstance(origin, Origin):
+            origin = ORIGIN.get(other)
+            if origin is not None:
                 into, out = (result.name if name == node.name else name for name in (origin.input, origin.output))
-                other.meta[SITE] = replace(origin, input=into, output=out)
+                ORIGIN.set(other, replace(origin, input=into, output=out))
         node.replace_all_uses_with(result)
         gm.graph.erase_node(node)
 
@@ -115,7 +113,8 @@ def _inline(gm: GraphModule, node: Node, traced: GraphModule, inputs: list[Node]
             new.target = _OUT_OF_PLACE.get(new.target, new.target)  # type: ignore[call-overload]
             new.meta = {k: n.meta[k] for k in ("val", "tensor_meta") if k in n.meta}
             new.meta |= {k: base.meta[k] for k in ("nn_module_stack", "stack_trace") if k in base.meta}
-            new.meta |= {SITE: node.meta[SITE], REWRITE: node.meta[REWRITE]}
+            SITE.set(new, SITE.of(node))
+            REWRITE.set(new, REWRITE.of(node))
             new.meta["torch_fn"] = (new.name, f"{type(new.target).__name__}.{new.target}")
     return result
 

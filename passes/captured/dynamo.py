@@ -8,7 +8,8 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from fxpeft.passes.base import attribute
-from fxpeft.passes.targets.match import OPERAND, READS, calling_module
+from fxpeft.passes.meta import OPERAND, READS
+from fxpeft.passes.targets.match import calling_module
 
 _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]|\.(\w+)|\[(\d+)\]")
 
@@ -41,7 +42,7 @@ def annotate_sources(graph_module: GraphModule) -> dict[str, Any]:
         source = source_name(node) if node.op == "placeholder" else None
         path = None if source is None else parameter_path(source)
         if path is not None:
-            node.meta[READS] = path
+            READS.set(node, path)
             example = getattr(node.meta["grapharg"], "example", None)
             examples[path] = node.meta["example_value"] if example is None else example
     return examples
@@ -55,7 +56,7 @@ def name_operands(graph_module: GraphModule) -> None:
     from torch._dynamo.source import ConstantSource
 
     for node in graph_module.graph.nodes:
-        if node.op == "get_attr" and OPERAND in node.meta:
+        if node.op == "get_attr" and OPERAND.has(node):
             path = str(node.target)
             if hasattr(attribute(graph_module, path), "requires_grad"):
                 sources.setdefault(path, ConstantSource(f"fxpeft_{re.sub(chr(92) + 'W', '_', path)}"))
@@ -66,6 +67,6 @@ def _unmangle(node: Node) -> str | None:
     module = calling_module(node)
     mangled, target = re.sub(r"\W", "_", module), str(node.target)
     if module and f"__{mangled}_" in target:
-        node.meta[READS] = f"{module}.{target.rpartition(f'__{mangled}_')[2]}"
-        return str(node.meta[READS])
+        READS.set(node, f"{module}.{target.rpartition(f'__{mangled}_')[2]}")
+        return READS.of(node)
     return None

@@ -23,14 +23,14 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, TracedModule, join
 from fxpeft.passes.live import base_class, bind_source, given_forward
+from fxpeft.passes.meta import CALL, OPERAND
 from fxpeft.passes.pipeline import Pipeline
 from fxpeft.passes.recent import Recent
-from fxpeft.passes.rewrite.feed import CALL, LEAF
+from fxpeft.passes.rewrite.feed import LEAF
 from fxpeft.passes.rewrite.inject import Rewrite, get_attr, install
 from fxpeft.passes.slots.slot import ActiveRank, Slot
 from fxpeft.passes.source import graph_source
 from fxpeft.passes.targets.kinds import Kind
-from fxpeft.passes.targets.match import OPERAND
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _sources: Recent[tuple[Any, ...], str] = Recent()
@@ -211,10 +211,10 @@ class ReadPass(GraphPass):
     def call(self, graph_module: GraphModule) -> RewriteResult:
         graph, tracer = graph_module.graph, GraphAppendingTracer(graph_module.graph)
         before = len(graph.nodes)
-        call = next((n for n in graph.nodes if CALL in n.meta), None)
+        call = next((n for n in graph.nodes if CALL.has(n)), None)
         if call is None:
             raise PassError("expected a graph that is one call of a module, found none; make it with read_graph")
-        if call.meta[CALL] is not None:
+        if CALL.of(call):
             return RewriteResult(graph_module, False, Report(self.name, (), (), before, before))
         values: dict[str, Any] = {}
         with graph.inserting_before(call):
@@ -226,12 +226,12 @@ class ReadPass(GraphPass):
                     for path, operand in rewrite.operands.items():
                         install(graph_module, join(rewrite.container, path), operand)
                         read = get_attr(graph, join(rewrite.container, path))
-                        read.meta[OPERAND] = True
+                        OPERAND.set(read, True)
                         operands[path.rpartition(".")[2]] = Proxy(read, tracer)
                     value = rewrite.function(kind, value, **operands)
                 values[leaf] = value.node
         call.args = (call.args[0], values, *call.args[2:])
-        call.meta[CALL] = tuple(r.name for *_, rewrites in self.rewrites.values() for r in rewrites)
+        CALL.set(call, tuple(r.name for *_, rewrites in self.rewrites.values() for r in rewrites))
         return RewriteResult(graph_module, True, Report(self.name, tuple(values), (), before, len(graph.nodes)))
 
 
@@ -240,7 +240,7 @@ def read_graph() -> GraphModule:
     graph = Graph()
     args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
     call = graph.call_function(call_reading, (get_attr(graph, LEAF), {}, args, kwargs))
-    call.meta[CALL] = None
+    CALL.set(call, ())
     graph.output(call)
     root = nn.Module()
     root.add_module(LEAF, nn.Module())  # stands for what the code finds in the live module

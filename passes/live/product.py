@@ -10,9 +10,10 @@ from torch.fx import GraphModule, Node
 
 from fxpeft.passes.base import PassError
 from fxpeft.passes.live import base_class, given_forward, signature, trace_module
+from fxpeft.passes.meta import TARGET
 from fxpeft.passes.recent import Recent
 from fxpeft.passes.targets.kinds import Conv, Embedding, Kind
-from fxpeft.passes.targets.match import TARGET, operands, stored_weight
+from fxpeft.passes.targets.match import operands, stored_weight
 
 # forwards that torch.fx may not look into and that are nothing but the product of their kind
 _STOCK = {c.forward for c in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
@@ -58,13 +59,13 @@ def product_of(module: nn.Module) -> Product:
 
 def _read(module: nn.Module) -> Product:
     traced = trace_module(module)
-    node = next(n for n in traced.graph.nodes if TARGET in n.meta)
+    node = next(n for n in traced.graph.nodes if TARGET.has(n))
     if node.op == "call_module" and (given_forward(module) or base_class(module).forward not in _STOCK):
         name = base_class(module).__name__
         raise PassError(f"torch.fx can't look into {name}.forward, which may do more with its weight than one product")
     found, flip = stored_weight(traced, node)
     weight, bias = _own_name(module, traced, found), operands(traced, node)[2]
-    return Product(node.meta[TARGET].kind, weight, flip, None if bias is None else _own_name(module, traced, bias))
+    return Product(TARGET.of(node).kind, weight, flip, None if bias is None else _own_name(module, traced, bias))
 
 
 def _own_name(module: nn.Module, traced: GraphModule, found: Node | str) -> str:

@@ -19,12 +19,13 @@ from fxpeft.passes.base import PassError, TracedModule, attribute, join
 from fxpeft.passes.container import Container
 from fxpeft.passes.live.instance import base_class, given_forward
 from fxpeft.passes.live.signature import signature
+from fxpeft.passes.meta import TARGET, Located
 from fxpeft.passes.pipeline import graph_text
 from fxpeft.passes.recent import Recent
 from fxpeft.passes.rewrite.feed import LEAF
 from fxpeft.passes.source import check_plain
 from fxpeft.passes.targets.kinds import Kind
-from fxpeft.passes.targets.match import TARGET, MatchPass, Target, Unsupported, module_kind, read_target, stored_weight
+from fxpeft.passes.targets.match import MatchPass, Target, Unsupported, module_kind, read_target, stored_weight
 
 _kinds: Recent[tuple[Any, ...], Kind] = Recent()
 _weights: Recent[tuple[Any, ...], tuple[str, bool]] = Recent()  # a weight's name, and whether it is stored [in, out]
@@ -121,10 +122,9 @@ def trace_module(module: nn.Module) -> GraphModule:
     return _leaf_graph(module)
 
 
-def target_of(graph_module: GraphModule) -> Target:
+def target_of(graph_module: GraphModule) -> Located:
     """The one annotated target of a leaf graph."""
-    target: Target = next(node.meta[TARGET] for node in graph_module.graph.nodes if TARGET in node.meta)
-    return target
+    return next(TARGET.of(node) for node in graph_module.graph.nodes if TARGET.has(node))
 
 
 def kind_of(module: nn.Module) -> Kind:
@@ -152,7 +152,7 @@ def base_weight(module: nn.Module) -> Tensor:
     where = _weights.recent(key) if key else None
     if where is None:
         traced = trace_module(module)
-        node = next(node for node in traced.graph.nodes if TARGET in node.meta)
+        node = next(node for node in traced.graph.nodes if TARGET.has(node))
         found, flip = stored_weight(traced, node)
         where = str(found if isinstance(found, str) else found.target).removeprefix(f"{LEAF}."), flip
         if key:
@@ -218,5 +218,5 @@ def _leaf_graph(module: nn.Module) -> GraphModule:
     traced = TracedModule(root, graph)
     kind = module_kind(module)
     assert kind is not None
-    call.meta[TARGET] = Target("", kind)
+    TARGET.set(call, Target("", kind))
     return traced

@@ -8,9 +8,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxpeft.passes.base import GraphPass, Report, RewriteResult, Skip, attribute
-from fxpeft.passes.rewrite.inject import Origin, reroute
-from fxpeft.passes.rewrite.redirect import REDIRECT
-from fxpeft.passes.targets.match import OPERAND, SITE, TARGET, Target, read_path
+from fxpeft.passes.meta import OPERAND, ORIGIN, REDIRECT, SITE, TARGET, Located, Origin
+from fxpeft.passes.rewrite.inject import reroute
+from fxpeft.passes.targets.match import read_path
 
 
 class EjectPass(GraphPass):
@@ -31,22 +31,22 @@ class EjectPass(GraphPass):
         matched, skipped = [], []
         gone: set[str] = set()  # what the erased nodes read
         for node in list(graph.nodes):
-            target: Target | None = node.meta.get(TARGET)
+            target = TARGET.get(node)
             if target is None or node.op == "output":
                 continue
             if not self.select(target.site):
                 skipped.append(Skip(target.site, "not selected"))
                 continue
-            origin = node.meta.pop(SITE, None)
-            if not isinstance(origin, Origin):
+            origin = ORIGIN.drop(node)
+            if origin is None:
                 skipped.append(Skip(target.site, "holds no adapter"))
                 continue
             gone |= _restore(graph_module, node, target, origin)
             matched.append(target.site)
         modified = bool(matched)
         for node in list(graph.nodes):
-            if REDIRECT in node.meta and node.users:
-                old = next(n for n in graph.nodes if n.name == node.meta[REDIRECT])
+            if REDIRECT.has(node) and node.users:
+                old = next(n for n in graph.nodes if n.name == REDIRECT.of(node))
                 site = str(read_path(old)).rpartition(".")[0]
                 if self.select(site):
                     node.replace_all_uses_with(old)
@@ -59,10 +59,10 @@ class EjectPass(GraphPass):
         return RewriteResult(graph_module, modified, report)
 
 
-def _restore(gm: GraphModule, node: Node, target: Target, origin: Origin) -> set[str]:
+def _restore(gm: GraphModule, node: Node, target: Located, origin: Origin) -> set[str]:
     """Take one site's new nodes out; returns the paths that they read."""
     by_name = {n.name: n for n in gm.graph.nodes}
-    new = [n for n in gm.graph.nodes if n.meta.get(SITE) == node.name]
+    new = [n for n in gm.graph.nodes if SITE.get(n) == node.name]
     output = by_name[origin.output]
     if output is not node:
         reroute(output, node, new)
@@ -72,7 +72,7 @@ def _restore(gm: GraphModule, node: Node, target: Target, origin: Origin) -> set
     else:
         node.update_kwarg("input", source)
     # what a rewrite reads of the target itself stays: a called module's weight, for instance
-    gone = _paths(n for n in new if OPERAND in n.meta or n.op == "call_module")
+    gone = _paths(n for n in new if OPERAND.has(n) or n.op == "call_module")
     for made_node in reversed(new):
         gm.graph.erase_node(made_node)
     return gone

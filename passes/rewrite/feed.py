@@ -11,9 +11,9 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, TracedModule, join
+from fxpeft.passes.meta import CALL, REWRITE
 from fxpeft.passes.rewrite.inject import get_attr, install
 
-CALL = "fxpeft.call"  # node.meta key: the call of the whole model; its value is the feed's name once it has one
 LEAF = "base_forward"  # a module's own forward, where a graph calls it and torch.fx doesn't look inside
 
 
@@ -62,10 +62,10 @@ class FeedPass(GraphPass):
     def call(self, graph_module: GraphModule) -> RewriteResult:
         graph, feed = graph_module.graph, self.feed
         before = len(graph.nodes)
-        call = next((n for n in graph.nodes if CALL in n.meta), None)
+        call = next((n for n in graph.nodes if CALL.has(n)), None)
         if call is None:
             raise PassError("expected a graph that is one call of a model, found none; make it with call_graph")
-        if call.meta[CALL] is not None:
+        if CALL.of(call):
             return RewriteResult(graph_module, False, Report(self.name, (), (), before, before))
         with graph.inserting_before(call):
             arguments: dict[str, Any] = {}
@@ -76,9 +76,9 @@ class FeedPass(GraphPass):
                 arguments[argument] = get_attr(graph, path)
             fed = graph.call_function(feed.function, (call.args[1],), {**arguments, **feed.constants})
         call.args = (call.args[0], fed)
-        call.meta[CALL] = feed.name
+        CALL.set(call, (feed.name,))
         for node in (*arguments.values(), fed):
-            node.meta["fxpeft.rewrite"] = (feed.name,)
+            REWRITE.set(node, (feed.name,))
         return RewriteResult(graph_module, True, Report(self.name, ("",), (), before, len(graph.nodes)))
 
 
@@ -100,7 +100,7 @@ def call_graph(forward: Callable[..., Any]) -> GraphModule:
     base = get_attr(graph, LEAF)
     inputs = graph.call_function(gather, (named,) if rest is None else (named, rest))
     call = graph.call_function(spread, (base, inputs))
-    call.meta[CALL] = None
+    CALL.set(call, ())
     graph.output(call)
     root = nn.Module()
     root.add_module(LEAF, _Stand())

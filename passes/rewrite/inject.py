@@ -12,7 +12,8 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, Skip, attribute, join
-from fxpeft.passes.targets.match import OPERAND, REWRITE, SITE, TARGET, Target, operands
+from fxpeft.passes.meta import OPERAND, ORIGIN, REWRITE, SITE, TARGET, Located, Origin
+from fxpeft.passes.targets.match import operands
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,6 @@ class Rewrite:
         return join(self.container, site, operand)
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What the base node of a site was before; eject reads it. Names, not nodes: a copy keeps them."""
-
-    rewrites: tuple[str, ...]
-    input: str
-    output: str
-
-
 class InjectPass(GraphPass):
     """Rewrite annotated targets (see :class:`~fxpeft.passes.MatchPass`).
 
@@ -75,10 +67,10 @@ class InjectPass(GraphPass):
         before = len(graph_module.graph.nodes)
         matched, skipped = [], []
         for node in list(graph_module.graph.nodes):
-            target: Target | None = node.meta.get(TARGET)
+            target = TARGET.get(node)
             if target is None:
                 continue
-            if isinstance(node.meta.get(SITE), Origin):
+            if ORIGIN.has(node):
                 skipped.append(Skip(target.site, "is rewritten already; eject it first"))
             elif not (rewrites := self.rewrites.get(target.site, ())):
                 skipped.append(Skip(target.site, "has no rewrite"))
@@ -89,7 +81,7 @@ class InjectPass(GraphPass):
         return RewriteResult(graph_module, bool(matched), report)
 
 
-def _rewrite_site(gm: GraphModule, node: Node, target: Target, rewrites: Sequence[Rewrite]) -> None:
+def _rewrite_site(gm: GraphModule, node: Node, target: Located, rewrites: Sequence[Rewrite]) -> None:
     graph, tracer = gm.graph, GraphAppendingTracer(gm.graph)
     old = set(graph.nodes)
     source = node.args[target.input] if target.input < len(node.args) else node.kwargs["input"]
@@ -117,26 +109,26 @@ def _rewrite_site(gm: GraphModule, node: Node, target: Target, rewrites: Sequenc
     new = [n for n in graph.nodes if n not in old]
     names = tuple(rewrite.name for rewrite in rewrites)
     for made in new:
-        made.meta[SITE] = node.name
-        made.meta[REWRITE] = names
+        SITE.set(made, node.name)
+        REWRITE.set(made, names)
     if result.node is not node:
         reroute(node, result.node, new)
-    node.meta[SITE] = Origin(names, source.name, result.node.name)
+    ORIGIN.set(node, Origin(names, source.name, result.node.name))
 
 
 def reroute(old: Node, new: Node, keep: Collection[Node]) -> None:
     """Let all users of ``old`` but ``keep`` use ``new``; rewritten sites then remember it as their input."""
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in keep)
     for node in old.graph.nodes:
-        origin = node.meta.get(SITE)
-        if isinstance(origin, Origin) and origin.input == old.name:
-            node.meta[SITE] = replace(origin, input=new.name)
+        origin = ORIGIN.get(node)
+        if origin is not None and origin.input == old.name:
+            ORIGIN.set(node, replace(origin, input=new.name))
 
 
 def _bind(
     gm: GraphModule, node: Node, rewrite: Rewrite, base: Callable[..., Proxy], tracer: GraphAppendingTracer
 ) -> Callable[[Proxy], Proxy]:
-    target: Target = node.meta[TARGET]
+    target = TARGET.of(node)
 
     def function(x: Proxy) -> Proxy:
         given = {
@@ -169,7 +161,7 @@ def _operand(gm: GraphModule, path: str, value: Any, tracer: GraphAppendingTrace
     if isinstance(value, nn.Module):
         return lambda *args: Proxy(tracer.graph.call_module(path, tuple(a.node for a in args)), tracer)
     read = get_attr(tracer.graph, path)
-    read.meta[OPERAND] = True
+    OPERAND.set(read, True)
     return Proxy(read, tracer)
 
 

@@ -13,13 +13,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, attribute
-from fxpeft.passes.rewrite.inject import Origin, get_attr, install
-from fxpeft.passes.rewrite.redirect import REDIRECT
+from fxpeft.passes.meta import INPUTS, LIFTED, OPERAND, ORIGIN, REDIRECT, REWRITE, SITE
+from fxpeft.passes.rewrite.inject import get_attr, install
 from fxpeft.passes.rewrite.subgraphs import Call, calls
-from fxpeft.passes.targets.match import OPERAND, REWRITE, SITE
 
-HANDED = ("operand",)  # as node.meta[REWRITE]: an adapter's operand on its way into a body
-LIFTED = "fxpeft.lifted"  # on a placeholder that this pass made: the path of the operand
+HANDED = ("operand",)  # as REWRITE: an adapter's operand on its way into a body
 
 
 @dataclass
@@ -42,12 +40,12 @@ class LiftPass(GraphPass):
         paths: set[str] = set()
         self.lifted = {}
         for node in list(graph.nodes):
-            if node.op != "get_attr" or OPERAND not in node.meta:
+            if node.op != "get_attr" or not OPERAND.has(node):
                 continue
             path = str(node.target)
             tensor = attribute(graph_module, path)
             paths.add(path)
-            key = id(tensor), node.meta.get(REDIRECT)
+            key = id(tensor), REDIRECT.get(node)
             if key not in made:
                 made[key] = self._placeholder(graph_module, node, path, tensor)
             node.replace_all_uses_with(made[key])
@@ -65,7 +63,8 @@ class LiftPass(GraphPass):
         with context:
             new = gm.graph.placeholder(name)
         new.target = new.name
-        new.meta = {k: v for k, v in node.meta.items() if k in ("val", "tensor_meta", REDIRECT)} | {LIFTED: path}
+        new.meta = {k: v for k, v in node.meta.items() if k in ("val", "tensor_meta", REDIRECT.name)}
+        LIFTED.set(new, path)
         self.lifted[new.name] = (path, tensor)
         return new
 
@@ -109,9 +108,11 @@ def _hand_in(call: Call, number: int, name: str, path: str, tensor: torch.Tensor
     with gm.graph.inserting_before(call.node):
         read = get_attr(gm.graph, path)
     inside = next(n for n in call.bodies()[number].graph.nodes if n.name == name)
-    read.meta = {SITE: call.node.name, REWRITE: HANDED, OPERAND: True} | (
-        {"val": inside.meta["val"]} if "val" in inside.meta else {}
-    )
+    SITE.set(read, call.node.name)
+    REWRITE.set(read, HANDED)
+    OPERAND.set(read, True)
+    if "val" in inside.meta:
+        read.meta["val"] = inside.meta["val"]
     call.append(read)
     for other, body in enumerate(call.bodies()):
         if other != number:  # all branches take the same operands
@@ -120,7 +121,8 @@ def _hand_in(call: Call, number: int, name: str, path: str, tensor: torch.Tensor
             with body.graph.inserting_after(after):
                 extra = body.graph.placeholder(name)
             extra.target = extra.name
-            extra.meta = {k: v for k, v in inside.meta.items() if k != REDIRECT}
+            extra.meta = dict(inside.meta)
+            REDIRECT.drop(extra)
 
 
 def drop_unused(graph_module: GraphModule) -> list[Node]:
@@ -134,17 +136,17 @@ def drop_unused(graph_module: GraphModule) -> list[Node]:
             drop_unused(body)
         _drop_operands(call)
     for node in list(graph_module.graph.nodes):
-        if node.op == "get_attr" and node.meta.get(REWRITE) == HANDED and not node.users:
+        if node.op == "get_attr" and REWRITE.get(node) == HANDED and not node.users:
             graph_module.graph.erase_node(node)
             if not any(n.op == "get_attr" and n.target == node.target for n in graph_module.graph.nodes):
                 remove(graph_module, str(node.target))
-    return [n for n in graph_module.graph.nodes if LIFTED in n.meta and not n.users]
+    return [n for n in graph_module.graph.nodes if LIFTED.has(n) and not n.users]
 
 
 def _drop_operands(call: Call) -> None:
     columns = list(zip(*([p for p, _ in call.inputs(b)] for b in call.bodies()), strict=True))
     for number in reversed(range(len(columns))):
-        if all(LIFTED in n.meta and not n.users for n in columns[number]):
+        if all(LIFTED.has(n) and not n.users for n in columns[number]):
             for placeholder in columns[number]:
                 placeholder.graph.erase_node(placeholder)
             call.drop(number)
@@ -167,7 +169,7 @@ def hand_in(graph_module: GraphModule) -> None:
     argument: Node | None = None
     first: dict[str, torch.Tensor] = {}
     for node in list(graph.nodes):
-        if node.op != "get_attr" or OPERAND not in node.meta:
+        if node.op != "get_attr" or not OPERAND.has(node):
             continue
         path = str(node.target)
         if argument is None:
@@ -175,7 +177,7 @@ def hand_in(graph_module: GraphModule) -> None:
             context = graph.inserting_after(last) if last else graph.inserting_before(next(iter(graph.nodes)))
             with context:
                 argument = graph.placeholder("adapters")
-            argument.meta[LIFTED] = "adapters"
+            LIFTED.set(argument, "adapters")
         with graph.inserting_before(node):
             item = graph.call_function(operator.getitem, (argument, path.partition(".")[2]))
         item.meta = dict(node.meta)
@@ -187,14 +189,12 @@ def hand_in(graph_module: GraphModule) -> None:
         for container in ("adapters", "slot"):
             if hasattr(graph_module, container):
                 remove(graph_module, f"{container}.{key}")
-    graph_module.meta["fxpeft.inputs"] = first
+    INPUTS.set(graph_module, first)
 
 
 def _rename(graph_module: GraphModule, old: str, new: str) -> None:
     for node in graph_module.graph.nodes:
-        origin = node.meta.get(SITE)
-        if isinstance(origin, Origin) and old in (origin.input, origin.output):
-            node.meta[SITE] = replace(
-                origin, input=new if origin.input == old else origin.input,
-                output=new if origin.output == old else origin.output,
-            )  # fmt: skip
+        origin = ORIGIN.get(node)
+        if origin is not None:
+            into, out = (new if name == old else name for name in (origin.input, origin.output))
+            ORIGIN.set(node, replace(origin, input=into, output=out))

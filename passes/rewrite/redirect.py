@@ -8,10 +8,9 @@ from typing import Any
 from torch.fx import GraphModule
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, join
+from fxpeft.passes.meta import OPERAND, REDIRECT
 from fxpeft.passes.rewrite.inject import get_attr, install
-from fxpeft.passes.targets.match import OPERAND, read_path
-
-REDIRECT = "fxpeft.redirect"  # node.meta key: on a new read, the name of the read it stands in for
+from fxpeft.passes.targets.match import read_path
 
 
 class RedirectPass(GraphPass):
@@ -37,7 +36,7 @@ class RedirectPass(GraphPass):
         for site, attributes in self.redirects.items():
             for attribute, (operand, value) in attributes.items():
                 wanted, path = join(site, attribute), join(self.container, site, operand)
-                if any(n.meta.get(REDIRECT) and n.target == path for n in graph.nodes):
+                if any(REDIRECT.has(n) and n.target == path for n in graph.nodes):
                     continue
                 reads = [n for n in graph.nodes if read_path(n) == wanted]
                 if not reads:
@@ -52,7 +51,8 @@ class RedirectPass(GraphPass):
                     with place:
                         new = get_attr(graph, path)
                     read.replace_all_uses_with(new)
-                    new.meta |= {REDIRECT: read.name, OPERAND: True}
+                    REDIRECT.set(new, read.name)
+                    OPERAND.set(new, True)
                 matched.append(wanted)
         report = Report(self.name, tuple(matched), (), before, len(graph.nodes))
         return RewriteResult(graph_module, bool(matched), report)

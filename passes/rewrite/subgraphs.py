@@ -18,10 +18,8 @@ from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
 from fxpeft.passes.base import attribute, node_of
-from fxpeft.passes.rewrite.redirect import REDIRECT
-from fxpeft.passes.targets.match import READS, REWRITE, read_path, value_of
-
-BODY = "fxpeft.body"  # on a read of a copied body: the read that it stands in for, and the call's old identifier
+from fxpeft.passes.meta import BODY, READS, REDIRECT, REWRITE
+from fxpeft.passes.targets.match import read_path, value_of
 
 
 @dataclass(frozen=True)
@@ -157,16 +155,17 @@ def own_bodies(graph_module: GraphModule) -> None:
                 graph_module.add_module(own_name, body)
                 with graph_module.graph.inserting_before(call.node):
                     own = graph_module.graph.create_node("get_attr", own_name)
-                own.meta = {**read.meta, BODY: (read.name, _identifier(call, own_name))}
+                own.meta = dict(read.meta)
+                BODY.set(own, (read.name, _identifier(call, own_name)))
                 call.node.replace_input_with(read, own)
             own_bodies(body)
 
 
-def _identifier(call: Call, name: str) -> object:
+def _identifier(call: Call, name: str) -> str | None:
     """Give an ``invoke_subgraph`` the name by which torch keeps what it made of its body; returns the old one."""
     if _name(call.node) != "invoke_subgraph":
         return None
-    old = call.node.args[1]
+    old = str(call.node.args[1])
     call.node.update_arg(1, name)
     return old
 
@@ -177,8 +176,8 @@ def share_bodies(graph_module: GraphModule) -> None:
     for call in calls(graph_module):
         for read, body in zip(call.reads(), call.bodies(), strict=True):
             share_bodies(body)
-            if BODY in read.meta and not any(is_rewritten(g) for _, g in walk(body)):
-                original, identifier = read.meta[BODY]
+            if BODY.has(read) and not any(is_rewritten(g) for _, g in walk(body)):
+                original, identifier = BODY.of(read)
                 call.node.replace_input_with(read, by_name[original])
                 if identifier is not None:
                     call.node.update_arg(1, identifier)
@@ -188,7 +187,7 @@ def share_bodies(graph_module: GraphModule) -> None:
 
 def is_rewritten(graph_module: GraphModule) -> bool:
     """Whether an adapter is in this graph, its bodies left out."""
-    return any(REWRITE in n.meta or REDIRECT in n.meta for n in graph_module.graph.nodes)
+    return any(REWRITE.has(n) or REDIRECT.has(n) for n in graph_module.graph.nodes)
 
 
 def walk(graph_module: GraphModule) -> Iterator[tuple[Call | None, GraphModule]]:
@@ -211,7 +210,7 @@ def annotate_bodies(graph_module: GraphModule) -> None:
                 given = node_of(operand)
                 path = None if given is None else read_path(given)
                 if given is not None and path is not None:
-                    placeholder.meta[READS] = path
+                    READS.set(placeholder, path)
                     if "val" not in placeholder.meta and "example_value" not in placeholder.meta:
                         placeholder.meta["example_value"] = value_of(graph_module, given)
             annotate_bodies(body)

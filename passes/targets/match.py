@@ -13,18 +13,12 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxpeft.passes.base import GraphPass, Report, RewriteResult, Skip, attribute, node_of
+from fxpeft.passes.meta import READS, ROLE, SITE, TARGET
 from fxpeft.passes.targets.kinds import Conv, Embedding, Kind, Linear
 from fxpeft.passes.targets.names import NameSelector
 from fxpeft.passes.targets.patterns import layers_of
 from fxpeft.passes.targets.regex import limited
 from fxpeft.passes.targets.terms import Pattern, Subject
-
-TARGET = "fxpeft.target"  # node.meta key of the annotation
-ROLE = "fxpeft.role"  # node.meta key of a role, from RolePass
-REWRITE = "fxpeft.rewrite"  # node.meta key: on a node that inject made, the names of its site's rewrites
-OPERAND = "fxpeft.operand"  # node.meta key: on a read that inject or redirect made, of an operand of the adapter's
-READS = "fxpeft.reads"  # node.meta key: on a placeholder, the dotted name of the parameter or buffer that it carries
-SITE = "fxpeft.site"  # node.meta key: on a node that inject made, the base node's name; on a base node, its Origin
 
 aten = torch.ops.aten
 _TRANSPOSES = {aten.t.default, aten.numpy_T.default, torch.t}
@@ -115,7 +109,7 @@ def _weight(graph_module: GraphModule, value: Any) -> tuple[str, torch.Size, boo
 
 def read_path(node: Node) -> str | None:
     """The dotted name of the attribute that a node reads or, as a placeholder, carries; ``None`` for any other."""
-    path: str | None = node.meta.get(READS)
+    path = READS.get(node)
     return str(node.target) if path is None and node.op == "get_attr" else path
 
 
@@ -228,7 +222,7 @@ def _subject(graph_module: GraphModule, node: Node, target: Target, layer: tuple
     if node.op == "call_module":
         own = type(graph_module.get_submodule(str(node.target))).__mro__
         classes += [cls.__name__ for cls in own if issubclass(cls, nn.Module)]
-    role = node.meta.get(ROLE)
+    role = ROLE.get(node)
     return Subject(target.site, target.kind, tuple(dict.fromkeys(classes)), (role,) if role else (), layer)
 
 
@@ -241,7 +235,7 @@ def stored_weight(graph_module: GraphModule, node: Node) -> tuple[Node | str, bo
 
 
 class MatchPass(GraphPass):
-    """Annotate the target nodes that ``select`` takes: ``node.meta[TARGET]`` becomes a :class:`Target`.
+    """Annotate the target nodes that ``select`` takes: ``TARGET.of(node)`` becomes a :class:`Target`.
 
     Args:
         select: a :class:`NameSelector`; a pattern (:mod:`fxpeft.passes.targets.patterns`), whose roles are those
@@ -258,7 +252,7 @@ class MatchPass(GraphPass):
         matched, skipped, modified = [], [], False
         found: list[tuple[Node, Target]] = []
         for node in graph_module.graph.nodes:
-            if isinstance(node.meta.get(SITE), str):
+            if SITE.has(node):
                 continue  # an adapter's own node
             try:
                 target = read_target(graph_module, node)
@@ -279,8 +273,8 @@ class MatchPass(GraphPass):
                 skipped.append(Skip(target.site, reason))
                 continue
             matched.append(target.site)
-            modified |= node.meta.get(TARGET) != target
-            node.meta[TARGET] = target
+            modified |= TARGET.get(node) != target
+            TARGET.set(node, target)
         size = len(graph_module.graph.nodes)
         report = Report(self.name, tuple(matched), tuple(skipped), size, size)
         return RewriteResult(graph_module, modified, report)

@@ -24,9 +24,9 @@ import networkx as nx
 from torch.fx import GraphModule
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult
+from fxpeft.passes.meta import ROLE
 from fxpeft.passes.targets.flow import ACTIVATIONS, MOVES, Flow, flow_of
 from fxpeft.passes.targets.kinds import Conv, Kind
-from fxpeft.passes.targets.match import ROLE
 
 _WAYS: dict[str, Callable[[Sequence[str]], bool]] = {
     "": lambda via: True,
@@ -201,7 +201,7 @@ def roles_of_sites(flow: Flow, roles: Sequence[Role] | None = None) -> dict[str,
 
 
 class RolePass(GraphPass):
-    """Annotate nodes with their role: ``node.meta[ROLE]``.
+    """Annotate nodes with their role: ``ROLE.of(node)``.
 
     Args:
         roles: the patterns; default: :data:`ROLES` with what was declared.
@@ -217,8 +217,8 @@ class RolePass(GraphPass):
         modified = False
         for node in graph_module.graph.nodes:
             role = found.get(node.name)
-            modified |= role is not None and node.meta.get(ROLE) != role
+            modified |= role is not None and ROLE.get(node) != role
             if role is not None:
-                node.meta[ROLE] = role
+                ROLE.set(node, role)
         size = len(graph_module.graph.nodes)
         return RewriteResult(graph_module, modified, Report(self.name, tuple(found), (), size, size))

@@ -14,8 +14,7 @@ from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
 
 from fxpeft.passes import AtenPass, EjectPass, InjectPass, Kind, PassError, Pipeline, RedirectPass, Rewrite
-from fxpeft.passes.rewrite.inject import Origin
-from fxpeft.passes.targets.match import OPERAND, SITE, TARGET
+from fxpeft.passes.meta import OPERAND, ORIGIN, SITE, TARGET
 
 #: form -> what its programs keep: all composite operators, or none
 DECOMPOSITIONS: dict[str, Callable[[], Any]] = {
@@ -52,20 +51,20 @@ def one(site: str, rewrite: Rewrite) -> Callable[[GraphModule], Any]:
 def test_rewritten(form: str) -> None:
     """``up`` has a second user; ``words`` and ``conv`` are of other kinds."""
     graph_module = injected(form, lambda gm: chains(gm, "up", "words", "conv"))
-    python = [n.name for n in graph_module.graph.nodes if isinstance(n.meta.get(SITE), str) and "val" not in n.meta]
+    python = [n.name for n in graph_module.graph.nodes if SITE.has(n) and "val" not in n.meta]
     result = lowered(graph_module, form)
     assert result.modified
     assert set(result.report.matched) == set(python)
-    ours = [n for n in graph_module.graph.nodes if isinstance(n.meta.get(SITE), str)]
+    ours = [n for n in graph_module.graph.nodes if SITE.has(n)]
     assert len(ours) > 12
     for n in ours:
         assert isinstance(n.meta["val"], Tensor)
-        assert n.op == "get_attr" if OPERAND in n.meta else isinstance(n.target, torch._ops.OpOverload)
+        assert n.op == "get_attr" if OPERAND.has(n) else isinstance(n.target, torch._ops.OpOverload)
     if form == "core aten":
         core = {torch.ops.aten.linear.default, torch.ops.aten.matmul.default}
         assert not core & {n.target for n in graph_module.graph.nodes}
     names = {n.name for n in graph_module.graph.nodes}
-    origins = [n.meta[SITE] for n in graph_module.graph.nodes if isinstance(n.meta.get(SITE), Origin)]
+    origins = [ORIGIN.of(n) for n in graph_module.graph.nodes if ORIGIN.has(n)]
     assert len(origins) == 3
     assert {name for origin in origins for name in (origin.input, origin.output)} <= names
 
@@ -173,5 +172,5 @@ def test_a_rewrite_without_operands_and_one_of_the_same_name() -> None:
 
 
 def lora_of(graph_module: GraphModule, site: str) -> Rewrite:
-    return lora(next(n.meta[TARGET].kind for n in graph_module.graph.nodes
-                     if TARGET in n.meta and n.meta[TARGET].site == site))  # fmt: skip
+    return lora(next(TARGET.of(n).kind for n in graph_module.graph.nodes
+                     if TARGET.has(n) and TARGET.of(n).site == site))  # fmt: skip

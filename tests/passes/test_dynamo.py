@@ -14,7 +14,8 @@ from torch.fx import Graph, GraphModule
 
 from fxpeft.passes import EjectPass, InjectPass, MatchPass, Pipeline
 from fxpeft.passes.captured.dynamo import annotate_sources, name_operands, parameter_path, source_name
-from fxpeft.passes.targets.match import OPERAND, READS, TARGET, read_path
+from fxpeft.passes.meta import OPERAND, READS, TARGET
+from fxpeft.passes.targets.match import read_path
 
 
 def captured(
@@ -52,10 +53,10 @@ def test_every_parameter_is_known(cls: type[Program]) -> None:
     own = dict(program(cls).named_parameters())
     assert set(examples) == set(own)
     assert all(torch.equal(examples[name], own[name]) for name in own)
-    carried = {n.meta[READS] for n in graph_module.graph.nodes if READS in n.meta}
+    carried = {READS.of(n) for n in graph_module.graph.nodes if READS.has(n)}
     assert carried == set(own)
     assert {read_path(n) for n in graph_module.graph.nodes} - {None} == set(own)
-    (ids,) = [n for n in graph_module.graph.nodes if n.op == "placeholder" and READS not in n.meta]
+    (ids,) = [n for n in graph_module.graph.nodes if n.op == "placeholder" and not READS.has(n)]
     assert sources[ids.name] == "L['ids']"
     assert parameter_path(sources[ids.name]) is None  # an input that is no parameter stays one
 
@@ -66,7 +67,7 @@ def test_matched_rewritten_and_ejected(cls: type[Program]) -> None:
     graph_module, inputs, _ = captured(program(cls), IDS)
     bare, before = graph_module(*inputs), str(graph_module.graph)
     Pipeline([MatchPass(lambda site: site in SITES)])(graph_module)
-    assert {n.meta[TARGET].site for n in graph_module.graph.nodes if TARGET in n.meta} == set(SITES)
+    assert {TARGET.of(n).site for n in graph_module.graph.nodes if TARGET.has(n)} == set(SITES)
     Pipeline([InjectPass(chains(graph_module, *SITES))])(graph_module)
     other = torch.fx.symbolic_trace(program(cls))
     Pipeline([MatchPass(lambda site: site in SITES)])(other)
@@ -150,8 +151,8 @@ def test_mangled_attributes_of_an_older_export() -> None:
     examples = annotate_sources(graph_module)
     assert list(examples) == ["block.0.up.weight"]
     assert examples["block.0.up.weight"] is graph_module.L__self___block_0_up_weight
-    assert weight.meta[READS] == "block.0.up.weight"
-    assert READS not in other.meta
+    assert READS.of(weight) == "block.0.up.weight"
+    assert not READS.has(other)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -163,7 +164,7 @@ def test_operands_have_sources_that_aot_autograd_asks_for(grad: bool) -> None:
     known = dict(graph_module._param_name_to_source)
     name_operands(graph_module)
     added = graph_module._param_name_to_source.keys() - known.keys()
-    operands = {str(n.target) for n in graph_module.graph.nodes if n.op == "get_attr" and OPERAND in n.meta}
+    operands = {str(n.target) for n in graph_module.graph.nodes if n.op == "get_attr" and OPERAND.has(n)}
     assert added == operands - known.keys()
     assert len(operands) == 12  # two LoRAs at each of the two sites
     names = [source.name() if callable(source.name) else source.name for source in

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxpeft.passes import EjectPass, InjectPass, Pipeline, RedirectPass, Rewrite
-from fxpeft.passes.targets.match import TARGET
+from fxpeft.passes.meta import TARGET
 
 
 def snapshot(graph_module: GraphModule) -> tuple[object, ...]:
@@ -25,7 +25,7 @@ def snapshot(graph_module: GraphModule) -> tuple[object, ...]:
 
 def chains(graph_module: GraphModule, *sites: str) -> dict[str, list[Rewrite]]:
     """Rewrites of every sort for the sites."""
-    found = {n.meta[TARGET].site: n.meta[TARGET].kind for n in graph_module.graph.nodes if TARGET in n.meta}
+    found = {TARGET.of(n).site: TARGET.of(n).kind for n in graph_module.graph.nodes if TARGET.has(n)}
     made = {}
     for i, site in enumerate(sites):
         made[site] = [lora(found[site], seed=i), Rewrite("double", doubled), lora(found[site], "more", rank=2)]

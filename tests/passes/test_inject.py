@@ -23,13 +23,13 @@ from fxpeft.passes import (
     Rewrite,
     graph_text,
 )
-from fxpeft.passes.targets.match import SITE, TARGET
+from fxpeft.passes.meta import REWRITE, SITE, TARGET
 
 READ = [name for name in FORMS if name != "call_module"]  # forms that read each bias on its own
 
 
 def kinds(graph_module: GraphModule) -> dict[str, Any]:
-    return {n.meta[TARGET].site: n.meta[TARGET].kind for n in graph_module.graph.nodes if TARGET in n.meta}
+    return {TARGET.of(n).site: TARGET.of(n).kind for n in graph_module.graph.nodes if TARGET.has(n)}
 
 
 def inject(graph_module: GraphModule, *sites: str) -> dict[str, Rewrite]:
@@ -77,7 +77,7 @@ def test_numerics_are_the_formulas(form: str, sites: tuple[str, ...]) -> None:
 def test_the_site_is_rewritten(form: str) -> None:
     graph_module = FORMS[form]()
     kind = kinds(matched(graph_module))["up"]
-    (target,) = (n for n in graph_module.graph.nodes if n.meta.get(TARGET) and n.meta[TARGET].site == "up")
+    (target,) = (n for n in graph_module.graph.nodes if TARGET.get(n) and TARGET.of(n).site == "up")
     users = set(target.users)
     size = len(graph_module.graph.nodes)
     result = InjectPass({"up": [lora(kind)]})(graph_module)
@@ -86,9 +86,9 @@ def test_the_site_is_rewritten(form: str) -> None:
     assert result.report.matched == ("up",)
     assert {(s.site, s.reason) for s in result.report.skipped} == {(s, "has no rewrite") for s in SITES if s != "up"}
     assert (result.report.nodes_before, result.report.nodes_after) == (size, len(graph_module.graph.nodes))
-    new = [n for n in graph_module.graph.nodes if n.meta.get(SITE) == target.name]
+    new = [n for n in graph_module.graph.nodes if SITE.get(n) == target.name]
     assert len(new) == result.report.nodes_after - size
-    assert all(n.meta["fxpeft.rewrite"] == ("lora:mine",) for n in new)
+    assert all(REWRITE.of(n) == ("lora:mine",) for n in new)
     assert users.isdisjoint(target.users)  # they all read the sum now
     assert {n.target for n in new if n.op == "get_attr"} == {f"adapters.up.mine.{o}" for o in ("a", "b", "scale")}
 

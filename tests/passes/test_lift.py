@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxpeft.passes import EjectPass, InjectPass, LiftPass, PassError, Pipeline, RedirectPass
+from fxpeft.passes.meta import INPUTS, LIFTED, OPERAND, TARGET
 from fxpeft.passes.rewrite.inject import get_attr, install
-from fxpeft.passes.rewrite.lift import LIFTED, drop_unused, hand_in, last_placeholder, lift_bodies, remove
-from fxpeft.passes.targets.match import OPERAND, TARGET
+from fxpeft.passes.rewrite.lift import drop_unused, hand_in, last_placeholder, lift_bodies, remove
 
 SITES = ("up", "down")
 
 
 def adapted(form: str, *, bias: bool = False) -> GraphModule:
     graph_module = matched(FORMS[form]())
-    kinds = {n.meta[TARGET].site: n.meta[TARGET].kind for n in graph_module.graph.nodes if TARGET in n.meta}
+    kinds = {TARGET.of(n).site: TARGET.of(n).kind for n in graph_module.graph.nodes if TARGET.has(n)}
     passes: list[Any] = [InjectPass({site: [lora(kinds[site], seed=i)] for i, site in enumerate(SITES)})]
     if bias:
         passes.append(RedirectPass({"up": {"bias": ("own.bias", torch.linspace(-1, 2, 10))}}))
@@ -46,7 +46,7 @@ def test_rewritten(form: str) -> None:
         f"adapters.{site}.mine.{part}" for site in SITES for part in ("a", "b", "scale")
     )
     assert result.report.matched == tuple(lift.lifted)
-    assert not any(OPERAND in n.meta for n in graph_module.graph.nodes)
+    assert not any(OPERAND.has(n) for n in graph_module.graph.nodes)
     assert not hasattr(graph_module, "adapters")  # it holds none of them any more
     prefixes = {name: "p_" if isinstance(t, nn.Parameter) else "b_" for name, (_, t) in lift.lifted.items()}
     assert all(name.startswith(prefix) for name, prefix in prefixes.items())
@@ -92,7 +92,7 @@ def test_a_tensor_with_several_reads_has_one_placeholder() -> None:
     for path in ("adapters.one", "adapters.two", "adapters.one"):
         with graph_module.graph.inserting_before(output):
             read = get_attr(graph_module.graph, path)
-            read.meta[OPERAND] = True
+            OPERAND.set(read, True)
             value = graph_module.graph.call_function(torch.add, (value, read))
     output.args = (value,)
     lift = LiftPass()
@@ -124,7 +124,7 @@ def test_handed_in_as_one_argument(form: str) -> None:
     hand_in(graph_module)
     graph_module.graph.lint()
     graph_module.recompile()
-    operands = graph_module.meta["fxpeft.inputs"]
+    operands = INPUTS.of(graph_module)
     assert set(operands) == {f"{site}.mine.{part}" for site in SITES for part in ("a", "b", "scale")}
     torch.testing.assert_close(graph_module(IDS, operands), wanted)
     zero = {key: torch.zeros_like(tensor) for key, tensor in operands.items()}
@@ -169,7 +169,7 @@ def with_operand(graph_module: GraphModule, wanted: Callable[[GraphModule], bool
     output = next(n for n in body.graph.nodes if n.op == "output")
     with body.graph.inserting_before(output):
         read = get_attr(body.graph, "adapters.x")
-        read.meta[OPERAND] = True
+        OPERAND.set(read, True)
         result = body.graph.call_function(torch.ops.aten.add.Tensor, (output.args[0][0], read))
     output.args = ((result,),)
     body.recompile()
@@ -191,7 +191,7 @@ def test_through_every_level_of_bodies_and_back() -> None:
     for b in bodies(graph_module):  # all branches of a call take the same operands
         last = last_placeholder(b)
         assert last is not None
-        assert last.meta[LIFTED] == "adapters.x"
+        assert LIFTED.of(last) == "adapters.x"
     torch.testing.assert_close(graph_module(x), x.tanh() + operand)
     torch.testing.assert_close(graph_module(-x), -x - 1)
     added = next(n for n in body.graph.nodes if n.target is torch.ops.aten.add.Tensor)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from fxpeft.passes import Conv, Embedding, Linear, MatchPass, NameSelector, Target
-from fxpeft.passes.targets.match import TARGET
+from fxpeft.passes.meta import TARGET
 
 
 def everything(site: str) -> bool:
@@ -22,7 +22,7 @@ def everything(site: str) -> bool:
 
 def targets(graph_module: GraphModule) -> list[Target]:
     MatchPass(everything)(graph_module)
-    return [n.meta[TARGET] for n in graph_module.graph.nodes if TARGET in n.meta]
+    return [TARGET.of(n) for n in graph_module.graph.nodes if TARGET.has(n)]
 
 
 @pytest.mark.parametrize("form", FORMS)

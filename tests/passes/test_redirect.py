@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxpeft.passes import InjectPass, PassError, Pipeline, RedirectPass
-from fxpeft.passes.rewrite.redirect import REDIRECT
-from fxpeft.passes.targets.match import OPERAND, TARGET
+from fxpeft.passes.meta import OPERAND, REDIRECT, TARGET
 
 READING = [form for form in FORMS if form != "call_module"]
 BIAS, WEIGHT = torch.arange(10.0) / 3, torch.linspace(-1, 2, 6 * 2 * 3).view(6, 2, 3)
@@ -51,10 +50,10 @@ def test_rewritten(form: str) -> None:
     assert result.modified
     assert result.report.matched == ("up.bias", "conv.weight")
     assert result.report.nodes_after == result.report.nodes_before + 2
-    new = {n.target: n for n in graph_module.graph.nodes if REDIRECT in n.meta}
+    new = {n.target: n for n in graph_module.graph.nodes if REDIRECT.has(n)}
     assert set(new) == {"adapters.up.mine.bias", "adapters.conv.mine.weight"}
-    assert all(n.op == "get_attr" and n.meta[OPERAND] and n.users for n in new.values())
-    olds = [n for n in graph_module.graph.nodes if n.name in {m.meta[REDIRECT] for m in new.values()}]
+    assert all(n.op == "get_attr" and OPERAND.of(n) and n.users for n in new.values())
+    olds = [n for n in graph_module.graph.nodes if n.name in {REDIRECT.of(m) for m in new.values()}]
     assert len(olds) == 2  # they stay, for eject
     assert not any(n.users for n in olds)
     assert set(dict(graph_module.named_parameters())) - set(dict(FORMS[form]().named_parameters())) == {
@@ -101,7 +100,7 @@ def test_several_users_and_several_reads() -> None:
 def test_in_a_chain_with_inject(first: str) -> None:
     """Both orders give one program: the adapter's low rank on top of its own bias and weight."""
     graph_module = matched(FORMS["functional"]())
-    kinds = {n.meta[TARGET].site: n.meta[TARGET].kind for n in graph_module.graph.nodes if TARGET in n.meta}
+    kinds = {TARGET.of(n).site: TARGET.of(n).kind for n in graph_module.graph.nodes if TARGET.has(n)}
     passes = [RedirectPass(REDIRECTS), InjectPass({site: [lora(kinds[site])] for site in ("up", "down")})]
     Pipeline(passes if first == "redirect" else passes[::-1])(graph_module)
     other = matched(FORMS["functional"]())
