@@ -24,38 +24,30 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
-from fxpeft.passes.targets.globs import glob as compiled_glob
-from fxpeft.passes.targets.regex import DEEPEST, compiled, shown, spend
+from fxpeft.passes.targets.grammar import KEYS, SHOWN
+from fxpeft.passes.targets.regex import spend
+from fxpeft.passes.targets.terms import KINDS as KINDS
 from fxpeft.passes.targets.terms import (
-    COMPARE,
-    AllOf,
     AnyOf,
     Features,
     InClass,
     Layers,
     Name,
-    Not,
     OfKind,
     OfRole,
     Pattern,
-    PatternError,
     Regex,
     Subject,
     Suffix,
-    parts_of,
-    word_end,
-)  # fmt: skip
+)
+from fxpeft.passes.targets.terms import pattern as pattern
+from fxpeft.passes.targets.terms import regex as regex
 
-KINDS = ("linear", "embedding", "conv", "conv1d", "conv2d", "conv3d")
-DIGITS = 18  # of a number in a text
-LONGEST = 100_000  # characters of a text
-SHOWN = 400  # characters of a text around the place that a message points at
-_KEYS = ("name", "re", "kind", "class", "role")
 #: what no regular expression for a module's name contains: names have no ":" and no "="
 _MARK = re.compile(
-    rf"(?:^|(?<=[\s&|~(]))(?:(?:{'|'.join(_KEYS)}):|layers\[-?\d*:-?\d*(?::-?\d*)?\]|(?:in|out)(?:[!<>]?=|[<>])\d)"
+    rf"(?:^|(?<=[\s&|~(]))(?:(?:{'|'.join(KEYS)}):|layers\[-?\d*:-?\d*(?::-?\d*)?\]|(?:in|out)(?:[!<>]?=|[<>])\d)"
 )
 
 
@@ -64,14 +56,7 @@ _MARK = re.compile(
 
 def name(glob: str) -> Pattern:
     """A glob for the whole name."""
-    compiled_glob(glob)
     return Name(glob)
-
-
-def regex(expression: str) -> Pattern:
-    """A regular expression for the whole name."""
-    compiled(expression, "re:")
-    return Regex(expression)
 
 
 def suffix(text: str) -> Pattern:
@@ -81,53 +66,33 @@ def suffix(text: str) -> Pattern:
 
 def kind(text: str) -> Pattern:
     """A kind of site; ``PatternError`` where there is none of that name."""
-    if text not in KINDS:
-        raise PatternError(f"kind: expected one of {', '.join(KINDS)}, found {text!r}")
     return OfKind(text)
 
 
 def owner(which: type | str) -> Pattern:
     """Modules of a class, and what lies in them. A string is a glob for the class's name."""
-    text = which if isinstance(which, str) else which.__name__
-    compiled_glob(text)
-    return InClass(text)
+    return InClass(which if isinstance(which, str) else which.__name__)
 
 
 def role(glob: str) -> Pattern:
     """What a site does in the data flow."""
-    compiled_glob(glob)
     return OfRole(glob)
 
 
 def features(side: str, compare: str, number: int) -> Pattern:
     """Compare ``in`` or ``out`` features with a number."""
-    if side not in ("in", "out") or compare not in COMPARE:
-        raise PatternError(f"features: expected 'in' or 'out' and one of {' '.join(COMPARE)}, found {side}{compare}")
     return Features(side, compare, number)
 
 
 class _Layers:
     def __getitem__(self, index: int | slice | tuple[int, ...]) -> Pattern:
-        if isinstance(index, slice):
-            if index.step == 0:
-                raise PatternError("layers: a slice's step can't be zero")
-            return Layers((), index.start, index.stop, index.step)
-        return Layers(index if isinstance(index, tuple) else (index,))
+        return Layers.of(index)
 
 
 layers = _Layers()
 
 
 # --- texts ---
-
-
-def pattern(value: Pattern | str) -> Pattern:
-    """``value`` itself, or the pattern that a text says.
-
-    Raises:
-        PatternError: the text is no pattern; the message points at the character.
-    """
-    return value if isinstance(value, Pattern) else _Parser(value).whole()
 
 
 def is_pattern(value: object) -> bool:
@@ -148,112 +113,6 @@ def from_peft(targets: str | Collection[str] | Pattern) -> Pattern:
         return pattern(targets) if is_pattern(targets) else Regex(targets)
     parts = tuple(pattern(t) if is_pattern(t) else Suffix(t) for t in targets)
     return parts[0] if len(parts) == 1 else AnyOf(parts)
-
-
-class _Parser:
-    """Recursive descent over one text."""
-
-    def __init__(self, text: str) -> None:
-        if len(text) > LONGEST:
-            raise PatternError(f"a pattern of {len(text):,} characters, {shown(text)}; expected at most {LONGEST:,}")
-        self.text, self.at, self.depth = text, 0, 0
-
-    def whole(self) -> Pattern:
-        found = self.any()
-        if self.peek():
-            raise self.error("expected '&', '|' or the end")
-        return found
-
-    def any(self) -> Pattern:
-        return self.joined("|", self.all, AnyOf)
-
-    def all(self) -> Pattern:
-        return self.joined("&", self.one, AllOf)
-
-    def joined(self, sign: str, part: Callable[[], Pattern], made: type[AllOf] | type[AnyOf]) -> Pattern:
-        parts = [part()]
-        while self.peek() == sign:
-            self.at += 1
-            parts.append(part())
-        return parts[0] if len(parts) == 1 else made(tuple(p for part in parts for p in parts_of(part, made)))
-
-    def one(self) -> Pattern:
-        sign = self.peek()
-        if sign not in ("~", "("):
-            return self.term()
-        start, self.at, self.depth = self.at, self.at + 1, self.depth + 1
-        if self.depth > DEEPEST:
-            raise self.error(f"more than {DEEPEST} parentheses in each other; write it flatter", start)
-        if sign == "~":
-            found: Pattern = Not((self.one(),))
-        else:
-            found = self.any()
-            if self.peek() != ")":
-                raise self.error("this parenthesis is never closed", start)
-            self.at += 1
-        self.depth -= 1
-        return found
-
-    def term(self) -> Pattern:
-        start, text = self.at, self.word()
-        if not text:
-            raise self.error("expected a term")
-        if compared := re.fullmatch(r"(in|out)(!=|<=|>=|=|<|>)(.*)", text):
-            side, sign, number = compared.groups()
-            if not number.isdecimal() or len(number) > DIGITS:
-                raise self.error(f"expected a number after {side}{sign}", start + len(side) + len(sign))
-            return Features(side, sign, int(number))
-        if text.startswith("layers["):
-            return self.layers(start, text)
-        key, colon, rest = text.partition(":")
-        if not colon:
-            return Suffix(text)
-        if key not in _KEYS:
-            near = difflib.get_close_matches(key, _KEYS, n=1)
-            hint = f"; did you mean {near[0]}:?" if near else ""
-            raise self.error(f"expected one of {', '.join(f'{k}:' for k in _KEYS)}{hint}", start)
-        if not rest:
-            raise self.error(f"expected something after {text}", self.at)
-        make: dict[str, Callable[[str], Pattern]] = {
-            "name": name, "re": regex, "kind": kind, "class": owner, "role": role,
-        }  # fmt: skip
-        try:
-            return make[key](rest)
-        except PatternError as error:
-            raise self.error(str(error), start + len(key) + 1) from None
-
-    def layers(self, start: int, text: str) -> Pattern:
-        inside = text[len("layers[") : -1]
-        place = start + len("layers[")
-        if not text.endswith("]"):
-            raise self.error("expected ']'", start + len(text))
-        if re.fullmatch(rf"-?\d{{1,{DIGITS}}}(,-?\d{{1,{DIGITS}}})*", inside):
-            return layers[tuple(int(i) for i in inside.split(","))]
-        if not re.fullmatch(rf"(-?\d{{1,{DIGITS}}})?(:(-?\d{{1,{DIGITS}}})?){{1,2}}", inside):
-            raise self.error("expected indices as in layers[0,3] or a slice as in layers[4:-2]", place)
-        ends = [int(i) if i else None for i in inside.split(":")]
-        try:
-            return layers[slice(*ends)]
-        except PatternError as error:
-            raise self.error(str(error), place) from None
-
-    def word(self) -> str:
-        start = self.at
-        try:
-            self.at = word_end(self.text, start)
-        except PatternError as error:
-            raise self.error(str(error), error.at) from None
-        return self.text[start : self.at]
-
-    def peek(self) -> str:
-        while self.at < len(self.text) and self.text[self.at].isspace():
-            self.at += 1
-        return self.text[self.at : self.at + 1]
-
-    def error(self, what: str, at: int | None = None) -> PatternError:
-        at = self.at if at is None else at
-        first = max(at - SHOWN // 2, 0) if len(self.text) > SHOWN else 0
-        return PatternError(f"{what}\n  {self.text[first : first + SHOWN]}\n  {' ' * (at - first)}^")
 
 
 def select(wanted: Pattern, subjects: Iterable[Subject], where: str) -> list[Subject]:

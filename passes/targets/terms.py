@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import abc
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fxpeft.passes.targets.globs import glob
+from fxpeft.passes.targets.grammar import parse, word_end
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.names import matches
 from fxpeft.passes.targets.regex import PatternError as PatternError
 from fxpeft.passes.targets.regex import compiled
 
+KINDS = ("linear", "embedding", "conv", "conv1d", "conv2d", "conv3d")
 COMPARE: dict[str, Callable[[int, int], bool]] = {
     "=": operator.eq, "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
 }  # fmt: skip
@@ -37,7 +39,7 @@ class Subject:
 
 
 class Pattern(abc.ABC):
-    """A predicate on sites. ``str(pattern)`` is its text; ``parse`` reads it back."""
+    """A predicate on sites. ``str(it)`` is its text; :func:`pattern` reads it back."""
 
     binds = 3  # how tightly its text holds together: "|" 0, "&" 1, "~" 2, a term 3
     parts: tuple[Pattern, ...] = ()
@@ -53,16 +55,16 @@ class Pattern(abc.ABC):
         return self.why_not(subject) is None
 
     def __and__(self, other: Pattern | str) -> Pattern:
-        return AllOf((*parts_of(self, AllOf), *parts_of(_read(other), AllOf)))
+        return AllOf((*parts_of(self, AllOf), *parts_of(pattern(other), AllOf)))
 
     def __or__(self, other: Pattern | str) -> Pattern:
-        return AnyOf((*parts_of(self, AnyOf), *parts_of(_read(other), AnyOf)))
+        return AnyOf((*parts_of(self, AnyOf), *parts_of(pattern(other), AnyOf)))
 
     def __rand__(self, other: str) -> Pattern:
-        return _read(other) & self
+        return pattern(other) & self
 
     def __ror__(self, other: str) -> Pattern:
-        return _read(other) | self
+        return pattern(other) | self
 
     def __invert__(self) -> Pattern:
         return Not((self,))
@@ -148,6 +150,9 @@ class Name(Term):
 
     glob: str
 
+    def __post_init__(self) -> None:
+        glob(self.glob)
+
     def __str__(self) -> str:
         return f"name:{self.glob}"
 
@@ -190,9 +195,13 @@ class Suffix(Term):
 
 @dataclass(frozen=True)
 class OfKind(Term):
-    """``kind:``."""
+    """``kind:``, one of :data:`KINDS`."""
 
     kind: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise PatternError(f"kind: expected one of {', '.join(KINDS)}, found {self.kind!r}")
 
     def __str__(self) -> str:
         return f"kind:{self.kind}"
@@ -211,6 +220,9 @@ class InClass(Term):
 
     glob: str
 
+    def __post_init__(self) -> None:
+        glob(self.glob)
+
     def __str__(self) -> str:
         return f"class:{self.glob}"
 
@@ -226,6 +238,9 @@ class OfRole(Term):
     """``role:``, a role or the family before its dot."""
 
     glob: str
+
+    def __post_init__(self) -> None:
+        glob(self.glob)
 
     def __str__(self) -> str:
         return f"role:{self.glob}"
@@ -245,6 +260,17 @@ class Layers(Term):
     start: int | None = None
     stop: int | None = None
     step: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.step == 0:
+            raise PatternError("layers: a slice's step can't be zero")
+
+    @classmethod
+    def of(cls, index: int | slice | tuple[int, ...]) -> Layers:
+        """What stands in the brackets."""
+        if isinstance(index, slice):
+            return cls((), index.start, index.stop, index.step)
+        return cls(index if isinstance(index, tuple) else (index,))
 
     def __str__(self) -> str:
         if self.indices:
@@ -276,6 +302,11 @@ class Features(Term):
     compare: str
     number: int
 
+    def __post_init__(self) -> None:
+        if self.side not in ("in", "out") or self.compare not in COMPARE:
+            found = f"{self.side}{self.compare}"
+            raise PatternError(f"features: expected 'in' or 'out' and one of {' '.join(COMPARE)}, found {found}")
+
     def __str__(self) -> str:
         return f"{self.side}{self.compare}{self.number}"
 
@@ -293,13 +324,50 @@ class Features(Term):
         return str(self)
 
 
+def regex(expression: str) -> Pattern:
+    """A regular expression for the whole name, as ``re:`` says one.
+
+    Raises:
+        PatternError: it is none.
+    """
+    compiled(expression, "re:")
+    return Regex(expression)
+
+
 # --- texts ---
 
+_TERMS: Mapping[str, Callable[[str], Pattern]] = {
+    "": Suffix, "name": Name, "re": regex, "kind": OfKind, "class": InClass, "role": OfRole,
+}  # fmt: skip
 
-def _read(value: Pattern | str) -> Pattern:
-    from fxpeft.passes.targets.patterns import pattern  # the text's grammar is built on this file
 
-    return pattern(value)
+def pattern(value: Pattern | str) -> Pattern:
+    """``value`` itself, or the pattern that a text says.
+
+    Raises:
+        PatternError: the text is no pattern; the message points at the character.
+    """
+    return value if isinstance(value, Pattern) else parse(value, _Maker())
+
+
+class _Maker:
+    """The terms, for the grammar."""
+
+    def term(self, key: str, text: str) -> Pattern:
+        return _TERMS[key](text)
+
+    def layers(self, index: tuple[int, ...] | slice) -> Pattern:
+        return Layers.of(index)
+
+    def features(self, side: str, compare: str, number: int) -> Pattern:
+        return Features(side, compare, number)
+
+    def joined(self, sign: str, parts: Sequence[Pattern]) -> Pattern:
+        made: type[AllOf] | type[AnyOf] = AllOf if sign == "&" else AnyOf
+        return made(tuple(p for part in parts for p in parts_of(part, made)))
+
+    def negated(self, part: Pattern) -> Pattern:
+        return Not((part,))
 
 
 def parts_of(whole: Pattern, made: type[AllOf] | type[AnyOf]) -> tuple[Pattern, ...]:
@@ -309,29 +377,6 @@ def parts_of(whole: Pattern, made: type[AllOf] | type[AnyOf]) -> tuple[Pattern, 
 
 def _enclosed(part: Pattern, binds: int) -> str:
     return f"({part})" if part.binds < binds or (part.binds == binds and binds < 2) else str(part)
-
-
-def word_end(text: str, start: int) -> int:
-    """Where the word that begins at ``start`` ends: at a space or sign that is inside no bracket.
-
-    Raises:
-        PatternError: a bracket is never closed; ``at`` is its place.
-    """
-    at, open_ = start, list[int]()
-    while at < len(text):
-        sign = text[at]
-        if not open_ and (sign.isspace() or sign in "&|~)"):
-            break
-        if sign == "\\":
-            at += 1
-        elif sign in "([{":
-            open_.append(at)
-        elif sign in ")]}" and open_:
-            open_.pop()
-        at += 1
-    if open_:
-        raise PatternError("this bracket is never closed", open_[-1])
-    return min(at, len(text))
 
 
 def _closed(expression: str) -> bool:
