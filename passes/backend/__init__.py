@@ -1,1 +1,7 @@
 """What runs between Dynamo's capture and Inductor."""
+
+from fxpeft.passes.backend.clean import CleanPass
+from fxpeft.passes.backend.fold_inactive import FoldInactivePass
+from fxpeft.passes.backend.group import Group, GroupPass
+
+__all__ = ["CleanPass", "FoldInactivePass", "Group", "GroupPass"]

@@ -1,1 +1,6 @@
-"""Captured programs in the form that the passes read."""
+"""Captured programs in the form that the passes read, and the adapters in them in the form that programs have."""
+
+from fxpeft.passes.captured.aten import AtenPass
+from fxpeft.passes.captured.dynamo import annotate_sources, name_operands
+
+__all__ = ["AtenPass", "annotate_sources", "name_operands"]

@@ -1,4 +1,14 @@
-"""Binding: a module runs a generated forward, and gets its own class back."""
+"""Binding: a module runs a generated forward, and gets its own class back.
+
+A module is traced on its own, its leaf graph is rewritten, and the generated code becomes the
+``forward`` of a generated subclass of the module's own class. The instance is then moved to that
+class, as torch's parametrize and FSDP2 do: names, hooks, ``isinstance`` and state_dict keys of the
+base survive, and moving it back restores it exactly. Classes are cached by their source, so all
+sites of one kind share one, and per-layer compilation keeps one graph.
+
+A pickle of a bound module holds its source, which un-pickling runs, as un-pickling runs any code that a pickle
+names: for files that you wrote, never for a stranger's.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, TracedModule, join
-from fxpeft.passes.live import base_class, bind_source, given_forward
+from fxpeft.passes.live.bind import bind_source
+from fxpeft.passes.live.instance import base_class, given_forward
 from fxpeft.passes.meta import CALL, OPERAND
 from fxpeft.passes.pipeline import Pipeline
 from fxpeft.passes.recent import Recent

@@ -9,7 +9,9 @@ from torch import Tensor, fx, nn
 from torch.fx import GraphModule, Node
 
 from fxpeft.passes.base import PassError
-from fxpeft.passes.live import base_class, given_forward, signature, trace_module
+from fxpeft.passes.live.instance import base_class, given_forward
+from fxpeft.passes.live.signature import signature
+from fxpeft.passes.live.tracing import trace_module
 from fxpeft.passes.meta import TARGET
 from fxpeft.passes.recent import Recent
 from fxpeft.passes.targets.kinds import Conv, Embedding, Kind
