@@ -44,7 +44,10 @@ def anchors(page: Path) -> set[str]:
 
 def marked(page: Path) -> object:
     """A page that compiles with Inductor or AOTInductor may take over 10 s where nothing is in a cache."""
-    slow = any(re.search(r"torch\.compile\((?![^\n]*backend=)|fxpeft\.(compile|package)\(", c) for c, _ in blocks(page))
+    slow = any(
+        re.search(r"torch\.compile\((?![^\n]*backend=)|fxpeft\.(compile|package)\(|assert_swaps_clean\(", c)
+        for c, _ in blocks(page)
+    )
     return pytest.param(page, id=name(page), marks=pytest.mark.slow if slow else ())
 
 
@@ -104,6 +107,19 @@ def test_the_readme_is_a_front_door() -> None:
     assert len(text.splitlines()) <= 230
     linked = {(ROOT / link.partition("#")[0]).resolve() for link in LINK.findall(text)}
     assert not [name(page) for page in PAGES[1:] if page not in linked]
+
+
+def test_every_public_name_is_on_some_page() -> None:
+    words = set(re.findall(r"\w+", " ".join(page.read_text(encoding="utf-8") for page in PAGES)))
+    for module in (fxpeft, importlib.import_module("fxpeft.passes")):
+        assert not [public for public in module.__all__ if public not in words], module.__name__
+
+
+def test_the_verbs_of_the_readme_are_public() -> None:
+    table = README.read_text(encoding="utf-8").partition("## Which verb\n")[2].partition("\n## ")[0]
+    verbs = re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in table.splitlines() if "|" in line))
+    assert len(verbs) > 10
+    assert not [verb for verb in verbs if verb not in fxpeft.__all__]
 
 
 @pytest.mark.parametrize(("heading", "anchor"), [("`a_b`: C, d's", "a_b-c-ds"), ("Threads, forks", "threads-forks")])
