@@ -20,7 +20,7 @@ _KEPT = {  # package -> the modules that went into it by their own name
     "fxpeft.tools": "bench cli",
     "fxpeft.transform": "blend derived task_vectors",
     "fxpeft.integrations.transformers": "loading model_methods model_state saving trainer",
-    "fxpeft.passes.targets": "convolution flow globs kinds match names patterns regex roles terms",
+    "fxpeft.passes.targets": "convolution flow globs match names patterns regex roles terms",
     "fxpeft.passes.rewrite": "eject feed inject lift redirect subgraphs",
     "fxpeft.passes.slots": "copies slot stack",
     "fxpeft.passes.live": "locked parameters product",
@@ -40,6 +40,7 @@ MOVED = {
     "fxpeft.program_sites": "fxpeft.programs.sites",
     "fxpeft.prompts_serving": "fxpeft.serving.prompts",
     "fxpeft.target_parameters": "fxpeft.targets.parameters",
+    "fxpeft.passes.kinds": "fxpeft.passes.targets.operations",
     "fxpeft.passes.live.container": "fxpeft.passes.container",
 }
 

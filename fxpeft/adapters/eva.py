@@ -76,7 +76,7 @@ def initialize_eva(
             "initialize_eva sees one process's data, so processes would get different ranks; run it in one process, "
             "save_adapter, and load_adapter(..., trainable=True) in all of them"
         )
-    plans = {site: plan for site, plan in adapter.plan.sites.items() if plan.kind.name == "linear"}
+    plans = {site: plan for site, plan in adapter.plan.sites.items() if plan.kind.is_linear}
     run = _Run(model, config.eva_config, forward or _forward, rows or language_rows)
     with torch.no_grad(), disabled(model), _evaluation(model):
         sites = _search(run, dataloader, plans, max_passes, progress)

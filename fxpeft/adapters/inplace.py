@@ -15,7 +15,7 @@ from fxpeft.passes.base import attribute, join
 from fxpeft.passes.live.parameters import parameter_kind
 from fxpeft.passes.live.product import Product, check_stored, product_of
 from fxpeft.passes.slots.copies import Copies
-from fxpeft.passes.targets.kinds import Conv, Kind
+from fxpeft.passes.targets.kinds import Kind
 from fxpeft.targets.sites import base_modules, site_module
 
 Keep = Literal["original", "delta"]
@@ -90,9 +90,8 @@ def _gain(kind: Kind, weight: Tensor, values: SlotValues) -> Tensor | None:
     if values.g_out is not None:
         gain = values.g_out.to(weight).unsqueeze(1)
     if values.g_in is not None:
-        groups = kind.groups if isinstance(kind, Conv) else 1
         # an output sees the inputs of its own group only
-        inputs = values.g_in.to(weight).view(groups, -1).repeat_interleave(kind.out_features // groups, dim=0)
+        inputs = values.g_in.to(weight).view(kind.groups, -1).repeat_interleave(kind.out_features // kind.groups, dim=0)
         gain = inputs if gain is None else gain * inputs
     return None if gain is None else gain.view(*gain.shape, *(1 for _ in weight.shape[2:]))
 

@@ -16,11 +16,9 @@ from fxpeft.errors import AdapterError, CheckpointError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.config import AdapterConfig, matching
 from fxpeft.outside import why_unfit
-from fxpeft.passes.targets.kinds import Embedding, Linear
 from fxpeft.passes.targets.names import pattern_value
+from fxpeft.passes.targets.operations.registry import kinds
 from fxpeft.passes.targets.regex import limited
-
-_KINDS = (Linear(1, 1), Embedding(1, 1))  # the kinds that name their tensors differently
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def site_keys(found: Checkpoint) -> dict[str, dict[str, str]]:
     method = method_of(found.config)
     if method.whole:
         return {}
-    names = {f".{suffix}": name for kind in _KINDS for name, suffix in method.keys(kind).items()}
+    names = {f".{suffix}": name for kind in kinds() for name, suffix in method.keys(kind).items()}
     sites: dict[str, dict[str, str]] = {}
     for key in found.tensors:
         suffix = next((s for s in sorted(names, key=len, reverse=True) if key.endswith(s)), None)

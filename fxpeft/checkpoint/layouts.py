@@ -25,8 +25,8 @@ from fxpeft.methods.base import Method
 from fxpeft.methods.config import AdapterConfig, matching
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.model.wrappers import unwrap
-from fxpeft.passes.targets.kinds import Embedding, Linear
 from fxpeft.passes.targets.names import pattern_value
+from fxpeft.passes.targets.operations.registry import kinds
 from fxpeft.passes.targets.terms import Pattern
 from fxpeft.targets import experts
 from fxpeft.targets.parameters import parameter_sites
@@ -34,7 +34,6 @@ from fxpeft.targets.resolve import has_pattern, spelled
 from fxpeft.targets.sites import base_modules
 
 WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save|original_module)(?=\.)")
-_KINDS = (Linear(1, 1), Embedding(1, 1))  # the kinds that name their tensors differently
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def in_layout_of(
     own = below_module(model, found.tensors, method.prefix)
     found = found if own is found.tensors else replace(found, tensors=own)
     tensors = {_mapped(key.removeprefix(method.prefix), key_mapping): t for key, t in found.tensors.items()}
-    every = {f".{s}": name for kind in _KINDS for name, s in method.keys(kind).items()}
+    every = {f".{s}": name for kind in kinds() for name, s in method.keys(kind).items()}
     suffixes = dict(sorted(every.items(), key=lambda item: -len(item[0])))
     keys = {key: _parsed(key, suffixes) for key in tensors}
     whole = isinstance(model, PreTrainedModel)

@@ -20,7 +20,7 @@ from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.passes.rewrite.inject import Rewrite
-from fxpeft.passes.targets.kinds import Conv, Kind
+from fxpeft.passes.targets.kinds import Kind
 
 
 @dataclass
@@ -103,8 +103,8 @@ class AdaLora(Method[AdaLoraConfig]):
     config_class = AdaLoraConfig
 
     def plan(self, config: AdaLoraConfig, site: str, kind: Kind) -> SitePlan:
-        plain = kind.name == "linear" or (isinstance(kind, Conv) and kind.name == "conv2d" and kind.groups == 1)
-        if not plain or (isinstance(kind, Conv) and kind.padding == "same" and kind.dilation not in (1, (1, 1))):
+        plain_image = len(kind.kernel) == 2 and kind.groups == 1 and kind.like_target
+        if not kind.is_linear and not plain_image:
             raise AdapterError(
                 f"{site}: AdaLoRA adapts linear layers and plain conv2d, as in PEFT, found {kind}; leave the site out"
             )

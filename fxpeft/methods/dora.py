@@ -18,7 +18,7 @@ from fxpeft.methods.base import Base, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.lora import Lora, LoraConfig, rest
 from fxpeft.passes.rewrite.inject import Rewrite
-from fxpeft.passes.targets.kinds import Conv, Kind
+from fxpeft.passes.targets.kinds import Kind
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -81,7 +81,7 @@ class Dora(Lora):
         return self.name
 
     def plan(self, config: LoraConfig, site: str, kind: Kind) -> SitePlan:
-        if isinstance(kind, Conv) and kind.groups > 1:
+        if kind.groups > 1:
             raise AdapterError(
                 f"{site}: DoRA of a grouped convolution: its update is no change of the weight, so it has no norm; "
                 "leave the site out or set use_dora=False"
@@ -89,7 +89,7 @@ class Dora(Lora):
         return super().plan(config, site, kind)
 
     def shapes(self, config: LoraConfig, plan: SitePlan) -> dict[str, tuple[int, ...]]:
-        out, kernel = plan.kind.out_features, getattr(plan.kind, "kernel", ())
+        out, kernel = plan.kind.out_features, plan.kind.kernel
         magnitude = (1, out, *(1 for _ in kernel)) if kernel else (out,)
         return {**super().shapes(config, plan), MAGNITUDE: magnitude}
 

@@ -16,7 +16,7 @@ from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig, check_pattern
 from fxpeft.passes.rewrite.inject import Rewrite
-from fxpeft.passes.targets.kinds import Conv, Kind
+from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.names import Endings
 from fxpeft.passes.targets.regex import compiled
 from fxpeft.targets.defaults import default_feedforward
@@ -90,7 +90,7 @@ class Ia3(Method[IA3Config]):
             config.feedforward_modules = default_feedforward(model)
 
     def plan(self, config: IA3Config, site: str, kind: Kind) -> Ia3Plan:
-        if kind.name == "embedding":
+        if kind.looks_up:
             raise AdapterError(f"{site}: IA3 of an embedding is not supported, as in PEFT; leave the site out")
         names = config.feedforward_modules or ()
         if isinstance(names, str):
@@ -102,7 +102,7 @@ class Ia3(Method[IA3Config]):
     def shapes(self, config: IA3Config, plan: SitePlan) -> dict[str, tuple[int, ...]]:
         feedforward = isinstance(plan, Ia3Plan) and plan.feedforward
         count = plan.kind.in_features if feedforward else plan.kind.out_features
-        if isinstance(plan.kind, Conv):
+        if plan.kind.kernel:
             return {"ia3_l": (1, count, *(1 for _ in plan.kind.kernel))}
         return {"ia3_l": (1, count) if feedforward else (count, 1)}
 

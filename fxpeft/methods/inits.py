@@ -103,8 +103,8 @@ def check_site(name: object, site: str, kind: Kind, rank: int) -> None:
     """
     if isinstance(name, bool) or name == "gaussian":
         return
-    if kind.name != "linear":
-        if kind.name == "embedding" and name != "loftq":
+    if not kind.is_linear:
+        if kind.looks_up and name != "loftq":
             return  # PEFT: an embedding starts as with True
         raise AdapterError(
             f"{site}: init_lora_weights={name!r} is for linear layers, as in PEFT, found {kind.name}; leave the site "

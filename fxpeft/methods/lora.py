@@ -26,10 +26,11 @@ from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import RankConfig
 from fxpeft.methods.inits import EvaConfig, LoftQConfig
 from fxpeft.passes.base import PassError, join
-from fxpeft.passes.live.parameters import ParameterKind, scaled
+from fxpeft.passes.live.parameters import scaled
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.names import pattern_value
+from fxpeft.passes.targets.operations import ParameterKind
 from fxpeft.passes.targets.terms import Pattern
 
 S = TypeVar("S", LoftQConfig, EvaConfig)
@@ -207,19 +208,19 @@ class Lora(Method[LoraConfig]):
         shapes = {"lora_A": plan.kind.a_shape(plan.rank), "lora_B": plan.kind.b_shape(plan.rank)}
         if config.lora_bias:
             shapes["lora_B_bias"] = (plan.kind.out_features,)
-        if self.frozen(config) and plan.kind.name == "linear":
+        if self.frozen(config) and plan.kind.is_linear:
             shapes |= {"lora_A0": shapes["lora_A"], "lora_B0": shapes["lora_B"]}
         return shapes
 
     def keys(self, kind: Kind) -> dict[str, str]:
-        if kind.name == "embedding":
+        if kind.looks_up:
             return {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
         return {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"}
 
     def initialise(self, config: LoraConfig, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
         a, b = parameters["lora_A"], parameters["lora_B"]
         mode = config.init_lora_weights
-        if plan.kind.name == "embedding":
+        if plan.kind.looks_up:
             nn.init.normal_(a) if mode is False else nn.init.zeros_(a)
             nn.init.normal_(b)
             return
@@ -281,7 +282,7 @@ class Lora(Method[LoraConfig]):
         return {name: value for name, value in parameters.items() if name not in self.frozen(config)}
 
     def dropout(self, config: LoraConfig, kind: Kind) -> float:
-        return 0.0 if kind.name == "embedding" else config.lora_dropout
+        return 0.0 if kind.looks_up else config.lora_dropout
 
     def rewrite(self, name: str, config: LoraConfig, site: SiteAdapter) -> Rewrite:
         operands = ("lora_A", "lora_B", "scaling", "lora_B_bias", "lora_A0", "lora_B0", "dropout")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft.errors import AdapterError
-from fxpeft.passes.targets.kinds import Conv, Embedding, Kind, Linear
+from fxpeft.passes.targets.kinds import Kind
+from fxpeft.passes.targets.operations.registry import operation_named, operation_of_kind
 
 
 @dataclass(frozen=True)
@@ -53,39 +54,25 @@ def skeleton(outlines: Mapping[str, Outline]) -> nn.Module:
 
 
 def _stub(outline: Outline) -> nn.Module:
-    kind, weight, bias = outline.kind, outline.weight, outline.bias
+    operation, weight, bias = operation_of_kind(outline.kind), outline.weight, outline.bias
     zero = torch.zeros((), dtype=outline.dtype, device=outline.device)  # seen as many, it takes no memory
-    shape: tuple[int, ...] = (kind.out_features, kind.in_features)
-    if isinstance(kind, Conv):
-        shape = (kind.out_features, kind.in_features // kind.groups, *kind.kernel)
-    weight = zero.expand(shape) if weight is None else weight
-    bias = zero.expand(kind.out_features) if bias is None and outline.biased else bias
-    module: nn.Module
     with torch.device("meta"):
-        if isinstance(kind, Embedding):
-            module, weight = nn.Embedding(kind.in_features, kind.out_features), weight.t()
-        elif isinstance(kind, Conv):
-            cls: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(kind.kernel)]
-            sizes = (_size(kind.stride), _size(kind.padding), _size(kind.dilation))
-            module = cls(kind.in_features, kind.out_features, kind.kernel, *sizes, kind.groups, bias=bias is not None)
-        else:
-            module = nn.Linear(kind.in_features, kind.out_features, bias=bias is not None)
+        module = operation.stub(outline.kind, bias is not None or outline.biased)
+    if weight is None:
+        weight = zero.expand(module.get_parameter("weight").shape)
+    elif operation.flip:
+        weight = weight.t()
     module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
+    if module._parameters.get("bias") is not None:
+        bias = zero.expand(outline.kind.out_features) if bias is None else bias
         module._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
     return module.eval()
-
-
-def _size(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list | tuple) else value
 
 
 def kind_to_json(kind: Kind) -> dict[str, Any]:
     """A kind as a manifest holds it."""
     found: dict[str, Any] = {"kind": kind.name, "in": kind.in_features, "out": kind.out_features}
-    if isinstance(kind, Conv):
-        found |= {k: getattr(kind, k) for k in ("kernel", "stride", "padding", "dilation", "groups")}
-    return found
+    return found | kind.settings()
 
 
 def kind_from_json(values: Mapping[str, Any], source: str) -> Kind:
@@ -96,13 +83,9 @@ def kind_from_json(values: Mapping[str, Any], source: str) -> Kind:
     """
     try:
         name, size = values["kind"], (int(values["in"]), int(values["out"]))
-        if name == "linear":
-            return Linear(*size)
-        if name == "embedding":
-            return Embedding(*size)
-        if name in ("conv1d", "conv2d", "conv3d"):
-            stride, padding, dilation = (_size(values[k]) for k in ("stride", "padding", "dilation"))
-            return Conv(*size, tuple(values["kernel"]), stride, padding, dilation, int(values["groups"]))
+        operation = operation_named(name)
+        if operation is not None:
+            return operation.kind.of_settings(*size, values)
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{source}: damaged: expected a target's kind, found {values!r} ({error})") from None
     raise AdapterError(f"{source}: expected a known kind of target, found {name!r}; it is of a later fxpeft")

@@ -92,7 +92,7 @@ def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
 def _is_packed(module: nn.Module) -> bool:
     """A linear whose weight is no [out, in] matrix of floats: a quantised one."""
     kind, weight = module_kind(module), getattr(module, "weight", None)
-    if kind is None or kind.name != "linear" or (isinstance(module, nn.Linear) and type(weight) is nn.Parameter):
+    if kind is None or not kind.is_linear or (isinstance(module, nn.Linear) and type(weight) is nn.Parameter):
         return False
     if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
         return True

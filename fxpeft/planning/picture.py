@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import networkx as nx
 import torch
-from torch import nn
 
 from fxpeft.errors import AdapterError
 from fxpeft.methods import method_of
@@ -16,7 +15,8 @@ from fxpeft.passes.live import trace_module
 from fxpeft.passes.meta import TARGET
 from fxpeft.passes.rewrite.inject import InjectPass, Rewrite
 from fxpeft.passes.targets.flow import Flow
-from fxpeft.passes.targets.kinds import Conv, Embedding, Kind
+from fxpeft.passes.targets.kinds import Kind
+from fxpeft.passes.targets.operations.registry import operation_of_kind
 from fxpeft.passes.targets.patterns import layers_of
 from fxpeft.passes.targets.roles import find_roles
 
@@ -95,19 +95,12 @@ def _rewritten(plan: Plan, name: str, kind: Kind) -> tuple[Drawing, dict[str, st
     adapter = SiteAdapter(site, {key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
     rewrite = method.rewrite("default", plan.config, adapter)
     assert isinstance(rewrite, Rewrite)
-    graph = InjectPass({"": [rewrite]})(trace_module(_stand_in(kind))).graph_module
+    with torch.device("meta"):
+        stand_in = operation_of_kind(kind).stub(kind, kind.takes_bias)
+    graph = InjectPass({"": [rewrite]})(trace_module(stand_in)).graph_module
     stands_for = {n.name: {"placeholder": "x", "output": "output"}.get(n.op, "base") for n in graph.graph.nodes
                   if n.op in ("placeholder", "output") or TARGET.has(n)}  # fmt: skip
     return drawing_of(graph, new=True), stands_for
-
-
-def _stand_in(kind: Kind) -> nn.Module:
-    if isinstance(kind, Embedding):
-        return nn.Embedding(kind.in_features, kind.out_features, device="meta")
-    if isinstance(kind, Conv):
-        made = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(kind.kernel)]
-        return made(kind.in_features, kind.out_features, kind.kernel, groups=kind.groups, device="meta")  # type: ignore[arg-type]
-    return nn.Linear(kind.in_features, kind.out_features, device="meta")
 
 
 def _rewrite(drawing: Drawing, vertex: str, rewritten: Drawing, stands_for: dict[str, str]) -> None:

@@ -248,7 +248,7 @@ def apply(plan: Plan, model: nn.Module, name: str = "default") -> None:
 def _flops(site: SitePlan, shapes: Iterable[tuple[int, ...]]) -> int:
     """A matrix costs two per element, a vector one; an embedding's A is looked up and costs nothing."""
     shapes = list(shapes)
-    looked_up = site.kind.a_shape(site.rank) if site.kind.name == "embedding" else None
+    looked_up = site.kind.a_shape(site.rank) if site.kind.looks_up else None
     if looked_up in shapes:
         shapes.remove(looked_up)
     return sum(math.prod(shape) * (2 if sum(d > 1 for d in shape) > 1 else 1) for shape in shapes)

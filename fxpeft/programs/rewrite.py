@@ -34,10 +34,10 @@ from fxpeft.passes.rewrite.redirect import RedirectPass
 from fxpeft.passes.rewrite.subgraphs import annotate_bodies, copy_graph_module, own_bodies, share_bodies, walk
 from fxpeft.passes.slots.slot import LEAST, Slot
 from fxpeft.passes.source import check_all_names, check_path
-from fxpeft.passes.targets.kinds import Conv, Kind
-from fxpeft.passes.targets.match import read_path
+from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.names import Selection
 from fxpeft.passes.targets.patterns import from_peft
+from fxpeft.passes.targets.reading import read_path
 from fxpeft.passes.targets.terms import Subject
 from fxpeft.programs.exported import KEYWORDS, close_program, eject_program, lower_to_aten, open_program, tensors_of
 from fxpeft.programs.sites import Attributes, Found, closed_sites, match_sites
@@ -381,7 +381,7 @@ def _slots(
 def _ranks(found: Mapping[str, list[Found]]) -> int:
     """A rank that every grouped convolution allows: only the sites of the plan are used."""
     kinds = [each.target.kind for nodes in found.values() for each in nodes]
-    return math.lcm(*(kind.groups for kind in kinds if isinstance(kind, Conv)))
+    return math.lcm(*(kind.groups for kind in kinds))
 
 
 def _is_new(matched: tuple[dict[str, list[Found]], list[str]], rewrites: Rewrites) -> bool:

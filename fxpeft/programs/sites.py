@@ -13,15 +13,12 @@ from fxpeft.model.skeleton import Outline
 from fxpeft.passes.base import attribute
 from fxpeft.passes.meta import SITE, TARGET, Located
 from fxpeft.passes.rewrite.subgraphs import closed, walk
-from fxpeft.passes.targets.kinds import Conv
 from fxpeft.passes.targets.match import (
     MatchPass,
-    Unsupported,
-    calling_module,
     operands,
-    read_path,
     read_target,
 )
+from fxpeft.passes.targets.reading import Unsupported, calling_module, read_path
 
 
 class Attributes:
@@ -56,7 +53,7 @@ def match_sites(graph_module: GraphModule, tensors: Any) -> tuple[dict[str, list
             target = TARGET.get(node)
             if target is None or SITE.has(node) or node.op == "output":
                 continue
-            if isinstance(target.kind, Conv) and _pads_itself(node, target):
+            if target.kind.kernel and _pads_itself(node, target):
                 skipped.append(f"{target.site}: it pads its input itself, and the adapter's A would see the padding")
                 continue
             found.setdefault(target.site, []).append(Found(each, node, target, _outline(each, node, target, tensors)))

@@ -23,9 +23,10 @@ from fxpeft.model.reads import read_past
 from fxpeft.model.skeleton import Skeleton
 from fxpeft.passes.base import PassError, join
 from fxpeft.passes.live import base_class
-from fxpeft.passes.live.parameters import ParameterKind, parameter_kind, parameter_value, parametrized
+from fxpeft.passes.live.parameters import parameter_kind, parameter_value, parametrized
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.names import Selection
+from fxpeft.passes.targets.operations import ParameterKind
 
 if TYPE_CHECKING:
     from fxpeft.adapters.state import Adapter

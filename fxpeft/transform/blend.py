@@ -16,8 +16,7 @@ from fxpeft.adapters.state import Adapter, state_of, unwrap
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
 from fxpeft.model.wrappers import submodule
-from fxpeft.passes.live.product import why_no_delta
-from fxpeft.passes.targets.kinds import Conv, Kind
+from fxpeft.passes.targets.kinds import Kind
 from fxpeft.targets.parameters import refuse_parameters
 from fxpeft.transform.derived import add_lora, brought, factorise, in_order, refactorise
 from fxpeft.transform.task_vectors import PRUNING, Sign, merge
@@ -155,8 +154,7 @@ def _shares(model: nn.Module, site: str, sources: Sequence[Adapter], weights: Se
 
 def _joined(kind: Kind, shares: list[_Share]) -> tuple[Tensor, Tensor]:
     """Factors side by side along the rank; a grouped convolution's group by group, as its B reads them."""
-    groups = kind.groups if isinstance(kind, Conv) else 1
-    a = torch.cat([(s.a * s.factor).view(groups, -1, *s.a.shape[1:]) for s in shares], dim=1)
+    a = torch.cat([(s.a * s.factor).view(kind.groups, -1, *s.a.shape[1:]) for s in shares], dim=1)
     return a.flatten(0, 1), torch.cat([s.b for s in shares], dim=1)
 
 
@@ -192,8 +190,8 @@ def _check_sites(model: nn.Module, shares: dict[str, list[_Share]], rule: str, w
         ranks = {s.adapter: s.rank for s in each}
         if rule != "cat" and not whole and len(set(ranks.values())) > 1:
             problems.append(f"{site}: {rule} needs equal ranks, found {ranks}; use cat or an svd type")
-        if whole and isinstance(each[0].kind, Conv) and each[0].kind.groups > 1:
-            why = why_no_delta(each[0].kind, submodule(model, site))
+        if whole and each[0].kind.groups > 1:
+            why = each[0].kind.why_no_delta(submodule(model, site))
             problems.append(f"{site}: {why}; use cat or linear")
     if problems:
         raise AdapterError(f"these adapters can't be blended so; nothing was changed.\n{listing(problems)}")

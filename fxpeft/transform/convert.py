@@ -18,8 +18,6 @@ from fxpeft.methods.base import Base, SitePlan, SlotValues
 from fxpeft.model.wrappers import submodule
 from fxpeft.passes.base import PassError
 from fxpeft.passes.live import base_weight
-from fxpeft.passes.live.product import why_no_delta
-from fxpeft.passes.targets.kinds import Conv
 from fxpeft.targets.parameters import refuse_parameters
 from fxpeft.transform.derived import add_lora, brought, factorise, in_order, refactorise
 
@@ -104,14 +102,14 @@ def _factors(
             "give a rank to approximate it"
         )
     a, rows = lowered.a.float(), lowered.b.float() * lowered.d.to(lowered.b.device).unsqueeze(1)
-    grouped = isinstance(kind, Conv) and kind.groups > 1
+    grouped = kind.groups > 1
     if rank is None:
         on = lowered.d != 0
         if not grouped and not on.all():  # at least one is kept: a LoRA of rank 0 there isn't
             on[0] |= not on.any()
             a, rows = a[on.to(a.device)], rows[on.to(a.device)]
         return a, kind.unrows(rows, len(a)).contiguous()
-    reason = why_no_delta(kind, module) if grouped or gains else None
+    reason = kind.why_no_delta(module) if grouped or gains else None
     if reason:
         raise PassError(f"{reason}, so there is no nearest one of a lower rank")
     most = min(rank, kind.out_features, torch.Size(kind.a_shape(1)).numel())

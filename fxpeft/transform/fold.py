@@ -34,7 +34,7 @@ from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.base import Base, SlotValues
 from fxpeft.passes.base import PassError, attribute, join
-from fxpeft.passes.live.product import Product, why_no_delta
+from fxpeft.passes.live.product import Product
 from fxpeft.serving.swap import activate, lower_again
 
 
@@ -319,7 +319,7 @@ def _fold_site(
     module: nn.Module, product: Product, weight: Tensor, bias: Tensor | None, each: list[SlotValues]
 ) -> tuple[Tensor, Tensor | None]:
     """New weight and bias of a site; the old ones themselves where nothing changes."""
-    reason = why_no_delta(product.kind, module)
+    reason = product.kind.why_no_delta(module)
     for values in each:
         if reason and values.d.numel():
             raise PassError(f"{reason}, so it is no change of the weight; leave the site out or serve it unfolded")

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from fxpeft.passes.base import attribute
 from fxpeft.passes.meta import OPERAND, READS
-from fxpeft.passes.targets.match import calling_module
+from fxpeft.passes.targets.reading import calling_module
 
 _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]|\.(\w+)|\[(\d+)\]")
 

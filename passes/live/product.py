@@ -14,11 +14,10 @@ from fxpeft.passes.live.signature import signature
 from fxpeft.passes.live.tracing import trace_module
 from fxpeft.passes.meta import TARGET
 from fxpeft.passes.recent import Recent
-from fxpeft.passes.targets.kinds import Conv, Embedding, Kind
+from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.match import operands, stored_weight
+from fxpeft.passes.targets.operations.registry import OPERATIONS
 
-# forwards that torch.fx may not look into and that are nothing but the product of their kind
-_STOCK = {c.forward for c in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 _products: Recent[tuple[Any, ...], Product] = Recent()
 
 
@@ -62,7 +61,9 @@ def product_of(module: nn.Module) -> Product:
 def _read(module: nn.Module) -> Product:
     traced = trace_module(module)
     node = next(n for n in traced.graph.nodes if TARGET.has(n))
-    if node.op == "call_module" and (given_forward(module) or base_class(module).forward not in _STOCK):
+    # forwards that torch.fx may not look into and that are nothing but the product of their kind
+    stock = {cls.forward for operation in OPERATIONS for cls in operation.modules}
+    if node.op == "call_module" and (given_forward(module) or base_class(module).forward not in stock):
         name = base_class(module).__name__
         raise PassError(f"torch.fx can't look into {name}.forward, which may do more with its weight than one product")
     found, flip = stored_weight(traced, node)
@@ -102,24 +103,3 @@ def _uses(graph: fx.Graph, path: str) -> int:
     """How often a graph computes with an attribute; asking for its dtype or shape is no computation."""
     reads = [n for n in graph.nodes if n.op == "get_attr" and n.target == path]
     return sum(user.target not in (getattr, "size", "dim") for read in reads for user in read.users)
-
-
-def why_no_delta(kind: Kind, module: nn.Module) -> str | None:
-    """Why a low-rank update of a target is no change of its weight, or ``None``."""
-    if isinstance(kind, Embedding) and dict(kind.options).get("max_norm") is not None:
-        return "an embedding with max_norm rescales what it looks up, the update's part apart from the base's"
-    if not isinstance(kind, Conv):
-        return None
-    if kind.groups > 1:
-        return "the update of a grouped convolution mixes all groups, and its weight can't"
-    pads = kind.padding not in (0, "valid", (0,) * len(kind.kernel))
-    wide = any(k > 1 for k in kind.kernel)
-    if kind.padding == "same" and wide and any(d != 1 for d in _sizes(kind.dilation)):
-        return 'with padding="same" and dilation the update is a convolution without dilation'
-    if getattr(module, "padding_mode", "zeros") != "zeros" and pads and (wide or kind.padding != "same"):
-        return f"the update pads with zeros, the convolution with padding_mode={module.padding_mode!r}"
-    return None
-
-
-def _sizes(value: int | tuple[int, ...]) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value,)

@@ -25,7 +25,9 @@ from fxpeft.passes.recent import Recent
 from fxpeft.passes.rewrite.feed import LEAF
 from fxpeft.passes.source import check_plain
 from fxpeft.passes.targets.kinds import Kind
-from fxpeft.passes.targets.match import MatchPass, Target, Unsupported, module_kind, read_target, stored_weight
+from fxpeft.passes.targets.match import MatchPass, Target, module_kind, read_target, stored_weight
+from fxpeft.passes.targets.operations.registry import kind_names
+from fxpeft.passes.targets.reading import Unsupported
 
 _kinds: Recent[tuple[Any, ...], Kind] = Recent()
 _weights: Recent[tuple[Any, ...], tuple[str, bool]] = Recent()  # a weight's name, and whether it is stored [in, out]
@@ -117,7 +119,7 @@ def trace_module(module: nn.Module) -> GraphModule:
         return traced
     kind = module_kind(module)
     if kind is None:
-        known = "linear, embedding, conv1d, conv2d, conv3d or a module with in_features and out_features"
+        known = f"{', '.join(kind_names())} or a module with in_features and out_features"
         raise PassError(f"{base_class(module).__name__} is no kind of target: expected {known}")
     return _leaf_graph(module)
 

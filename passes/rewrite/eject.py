@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from fxpeft.passes.base import GraphPass, Report, RewriteResult, Skip, attribute
 from fxpeft.passes.meta import OPERAND, ORIGIN, REDIRECT, SITE, TARGET, Located, Origin
 from fxpeft.passes.rewrite.inject import reroute
-from fxpeft.passes.targets.match import read_path
+from fxpeft.passes.targets.reading import read_path
 
 
 class EjectPass(GraphPass):

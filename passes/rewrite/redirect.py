@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, join
 from fxpeft.passes.meta import OPERAND, REDIRECT
 from fxpeft.passes.rewrite.inject import get_attr, install
-from fxpeft.passes.targets.match import read_path
+from fxpeft.passes.targets.reading import read_path
 
 
 class RedirectPass(GraphPass):

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from fxpeft.passes.base import attribute, node_of
 from fxpeft.passes.meta import BODY, READS, REDIRECT, REWRITE
-from fxpeft.passes.targets.match import read_path, value_of
+from fxpeft.passes.targets.reading import read_path, value_of
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from fxpeft.passes.base import attribute
-from fxpeft.passes.targets.kinds import Linear
-from fxpeft.passes.targets.match import Unsupported, read_target
+from fxpeft.passes.targets.match import read_target
+from fxpeft.passes.targets.operations.linear import Linear
+from fxpeft.passes.targets.reading import Unsupported
 
 Flow: TypeAlias = "nx.MultiDiGraph[str]"
 
@@ -131,10 +132,9 @@ class _Lift:
         except Unsupported:
             target = None
         if target is not None:
-            kind = target.kind.name
             source = node.args[target.input] if target.input < len(node.args) else node.kwargs["input"]
             site = owner_of(node) or target.site
-            return self.vertex(node, "conv" if kind.startswith("conv") else kind, [source], site=site, kind=target.kind)
+            return self.vertex(node, target.kind.family, [source], site=site, kind=target.kind)
         return self.other(node, operation(self.gm, node), operands)
 
     def other(self, node: Node, op: str, operands: Sequence[Node]) -> _Value:

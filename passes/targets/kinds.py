@@ -1,22 +1,24 @@
-"""The kinds of target a rewrite knows, and the linear algebra that each kind gives a method.
+"""What a kind of target gives a method: its linear algebra, and what it can do.
 
 A low-rank method is the same sentence for every kind: *reduce* the input to ``rank`` numbers,
 *scale* them, *expand* them to the output. What reducing means (a matrix product, a table look-up,
 a convolution) is the kind's; which factors and scales, the method's. All functions here that take
 tensors are plain and traceable: they are called on ``torch.fx`` proxies while a graph is rewritten,
-and on tensors when a slot is checked against its training subgraph.
+and on tensors when a slot is checked against its training subgraph. The kinds themselves are in
+:mod:`fxpeft.passes.targets.operations`, one file each with how it is found in a graph.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from fxpeft.passes.targets import convolution
+K = TypeVar("K", bound="Kind")
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,37 @@ class Kind:
     in_features: int
     out_features: int
 
-    name = "linear"
+    name = "linear"  # in messages, plans, patterns and manifests
+    family = "linear"  # what several names have in common, as conv1d and conv2d
+    is_linear = True  # whether its input is multiplied with one matrix, which may be decomposed
+    looks_up = False  # whether its input is the numbers of columns of A
     takes_bias = True  # whether a term may be added per output feature, as lora_bias does
     takes_gain = True  # whether the input can be multiplied
+    like_target = True  # whether A is applied in the way of the target's own weight
     leaf = ""  # of a target that is a parameter: its name in its module
+
+    @property
+    def groups(self) -> int:
+        """Into how many parts that don't mix inputs and outputs fall."""
+        return 1
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The sizes of a weight ``[out, in, *kernel]`` beside its features."""
+        return ()
+
+    def settings(self) -> dict[str, Any]:
+        """What a manifest holds of it beside its name and features."""
+        return {}
+
+    @classmethod
+    def of_settings(cls: type[K], in_features: int, out_features: int, settings: Mapping[str, Any]) -> K:
+        """The inverse of :meth:`settings`.
+
+        Raises:
+            KeyError, TypeError, ValueError: they are none.
+        """
+        return cls(in_features, out_features)
 
     def host(self, site: str) -> str:
         """The name of the module whose forward is rewritten for a site: its own, or the one that a parameter is of."""
@@ -111,107 +140,6 @@ class Kind:
         """The inverse of :meth:`rows`."""
         return rows.t()
 
-
-@dataclass(frozen=True)
-class Linear(Kind):
-    """``F.linear``; also ``addmm`` with the weight stored ``[in, out]`` (GPT-2's Conv1D)."""
-
-
-@dataclass(frozen=True)
-class Embedding(Kind):
-    """``F.embedding``: ``in_features`` is the number of rows, ``out_features`` their width.
-
-    ``options`` are the look-up's own (``padding_idx``, ``max_norm``, ...), applied to A's look-up too.
-    """
-
-    options: tuple[tuple[str, Any], ...] = field(default=())
-
-    name = "embedding"
-    takes_bias = False
-    takes_gain = False
-
-    def reduce(self, x: Tensor, a: Tensor) -> Tensor:
-        """Token ids ``[...]`` to ``[..., rank]``: the ids' columns of A."""
-        return F.embedding(x, a.t(), **dict(self.options))
-
-    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.embedding(x, weight.t(), **dict(self.options))
-
-
-@dataclass(frozen=True)
-class Conv(Kind):
-    """``F.conv1d`` / ``conv2d`` / ``conv3d``, grouped or not.
-
-    A is a convolution over all input channels with the target's own kernel, stride and padding;
-    B is a 1x1 convolution with the target's groups (PEFT's ``lora.layer._ConvNd``). PEFT's A has no
-    dilation, which fits a dilated target with ``padding="same"`` only: there A has none here
-    either, elsewhere it has the target's.
-    """
-
-    kernel: tuple[int, ...] = ()
-    stride: Any = 1
-    padding: Any = 0
-    dilation: Any = 1
-    groups: int = 1
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """``conv1d``, ``conv2d`` or ``conv3d``."""
-        return f"conv{len(self.kernel)}d"
-
-    def a_shape(self, rank: int) -> tuple[int, ...]:
-        return (rank, self.in_features, *self.kernel)
-
-    def b_shape(self, rank: int) -> tuple[int, ...]:
-        return (self.out_features, rank // self.groups, *(1 for _ in self.kernel))
-
-    def check_rank(self, rank: int) -> str | None:
-        if rank > 0 and rank % self.groups:
-            return f"rank must be divisible by the convolution's {self.groups} groups, found {rank}"
-        return super().check_rank(rank)
-
-    def _conv(self, *args: Any, **kwargs: Any) -> Tensor:
-        out: Tensor = getattr(F, self.name)(*args, **kwargs)
-        return out
-
-    def reduce(self, x: Tensor, a: Tensor) -> Tensor:
-        return self._conv(x.type_as(a), a, None, self.stride, self.padding, self._dilation_of_a)
-
-    def reduce_rows(self, x: Tensor, a: Tensor) -> Tensor:
-        return convolution.convolve(x.type_as(a), a, self.stride, self.padding, self._dilation_of_a)
-
-    @property
-    def _dilation_of_a(self) -> Any:
-        return 1 if self.padding == "same" else self.dilation
-
-    def scale(self, h: Tensor, d: Tensor) -> Tensor:
-        return (h * self.per_output(d)).type_as(h)
-
-    def expand(self, h: Tensor, b: Tensor) -> Tensor:
-        return self._conv(h, b, groups=self.groups)
-
-    def expand_rows(self, h: Tensor, b: Tensor) -> Tensor:
-        # a slot's B is dense: a grouped one is written there with zeros off its blocks
-        return convolution.mix(h, b.t(), len(self.kernel))
-
-    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
-
-    def per_output(self, c: Tensor) -> Tensor:
-        return c.view(-1, *(1 for _ in self.kernel))
-
-    def rows(self, b: Tensor) -> Tensor:
-        flat = b.flatten(1)  # [out, rank / groups]
-        if self.groups == 1:
-            return flat.t()
-        blocks = flat.view(self.groups, self.out_features // self.groups, -1)
-        dense: Tensor = torch.block_diag(*blocks.transpose(1, 2))  # type: ignore[no-untyped-call]
-        return dense
-
-    def unrows(self, rows: Tensor, rank: int) -> Tensor:
-        if self.groups == 1:
-            return rows.t().reshape(self.b_shape(rank))
-        per_group, per_out = rank // self.groups, self.out_features // self.groups
-        blocks = rows.view(self.groups, per_group, self.groups, per_out)
-        diagonal = torch.stack([blocks[g, :, g].t() for g in range(self.groups)])
-        return diagonal.reshape(self.b_shape(rank))
+    def why_no_delta(self, module: nn.Module) -> str | None:
+        """Why a low-rank update of a target, a module, is no change of its weight, or ``None``."""
+        return None

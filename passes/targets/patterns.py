@@ -28,7 +28,6 @@ from collections.abc import Collection, Iterable, Sequence
 
 from fxpeft.passes.targets.grammar import KEYS, SHOWN
 from fxpeft.passes.targets.regex import spend
-from fxpeft.passes.targets.terms import KINDS as KINDS
 from fxpeft.passes.targets.terms import (
     AnyOf,
     Features,

@@ -26,7 +26,7 @@ from torch.fx import GraphModule
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult
 from fxpeft.passes.meta import ROLE
 from fxpeft.passes.targets.flow import ACTIVATIONS, MOVES, Flow, flow_of
-from fxpeft.passes.targets.kinds import Conv, Kind
+from fxpeft.passes.targets.kinds import Kind
 
 _WAYS: dict[str, Callable[[Sequence[str]], bool]] = {
     "": lambda via: True,
@@ -139,7 +139,7 @@ def _ends_here(match: Match, flow: Flow) -> bool:
 def _cuts_patches(match: Match, flow: Flow) -> bool:
     kind = match["patch"]["kind"]
     stride = kind.stride if isinstance(kind.stride, tuple) else (kind.stride,) * len(kind.kernel)
-    return isinstance(kind, Conv) and stride == kind.kernel and max(kind.kernel) > 1
+    return bool(stride == kind.kernel and max(kind.kernel) > 1)
 
 
 def _attention(op: str) -> tuple[Role, ...]:

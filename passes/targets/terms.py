@@ -11,10 +11,10 @@ from fxpeft.passes.targets.globs import glob
 from fxpeft.passes.targets.grammar import parse, word_end
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.names import matches
+from fxpeft.passes.targets.operations.registry import kind_names
 from fxpeft.passes.targets.regex import PatternError as PatternError
 from fxpeft.passes.targets.regex import compiled
 
-KINDS = ("linear", "embedding", "conv", "conv1d", "conv2d", "conv3d")
 COMPARE: dict[str, Callable[[int, int], bool]] = {
     "=": operator.eq, "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
 }  # fmt: skip
@@ -195,20 +195,19 @@ class Suffix(Term):
 
 @dataclass(frozen=True)
 class OfKind(Term):
-    """``kind:``, one of :data:`KINDS`."""
+    """``kind:``, what a kind of target is called."""
 
     kind: str
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise PatternError(f"kind: expected one of {', '.join(KINDS)}, found {self.kind!r}")
+        if self.kind not in kind_names():
+            raise PatternError(f"kind: expected one of {', '.join(kind_names())}, found {self.kind!r}")
 
     def __str__(self) -> str:
         return f"kind:{self.kind}"
 
     def takes(self, subject: Subject) -> bool:
-        own = "" if subject.kind is None else subject.kind.name
-        return own == self.kind or (self.kind == "conv" and own.startswith("conv"))
+        return subject.kind is not None and self.kind in (subject.kind.name, subject.kind.family)
 
     def words(self, subject: Subject) -> Iterable[str]:
         return [subject.kind.name] if subject.kind else []

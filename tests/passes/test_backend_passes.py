@@ -17,7 +17,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from fxpeft.passes import CleanPass, FoldInactivePass, GroupPass, Pipeline
 from fxpeft.passes.backend.group import Group
 from fxpeft.passes.slots.slot import slot
-from fxpeft.passes.targets.kinds import Linear
+from fxpeft.passes.targets.operations import Linear
 
 RANK = 3
 SHAPES = {

@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule
 from fxpeft.passes import EjectPass, InjectPass, MatchPass, Pipeline
 from fxpeft.passes.captured.dynamo import annotate_sources, name_operands, parameter_path, source_name
 from fxpeft.passes.meta import OPERAND, READS, TARGET
-from fxpeft.passes.targets.match import read_path
+from fxpeft.passes.targets.reading import read_path
 
 
 def captured(

@@ -10,7 +10,7 @@ from torch import nn
 
 from fxpeft.passes import MatchPass, Pattern, PatternError, pattern
 from fxpeft.passes.targets import patterns as p
-from fxpeft.passes.targets.kinds import Conv, Embedding, Linear
+from fxpeft.passes.targets.operations import Conv, Embedding, Linear
 from fxpeft.passes.targets.patterns import explain, from_peft, is_pattern, layers_of
 from fxpeft.passes.targets.terms import Subject
 

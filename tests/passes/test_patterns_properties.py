@@ -10,7 +10,7 @@ from test_patterns import SITES
 
 from fxpeft.passes import Pattern, PatternError, pattern
 from fxpeft.passes.targets import patterns as p
-from fxpeft.passes.targets.patterns import KINDS
+from fxpeft.passes.targets.operations.registry import kind_names
 from fxpeft.passes.targets.terms import COMPARE, Regex
 
 settings.register_profile("steady", deadline=None, derandomize=True, max_examples=150)
@@ -42,7 +42,7 @@ def terms(draw: Any) -> Pattern:
     if sort == "suffix":
         return p.suffix(".".join(draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=3))))
     if sort == "kind":
-        return p.kind(draw(st.sampled_from(KINDS)))
+        return p.kind(draw(st.sampled_from(kind_names())))
     if sort == "layers":
         return p.layers[tuple(draw(st.lists(INDICES, min_size=1, max_size=3)))]
     if sort == "slice":

@@ -11,8 +11,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 import fxpeft
 from fxpeft.passes.base import PassError
-from fxpeft.passes.live.product import product_of, why_no_delta
-from fxpeft.passes.targets.kinds import Conv
+from fxpeft.passes.live.product import product_of
+from fxpeft.passes.targets.operations import Conv
 
 
 def test_names_of_what_the_product_reads() -> None:
@@ -79,5 +79,5 @@ def test_no_product() -> None:
 def test_when_an_update_is_a_change_of_the_weight(module: nn.Module, reason: str | None) -> None:
     kind = product_of(module).kind
     assert isinstance(kind, Conv)
-    why = why_no_delta(kind, module)
+    why = kind.why_no_delta(module)
     assert why is None if reason is None else reason in str(why)

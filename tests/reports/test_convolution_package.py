@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import fxpeft
-from fxpeft.passes.targets.kinds import Conv
+from fxpeft.passes.targets.operations import Conv
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 MAX_RANK = 7
