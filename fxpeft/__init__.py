@@ -44,7 +44,8 @@ if _TYPE_CHECKING:
     from fxpeft.programs.backend import compile
     from fxpeft.programs.packaged import Package, open_package
     from fxpeft.programs.packaging import package
-    from fxpeft.programs.rewrite import Slots, adapter_inputs, eject, rewrite
+    from fxpeft.programs.rewrites import Slots
+    from fxpeft.programs.rewriting import adapter_inputs, eject, rewrite
     from fxpeft.serving.prepare import hold, hotswap, prepare_hotswap, release_hotswap
     from fxpeft.transform.blend import add_weighted_adapter
     from fxpeft.transform.convert import convert
@@ -121,7 +122,8 @@ _MODULES = {
     **dict.fromkeys(("install", "uninstall"), "fxpeft.integrations.transformers.patch"),
     **dict.fromkeys(("Package", "open_package"), "fxpeft.programs.packaged"),
     "package": "fxpeft.programs.packaging",
-    **dict.fromkeys(("Slots", "adapter_inputs", "eject", "rewrite"), "fxpeft.programs.rewrite"),
+    "Slots": "fxpeft.programs.rewrites",
+    **dict.fromkeys(("adapter_inputs", "eject", "rewrite"), "fxpeft.programs.rewriting"),
     "compile": "fxpeft.programs.backend",
     **dict.fromkeys(("AdaLoraCallback", "RankAllocator"), "fxpeft.adapters.allocator"),
     "AdaLoraConfig": "fxpeft.methods.adalora",

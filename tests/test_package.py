@@ -25,6 +25,9 @@ from fxpeft.integrations.transformers import loading, saving, trainer
 import fxpeft
 assert package.install is fxpeft.install and callable(package.install)
 assert package.uninstall is fxpeft.uninstall and callable(package.uninstall)
+import fxpeft.programs.rewriting, fxpeft.programs.packaging
+assert all(getattr(fxpeft.programs, name) is getattr(fxpeft, name) for name in fxpeft.programs.__all__)
+assert {"Slots", "adapter_inputs", "eject", "rewrite"} <= set(fxpeft.programs.__all__)  # a module had them in 0.1.0
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -33,7 +33,8 @@ from fxpeft.passes.meta import LIFTED
 from fxpeft.passes.slots.slot import CARRIER, LEAST
 from fxpeft.programs.exported import USER
 from fxpeft.programs.inputs import describe, without_gaps
-from fxpeft.programs.rewrite import Slots, rewrite
+from fxpeft.programs.rewrites import Slots
+from fxpeft.programs.rewriting import rewrite
 from fxpeft.serving.prompts import PROMPT_METHODS
 from fxpeft.targets.sites import base_modules, make_plan
 

@@ -499,7 +499,7 @@ print("fine")
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_children_of_forks_have_a_free_lock_and_one_adapter(tmp_path: Path) -> None:
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FORKS, here, str(tmp_path)], capture_output=True, text=True, timeout=110,
         check=False,

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 import fxpeft
 from fxpeft import AdapterError, LoraConfig, Slots
 from fxpeft.passes.rewrite.subgraphs import calls, closed
-from fxpeft.programs.rewrite import eject, rewrite
+from fxpeft.programs import eject, rewrite
 
 LENGTH, HEADS = 5, 2
 X = torch.randn(3, LENGTH, 6, generator=torch.Generator().manual_seed(1))

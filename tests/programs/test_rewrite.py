@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxpeft
 from fxpeft import AdaLoraConfig, AdapterError, IA3Config, LoraConfig, Slots
-from fxpeft.programs.rewrite import adapter_inputs, eject, rewrite
+from fxpeft.programs import adapter_inputs, eject, rewrite
 from fxpeft.targets.sites import make_plan
 
 X = torch.randn(3, 4, 12, 9, generator=torch.Generator().manual_seed(2))

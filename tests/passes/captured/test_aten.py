@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import FORMS, IDS, doubled, lora, matched
-from test_eject import chains, snapshot
+from graphs import FORMS, IDS, chains, doubled, lora, matched, snapshot
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from prompt_cases import CONFIGS, VIRTUAL, logits, prompted, saved
 from safetensors.torch import load_file
-from test_prompts import CONFIGS, VIRTUAL, logits, prompted, saved
 from tiny import randomise, tiny_bert, tiny_llama
 from transformers import LlamaForCausalLM
 

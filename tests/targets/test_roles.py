@@ -21,7 +21,7 @@ from fxpeft.passes import MatchPass, PassError, Role, RolePass, pattern
 from fxpeft.passes.targets.flow import flow_of
 from fxpeft.passes.targets.roles import ROLES, declare, find_roles
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def found(model: nn.Module) -> dict[str, str]:

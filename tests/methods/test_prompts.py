@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from prompt_cases import CONFIGS, IDS, VIRTUAL, logits, prompted, saved
 from safetensors.torch import load_file, save_file
-from tiny import conv_net, randomise, tiny_gpt2, tiny_llama, token_ids
+from tiny import conv_net, randomise, tiny_gpt2, tiny_llama
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
@@ -34,38 +35,9 @@ from transformers import (
 import fxpeft
 from fxpeft import AdapterError, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
-IDS = token_ids()
-VIRTUAL = 4
 # the argument's names: transformers 5.24 renamed it, and still takes the older one
 NAMES = [n for n in ("past_key_values", "cache") if n == "past_key_values" or n in inspect.signature(
     LlamaForCausalLM.forward).parameters]  # fmt: skip
-CONFIGS: dict[str, Any] = {
-    "prompt": lambda **v: PromptTuningConfig(num_virtual_tokens=VIRTUAL, **v),
-    "prefix": lambda **v: PrefixTuningConfig(num_virtual_tokens=VIRTUAL, **v),
-    "projected": lambda **v: PrefixTuningConfig(num_virtual_tokens=VIRTUAL, prefix_projection=True, **v),
-    "mlp": lambda **v: PromptEncoderConfig(num_virtual_tokens=VIRTUAL, encoder_hidden_size=9, **v),
-    "lstm": lambda **v: PromptEncoderConfig(
-        num_virtual_tokens=VIRTUAL, encoder_reparameterization_type="LSTM", encoder_hidden_size=9, encoder_dropout=0.5,
-        **v,
-    ),
-}  # fmt: skip
-
-
-def prompted(name: str = "prompt", model: Any = None, adapter: str = "default", **values: Any) -> Any:
-    model = tiny_llama() if model is None else model
-    fxpeft.add_adapter(model, CONFIGS[name](**values), adapter)
-    randomise(model.adapters.get_submodule(adapter).parameters(), scale=0.6)
-    return model
-
-
-@torch.no_grad()
-def logits(model: Any, **inputs: Any) -> Tensor:
-    return model(IDS, **inputs).logits  # type: ignore[no-any-return]
-
-
-def saved(folder: Path, name: str = "prompt", **values: Any) -> Path:
-    fxpeft.save_adapter(prompted(name, **values), folder)
-    return folder
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from graphs import matched
+from graphs import chains, matched, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_eject import chains, snapshot
 from torch import Tensor, nn
 from torch.fx import GraphModule
 

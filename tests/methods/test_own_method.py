@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "own_method.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own_method.py"
 
 
 def test_a_method_of_ones_own_trains_and_shares_a_graph_with_lora() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,6 @@ import fxpeft
 
 LORA: dict[str, Any] = {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "down_proj"]}
 IA3: dict[str, Any] = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
-
-
-@pytest.fixture(autouse=True)
-def _installed() -> Iterator[None]:
-    fxpeft.install()
-    yield
-    fxpeft.uninstall()
 
 
 def logits(model: Any) -> Tensor:

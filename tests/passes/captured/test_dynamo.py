@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import IDS, SITES, Functional, Program, program
-from test_eject import chains
+from graphs import IDS, SITES, Functional, Program, chains, program
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 

@@ -7,31 +7,12 @@ import itertools
 
 import pytest
 import torch
-from graphs import FORMS, IDS, SITES, doubled, halved_input, lora, matched, program
+from graphs import FORMS, IDS, SITES, chains, matched, program, snapshot
 from torch import nn
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxpeft.passes import EjectPass, InjectPass, Pipeline, RedirectPass, Rewrite
-from fxpeft.passes.meta import TARGET
-
-
-def snapshot(graph_module: GraphModule) -> tuple[object, ...]:
-    """Everything that must come back: code, node names, attributes, modules, state_dict keys."""
-    modules = [name for name, _ in graph_module.named_modules()]
-    held = {**graph_module._parameters, **graph_module._buffers}
-    return str(graph_module.graph), graph_module.code, modules, list(graph_module.state_dict()), list(held)
-
-
-def chains(graph_module: GraphModule, *sites: str) -> dict[str, list[Rewrite]]:
-    """Rewrites of every sort for the sites."""
-    found = {TARGET.of(n).site: TARGET.of(n).kind for n in graph_module.graph.nodes if TARGET.has(n)}
-    made = {}
-    for i, site in enumerate(sites):
-        made[site] = [lora(found[site], seed=i), Rewrite("double", doubled), lora(found[site], "more", rank=2)]
-        if site != "words":  # ids can't be halved
-            made[site].insert(1, Rewrite("half", halved_input))
-    return made
+from fxpeft.passes import EjectPass, InjectPass, Pipeline, RedirectPass
 
 
 def sites_in_use(graph_module: GraphModule) -> set[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,6 @@ LLAMA: dict[str, Any] = {
     ),
 }
 ENCODED = ("p-tuning", "prefix tuning")
-
-
-@pytest.fixture(autouse=True)
-def _installed() -> Iterator[None]:
-    fxpeft.install()
-    yield
-    fxpeft.uninstall()
 
 
 def prompted(name: str, seed: int = 1) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxpeft.passes import Kind, MatchPass, Pipeline, Rewrite
+from fxpeft.passes.meta import TARGET
 
 
 class Program(nn.Module):
@@ -110,3 +111,21 @@ def lora(kind: Kind, name: str = "mine", *, rank: int = 4, seed: int = 0, **more
     a, b = (torch.randn(s, generator=generator) * 0.3 for s in (kind.a_shape(rank), kind.b_shape(rank)))
     operands = {"a": nn.Parameter(a), "b": nn.Parameter(b), "scale": torch.tensor(1.75), **more}
     return Rewrite(f"lora:{name}", low_rank, {f"{name}.{k}": v for k, v in operands.items()})
+
+
+def snapshot(graph_module: GraphModule) -> tuple[object, ...]:
+    """Everything that must come back: code, node names, attributes, modules, state_dict keys."""
+    modules = [name for name, _ in graph_module.named_modules()]
+    held = {**graph_module._parameters, **graph_module._buffers}
+    return str(graph_module.graph), graph_module.code, modules, list(graph_module.state_dict()), list(held)
+
+
+def chains(graph_module: GraphModule, *sites: str) -> dict[str, list[Rewrite]]:
+    """Rewrites of every sort for the sites."""
+    found = {TARGET.of(n).site: TARGET.of(n).kind for n in graph_module.graph.nodes if TARGET.has(n)}
+    made = {}
+    for i, site in enumerate(sites):
+        made[site] = [lora(found[site], seed=i), Rewrite("double", doubled), lora(found[site], "more", rank=2)]
+        if site != "words":  # ids can't be halved
+            made[site].insert(1, Rewrite("half", halved_input))
+    return made

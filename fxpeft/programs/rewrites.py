@@ -1,0 +1,200 @@
+"""What goes to each site of a captured program: an adapter's subgraph with its values, or an empty slot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fxpeft.adapters.api import fresh_values, placed
+from fxpeft.checkpoint import peft as checkpoint
+from fxpeft.errors import AdapterError, listing
+from fxpeft.methods import method_of, slot_needs
+from fxpeft.methods.base import SiteAdapter
+from fxpeft.methods.config import AdapterConfig
+from fxpeft.methods.lora import LoraConfig
+from fxpeft.model.skeleton import skeleton
+from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.slots.slot import LEAST, Slot
+from fxpeft.passes.targets.kinds import Kind
+from fxpeft.passes.targets.patterns import from_peft
+from fxpeft.passes.targets.terms import Subject
+from fxpeft.programs.sites import Found
+from fxpeft.targets.sites import AdapterPlan, make_plan
+
+Rewrites = dict[str, list[Rewrite]]
+Redirects = dict[str, dict[str, tuple[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Empty slots for :func:`rewrite`, in the place of an adapter.
+
+    Args:
+        targets: names or ends of names, or one regular expression, as ``target_modules``.
+        max_rank, methods: as in :func:`fxpeft.prepare_hotswap`.
+        rank: ``"static"``, or ``"dynamic"``: an exported program then takes a tensor ``active_rank`` more, whose
+            size is the rank in use.
+    """
+
+    targets: str | Collection[str]
+    max_rank: int = 128
+    methods: Sequence[str] = ("lora",)
+    rank: Literal["static", "dynamic"] = "static"
+
+    def features(self) -> set[str]:
+        """The gains and shifts that the methods need."""
+        known = slot_needs()
+        unknown = [m for m in self.methods if m not in known]
+        if unknown or isinstance(self.methods, str):
+            raise AdapterError(f"methods: expected a sequence of some of {', '.join(known)}, found {self.methods!r}")
+        if self.max_rank < LEAST:
+            raise AdapterError(f"max_rank: expected at least {LEAST}, found {self.max_rank}")
+        if self.rank not in ("static", "dynamic"):
+            raise AdapterError(f"rank: expected 'dynamic' or 'static', found {self.rank!r}")
+        return {feature for m in self.methods for feature in known[m]}
+
+
+def rewrites_of(
+    adapter: AdapterConfig | AdapterPlan | Slots | str | Path,
+    matched: tuple[dict[str, list[Found]], list[str]],
+    *,
+    name: str,
+    state_dict: Mapping[str, Tensor] | None,
+    training: bool,
+    check_finite: bool,
+    exported: bool,
+    closed: Mapping[str, str],
+) -> tuple[Rewrites, Redirects, Tensor | None, int]:
+    """Site -> its rewrites, redirected biases, and of slots the carrier of the rank and its largest size."""
+    found, skipped = matched
+    outlines = {site: nodes[0].outline for site, nodes in found.items() if site}
+    model = skeleton(outlines)
+    if isinstance(adapter, Slots):
+        return _slots(adapter, model, found, exported, closed)
+    values = None
+    if isinstance(adapter, str | Path):
+        read = checkpoint.read(adapter)
+        plan = _plan(model, read.config, skipped, closed, loading=True)
+        values = checkpoint.assign(model, plan, read, check_finite=check_finite)
+    else:
+        plan = adapter if isinstance(adapter, AdapterPlan) else _plan(model, adapter, skipped, closed)
+        _refuse_closed(plan.config, plan.sites, closed)
+        _check_plan(plan, found, skipped)
+        if state_dict is not None:
+            given = checkpoint.Checkpoint("the state_dict", plan.config, dict(state_dict))
+            values = checkpoint.assign(model, plan, given, check_finite=check_finite)
+    values = fresh_values(model, plan, autocast=True) if values is None else placed(model, values, autocast=True)
+    method = method_of(plan.config)
+    if set(values.tensors) - {f"{site}.bias" for site in plan.sites}:
+        raise AdapterError(
+            f"the adapter brings base parameters of its own, and a program has no second copy of them:\n"
+            f"{listing(values.tensors)}\nrewrite the live model with load_adapter, then capture it"
+        )
+    rewrites: Rewrites = {}
+    redirects: Redirects = {}
+    for site, own in plan.sites.items():
+        dropout = method.dropout(plan.config, own.kind) if training else 0.0
+        part = SiteAdapter(own, values.sites[site], dropout=dropout)
+        for parameter in part.parameters():
+            parameter.requires_grad_(not plan.config.inference_mode)
+        if training and dropout and exported:
+            part.dropout.train()
+        rewrite = method.rewrite(name, plan.config, part)
+        assert isinstance(rewrite, Rewrite)  # prompts, which feed a whole model, were refused
+        rewrites[site] = [rewrite]
+    for path, tensor in values.tensors.items():
+        site, _, leaf = path.rpartition(".")
+        redirects[site] = {leaf: (f"{name}.{leaf}", nn.Parameter(tensor))}
+    return rewrites, redirects, None, 0
+
+
+def _plan(
+    model: nn.Module, config: AdapterConfig, skipped: list[str], closed: Mapping[str, str], *, loading: bool = False
+) -> AdapterPlan:
+    targets = config.target_modules
+    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        raise AdapterError(
+            f"target_modules={targets!r}: what that means is read off a model, and this is a program; name the "
+            "modules, or make the plan with the model: fxpeft.targets.sites.make_plan(model, config)"
+        )
+    _refuse_closed(config, (), closed)
+    if config.modules_to_save or getattr(config, "bias", "none") == "all":
+        raise AdapterError(
+            "modules_to_save and bias='all' need the live model: add the adapter to it, then capture the program"
+        )
+    try:
+        return make_plan(model, config, heads=False, of_file=loading)
+    except AdapterError as error:
+        left = f"\ntargets that can't be rewritten:\n{listing(skipped)}" if skipped else ""
+        raise AdapterError(f"{error}{left}") from None
+
+
+def _refuse_closed(config: AdapterConfig, sites: Collection[str], closed: Mapping[str, str]) -> None:
+    """Refuse targets that are, or are in one of their uses, where a rewrite can't reach."""
+    wanted, unwanted = from_peft(config.target_modules or ()), from_peft(config.exclude_modules or ())
+    subjects = [Subject(site) for site in closed]
+    lost = [s.name for s in subjects if s.name in sites or (wanted(s) and not unwanted(s))]
+    if lost:
+        lines = listing(f"{site}: {closed[site]}" for site in lost)
+        raise AdapterError(
+            f"the adapter would be missing there; nothing was changed.\n{lines}\nexclude them, or add the "
+            "adapter to the live model, then capture it"
+        )
+
+
+def _check_plan(plan: AdapterPlan, found: Mapping[str, list[Found]], skipped: list[str]) -> None:
+    """A plan may come from a model: each of its sites has to be in the program, as the same kind."""
+    if plan.saved:
+        raise AdapterError(f"modules_to_save: a program has no modules to copy:\n{listing(plan.saved)}")
+    problems = []
+    for site, own in plan.sites.items():
+        nodes = found.get(site, [])
+        if not nodes:
+            problems.append(f"{site}: expected a {own.kind.name} in the program, found none")
+        for each in nodes:
+            kind = each.target.kind
+            if _form(kind) != _form(own.kind):
+                problems.append(f"{site}: expected {own.kind}, found {kind}")
+    if problems:
+        why = f"\ntargets that can't be rewritten:\n{listing(skipped)}" if skipped else ""
+        raise AdapterError(f"the plan doesn't fit the program; nothing was changed.\n{listing(problems)}{why}")
+
+
+def _form(kind: Kind) -> tuple[Any, ...]:
+    # an export writes strides as lists, and it pads by itself where a module has a padding_mode
+    return kind.name, kind.a_shape(1), kind.out_features
+
+
+def _slots(
+    slots: Slots,
+    model: nn.Module,
+    found: Mapping[str, list[Found]],
+    exported: bool,
+    closed: Mapping[str, str],
+) -> tuple[Rewrites, Redirects, Tensor | None, int]:
+    features = slots.features()
+    plan = _plan(model, LoraConfig(r=_ranks(found), target_modules=slots.targets), [], closed)
+    carrier = torch.zeros(min(slots.max_rank, 4), dtype=torch.uint8) if slots.rank == "dynamic" else None
+    if carrier is not None and not exported:
+        raise AdapterError("rank='dynamic': a GraphModule has no inputs to hide; use rank='static', or export")
+    rewrites: Rewrites = {}
+    for site in plan.sites:
+        outline, kind = found[site][0].outline, found[site][0].target.kind
+        assert outline.weight is not None
+        slot = Slot(
+            kind, slots.max_rank, None, features=features, device=outline.weight.device, dtype=outline.weight.dtype
+        )
+        rewrites[site] = [slot.rewrite(carrier)]
+    return rewrites, {}, carrier, slots.max_rank
+
+
+def _ranks(found: Mapping[str, list[Found]]) -> int:
+    """A rank that every grouped convolution allows: only the sites of the plan are used."""
+    kinds = [each.target.kind for nodes in found.values() for each in nodes]
+    return math.lcm(*(kind.groups for kind in kinds))
