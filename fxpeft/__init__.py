@@ -16,20 +16,21 @@ if _TYPE_CHECKING:
         add_adapter,
         delete_adapter,
         disable_adapters,
-        disabled,
         enable_adapters,
         load_adapter,
+        loaded_adapters,
         remove,
         save_adapter,
         set_adapter,
         set_scale,
     )
+    from fxpeft.adapters.contexts import active, disabled, scaled
     from fxpeft.adapters.eva import initialize_eva
     from fxpeft.adapters.injection import inject, load_adapter_state_dict
     from fxpeft.adapters.parameters import set_requires_grad, trainable_parameters
     from fxpeft.checkpoint.inferred import infer_config
     from fxpeft.errors import AdapterError, CheckpointError, LockError, LockTimeout
-    from fxpeft.integrations.transformers.patch import install, uninstall
+    from fxpeft.integrations.transformers.patch import install, installed, uninstall
     from fxpeft.methods import register
     from fxpeft.methods.adalora import AdaLoraConfig
     from fxpeft.methods.ia3 import IA3Config
@@ -48,6 +49,7 @@ if _TYPE_CHECKING:
     from fxpeft.programs.rewriting import adapter_inputs, eject, rewrite
     from fxpeft.serving.prepare import hold, hotswap, prepare_hotswap, release_hotswap
     from fxpeft.transform.blend import add_weighted_adapter
+    from fxpeft.transform.contexts import folded
     from fxpeft.transform.convert import convert
     from fxpeft.transform.fold import fold, folded_adapters, merge_and_unload, refold, unfold
 
@@ -71,6 +73,7 @@ __all__ = [
     "PromptTuningConfig",
     "RankAllocator",
     "Slots",
+    "active",
     "active_adapters",
     "adapter_config",
     "adapter_inputs",
@@ -86,6 +89,7 @@ __all__ = [
     "eject",
     "enable_adapters",
     "fold",
+    "folded",
     "folded_adapters",
     "hold",
     "hotswap",
@@ -93,8 +97,10 @@ __all__ = [
     "initialize_eva",
     "inject",
     "install",
+    "installed",
     "load_adapter",
     "load_adapter_state_dict",
+    "loaded_adapters",
     "merge_and_unload",
     "open_package",
     "package",
@@ -108,6 +114,7 @@ __all__ = [
     "rewrite",
     "roles",
     "save_adapter",
+    "scaled",
     "set_adapter",
     "set_requires_grad",
     "set_scale",
@@ -116,10 +123,12 @@ __all__ = [
     "uninstall",
 ]
 _MODULES = {
+    **dict.fromkeys(("active", "disabled", "scaled"), "fxpeft.adapters.contexts"),
+    "folded": "fxpeft.transform.contexts",
     **dict.fromkeys(("AdapterError", "CheckpointError", "LockError", "LockTimeout"), "fxpeft.errors"),
     **dict.fromkeys(("hold", "hotswap", "prepare_hotswap", "release_hotswap"), "fxpeft.serving.prepare"),
     **dict.fromkeys(("fold", "folded_adapters", "merge_and_unload", "refold", "unfold"), "fxpeft.transform.fold"),
-    **dict.fromkeys(("install", "uninstall"), "fxpeft.integrations.transformers.patch"),
+    **dict.fromkeys(("install", "installed", "uninstall"), "fxpeft.integrations.transformers.patch"),
     **dict.fromkeys(("Package", "open_package"), "fxpeft.programs.packaged"),
     "package": "fxpeft.programs.packaging",
     "Slots": "fxpeft.programs.rewrites",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -194,6 +193,12 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     switch(model, state, wanted, state.enabled)
 
 
+def loaded_adapters(model: nn.Module) -> list[str]:
+    """Names of all adapters that the model has, in the order they came; none on a bare model."""
+    state = find_state(model)
+    return [] if state is None else list(state.adapters)
+
+
 def active_adapters(model: nn.Module) -> list[str]:
     """Names of the active adapters, in order; also while they are disabled."""
     return list(state_of(model).active)
@@ -213,17 +218,6 @@ def enable_adapters(model: nn.Module) -> None:
 def disable_adapters(model: nn.Module) -> None:
     """Run the bare base model until :func:`enable_adapters`. Until then no adapter is trained, as in PEFT."""
     _set_enabled(model, False)
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Run the bare base model inside a ``with`` block."""
-    before = state_of(model).enabled
-    _set_enabled(model, False)
-    try:
-        yield
-    finally:
-        _set_enabled(model, before)
 
 
 @changes

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fxpeft.adapters.api import disabled, fresh_values, replace_attached
+from fxpeft.adapters.api import fresh_values, replace_attached
 from fxpeft.adapters.change import ordinary
+from fxpeft.adapters.contexts import disabled
 from fxpeft.adapters.state import Adapter, state_of, unwrap
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods.base import SitePlan

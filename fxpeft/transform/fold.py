@@ -120,17 +120,7 @@ def refold(model: nn.Module, names: str | Sequence[str], *, safe: bool = False) 
     model, state = unwrap(model), state_of(model)
     if torch._inductor.config.freezing:
         raise AdapterError("torch._inductor.config.freezing folds weights into constants: a swap would have no effect")
-    wanted = list(dict.fromkeys([names] if isinstance(names, str) else names))
-    old = state.folded or Folded([], "original")
-    state.check_unfolded([n for n in wanted if n not in old.names], "folding it again would add it twice")
-    _check_enabled(state)
-    bare = old.bare(model)
-    work = _compute(model, [state.get(n) for n in wanted], bare, old.keep)
-    if safe:
-        check_finite(work.writes, wanted)
-    before = _apply(model, state, {**bare, **work.writes}, [])
-    originals = {p: bare.get(p, before[p]) for p in work.writes if p not in work.subtracted}
-    state.folded = Folded(wanted, old.keep, originals, work.steps)
+    fold_instead(model, state, list(dict.fromkeys([names] if isinstance(names, str) else names)), [], safe=safe)
 
 
 @changes
@@ -148,15 +138,9 @@ def unfold(model: nn.Module) -> None:
     if state.folded is None:
         why = f"{', '.join(state.baked)} was folded with keep=None, so nothing was kept to go back to"
         raise AdapterError(why if state.baked else "no adapter is folded")
-    folded = state.folded
-    active = [*folded.names, *(n for n in state.active if n not in folded.names)]
+    active = [*state.folded.names, *(n for n in state.active if n not in state.folded.names)]
     check_together([state.get(n) for n in active])
-    state.folded = None
-    try:
-        _apply(model, state, folded.bare(model), active)
-    except BaseException:
-        state.folded = folded
-        raise
+    take_out(model, state, active)
 
 
 def folded_adapters(model: nn.Module) -> list[str]:
@@ -196,7 +180,33 @@ def merge_and_unload(model: nn.Module, names: str | Sequence[str] | None = None,
     return model
 
 
-# --- what the four share ---
+# --- what they share ---
+
+
+def fold_instead(model: nn.Module, state: ModelState, names: list[str], active: list[str], *, safe: bool) -> None:
+    """Fold these in the place of what is folded, if anything is, and leave ``active`` active on top."""
+    old = state.folded or Folded([], "original")
+    state.check_unfolded([n for n in names if n not in old.names], "folding it again would add it twice")
+    _check_enabled(state)
+    bare = old.bare(model)
+    work = _compute(model, [state.get(n) for n in names], bare, old.keep)
+    if safe:
+        check_finite(work.writes, names)
+    before = _apply(model, state, {**bare, **work.writes}, active)
+    originals = {p: bare.get(p, before[p]) for p in work.writes if p not in work.subtracted}
+    state.folded = Folded(names, old.keep, originals, work.steps)
+
+
+def take_out(model: nn.Module, state: ModelState, active: list[str]) -> None:
+    """Take what is folded out of the weights and make ``active`` active; on an error it stays folded."""
+    folded = state.folded
+    assert folded is not None
+    state.folded = None
+    try:
+        _apply(model, state, folded.bare(model), active)
+    except BaseException:
+        state.folded = folded
+        raise
 
 
 @dataclass

@@ -1,5 +1,5 @@
 """Transformers' own adapter methods, answered by fxpeft."""
 
-from fxpeft.integrations.transformers.patch import install, uninstall
+from fxpeft.integrations.transformers.patch import install, installed, uninstall
 
-__all__ = ["install", "uninstall"]
+__all__ = ["install", "installed", "uninstall"]

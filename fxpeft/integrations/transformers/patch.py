@@ -1,9 +1,10 @@
-"""fxpeft behind Transformers' own adapter methods, in the place of PEFT: :func:`install` and :func:`uninstall`."""
+"""fxpeft behind Transformers' own adapter methods, in the place of PEFT: install, uninstall, installed."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import transformers.integrations.peft
@@ -48,6 +49,17 @@ def uninstall() -> None:
             delattr(owner, name)
         else:
             setattr(owner, name, value)
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """Let Transformers run on fxpeft (:func:`install`) inside a ``with`` block; then as before, installed or not."""
+    before = bool(_before)
+    try:
+        install()
+        yield
+    finally:
+        (install if before else uninstall)()
 
 
 def _replacements() -> Iterator[tuple[Any, str, Any]]:
