@@ -5,12 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-class AdapterError(ValueError):
+class FxpeftError(Exception):
+    """The root of the errors below, for whoever wants to catch them all."""
+
+
+class AdapterError(FxpeftError, ValueError):
     """An adapter, config or checkpoint that can't be used; raised before anything was changed."""
 
 
 class CheckpointError(AdapterError):
     """A file that is missing, damaged, foreign, or doesn't fit the model."""
+
+
+class PassError(FxpeftError, RuntimeError):
+    """A pass met a graph it can't rewrite; the message names the site and what to do."""
+
+
+class PatternError(FxpeftError, ValueError):
+    """A text that is no pattern; the message shows the place. ``at``: the character, where it is known."""
+
+    def __init__(self, message: str, at: int | None = None) -> None:
+        super().__init__(message)
+        self.at = at
+
+
+class LockError(FxpeftError, RuntimeError):
+    """A swap, or a backward across one, that can't be; raised before anything was changed."""
+
+
+class LockTimeout(LockError, TimeoutError):
+    """A forward or a swap that waited for others longer than ``prepare_hotswap(..., lock_timeout=)`` allows."""
 
 
 def short(value: object, most: int = 200) -> str:
@@ -26,14 +50,6 @@ def short(value: object, most: int = 200) -> str:
 def clipped(text: str, most: int = 2000) -> str:
     """A message that may repeat what a stranger wrote, cut in the middle."""
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
-
-
-class LockError(RuntimeError):
-    """A swap, or a backward across one, that can't be; raised before anything was changed."""
-
-
-class LockTimeout(LockError, TimeoutError):
-    """A forward or a swap that waited for others longer than ``prepare_hotswap(..., lock_timeout=)`` allows."""
 
 
 def listing(items: Iterable[object], most: int = 20) -> str:

@@ -10,15 +10,16 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _KEPT = {  # package -> the modules that went into it by their own name
-    "fxpeft.adapters": "allocator calls change embeddings eva injection inplace parameters penalty plain state",
+    "fxpeft.adapters": "allocator calls change embeddings eva injection inplace lock parameters penalty plain state",
     "fxpeft.checkpoint": "adapter_file inferred keys layouts model_card",
     "fxpeft.methods": "config prompt_inputs",
     "fxpeft.model": "fast_path fingerprint reads skeleton trace wrappers",
     "fxpeft.programs": "backend exported packaged packaging",
-    "fxpeft.serving": "base_loads guard lock swap",
+    "fxpeft.serving": "base_loads guard swap",
     "fxpeft.targets": "attention defaults experts sites",
     "fxpeft.tools": "bench cli",
-    "fxpeft.transform": "blend derived task_vectors",
+    "fxpeft.planning": "planner",
+    "fxpeft.transform": "blend conversion derived folding task_vectors",
     "fxpeft.integrations.transformers": "loading model_methods model_state saving trainer",
     "fxpeft.passes.targets": "convolution flow globs match names patterns regex roles terms",
     "fxpeft.passes.rewrite": "eject feed inject lift redirect subgraphs",
@@ -30,12 +31,9 @@ _KEPT = {  # package -> the modules that went into it by their own name
 MOVED = {
     **{f"{new.rpartition('.')[0]}.{name}": f"{new}.{name}" for new, names in _KEPT.items() for name in names.split()},
     "fxpeft.adapter_name": "fxpeft.adapters.name",
-    "fxpeft.conversion": "fxpeft.transform.convert",
     "fxpeft.empty_model": "fxpeft.model.empty",
-    "fxpeft.folding": "fxpeft.transform.fold",
     "fxpeft.plan_picture": "fxpeft.planning.picture",
     "fxpeft.plan_table": "fxpeft.planning.table",
-    "fxpeft.planner": "fxpeft.planning.plan",
     "fxpeft.program_inputs": "fxpeft.programs.inputs",
     "fxpeft.program_sites": "fxpeft.programs.sites",
     "fxpeft.prompts_serving": "fxpeft.serving.prompts",

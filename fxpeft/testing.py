@@ -126,7 +126,7 @@ def assert_single_graph(function: Callable[..., Any], /, *args: Any, **kwargs: A
     import torch
     from torch._dynamo.testing import CompileCounter
 
-    from fxpeft.adapters.state import unwrap
+    from fxpeft.model.wrappers import unwrap
 
     plain = unwrap(function) if isinstance(function, torch.nn.Module) else function
     counter = CompileCounter()
@@ -323,7 +323,7 @@ def graph_text(graph: Any) -> str:
         return graph if graph.endswith("\n") else graph + "\n"
     from torch import fx, nn
 
-    from fxpeft.adapters.state import unwrap
+    from fxpeft.model.wrappers import unwrap
     from fxpeft.passes import live, pipeline
 
     if isinstance(graph, nn.Module) and live.is_bound(unwrap(graph)):

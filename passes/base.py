@@ -14,9 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-
-class PassError(RuntimeError):
-    """A pass met a graph it can't rewrite; the message names the site and what to do."""
+from fxpeft.errors import PassError as PassError
 
 
 @dataclass(frozen=True)

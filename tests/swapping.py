@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import fxpeft
+from fxpeft.adapters.lock import SwapLock
 from fxpeft.adapters.state import state_of
 from fxpeft.passes.slots.copies import Copies
-from fxpeft.serving.lock import SwapLock
 from fxpeft.serving.swap import serving_of
 
 NAMES = ("a", "b", "c")

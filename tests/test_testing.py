@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fxpeft
 from fxpeft.passes import live
 from fxpeft.passes.slots.copies import Copies
-from fxpeft.serving import prepare as serving
+from fxpeft.serving.swap import Serving
 from fxpeft.testing import (
     SwapReport,
     _every_pair,
@@ -237,7 +237,7 @@ def test_assert_swaps_clean_refuses_what_it_could_not_judge(odd: OddNet) -> None
 @pytest.mark.parametrize(
     ("owner", "name", "message"),
     [
-        (serving, "rescale", r"a: set_scale to 0.5: the output differs"),
+        (Serving, "rescale", r"a: set_scale to 0.5: the output differs"),
         (fxpeft, "hotswap", r"off -> \S+a \(hotswap\): the output differs|a -> \S+b \(hotswap\): the output differs"),
         (fxpeft, "enable_adapters", r"off -> \S+a \(set_adapter\): the output differs"),
         (fxpeft, "set_adapter", r"off -> \S+a \(set_adapter\): the output differs"),

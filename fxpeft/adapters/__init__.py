@@ -1,1 +1,45 @@
 """What a model holds: its adapters, and the verbs that add, load, show, scale, save and take them out."""
+
+from fxpeft.adapters.allocator import AdaLoraCallback, RankAllocator
+from fxpeft.adapters.api import (
+    active_adapters,
+    adapter_config,
+    add_adapter,
+    delete_adapter,
+    disable_adapters,
+    enable_adapters,
+    load_adapter,
+    loaded_adapters,
+    set_adapter,
+    set_scale,
+)
+from fxpeft.adapters.contexts import active, disabled, scaled
+from fxpeft.adapters.eva import initialize_eva
+from fxpeft.adapters.injection import inject, load_adapter_state_dict
+from fxpeft.adapters.parameters import set_requires_grad, trainable_parameters
+from fxpeft.adapters.saving import adapter_state_dict, save_adapter
+
+__all__ = [
+    "AdaLoraCallback",
+    "RankAllocator",
+    "active",
+    "active_adapters",
+    "adapter_config",
+    "adapter_state_dict",
+    "add_adapter",
+    "delete_adapter",
+    "disable_adapters",
+    "disabled",
+    "enable_adapters",
+    "initialize_eva",
+    "inject",
+    "load_adapter",
+    "load_adapter_state_dict",
+    "loaded_adapters",
+    "save_adapter",
+    "scaled",
+    "set_adapter",
+    "set_requires_grad",
+    "set_scale",
+    "trainable_parameters",
+]  # fmt: skip

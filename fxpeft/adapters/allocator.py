@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from fxpeft.adapters.state import Adapter, state_of, unwrap
+from fxpeft.adapters.state import Adapter, state_of
 from fxpeft.errors import AdapterError
 from fxpeft.methods.adalora import AdaLoraConfig
+from fxpeft.model.wrappers import unwrap
 
 NAMES = ("lora_A", "lora_B", "lora_E")
 

@@ -10,8 +10,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from fxpeft.adapters.state import ModelState, find_state, unwrap
-from fxpeft.serving.swap import Serving, reshow
+from fxpeft.adapters.state import Host, ModelState, find_state
+from fxpeft.model.wrappers import unwrap
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -69,16 +69,15 @@ def changes(function: Callable[P, T]) -> Callable[P, T]:
     return change
 
 
-def _undo(model: nn.Module, state: ModelState, serving: Serving) -> Callable[[], None]:
-    adapters, active, shown = dict(state.adapters), list(state.active), serving.shown
+def _undo(model: nn.Module, state: ModelState, serving: Host) -> Callable[[], None]:
+    adapters, active, show_again = dict(state.adapters), list(state.active), serving.undo(model)
     others = state.enabled, state.folded, state.baked
 
     def undo() -> None:
         with ordinary():
             state.adapters, state.active = dict(adapters), list(active)
             state.enabled, state.folded, state.baked = others
-            if serving.torn or serving.shown is not shown:
-                reshow(model, serving, shown)
+            show_again()
         serving.lock.repair = None
 
     return undo

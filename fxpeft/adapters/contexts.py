@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from torch import nn
 
 from fxpeft.adapters.api import disable_adapters, enable_adapters, set_adapter, set_scale
+from fxpeft.adapters.attach import set_trainable
 from fxpeft.adapters.change import changes
 from fxpeft.adapters.penalty import watch_loss
-from fxpeft.adapters.state import ModelState, find_state, set_trainable, state_of, unwrap
+from fxpeft.adapters.state import ModelState, find_state, state_of
 from fxpeft.errors import AdapterError
+from fxpeft.model.wrappers import unwrap
 
 
 @contextmanager

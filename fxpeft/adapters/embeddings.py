@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxpeft.adapters.state import Adapter
 from fxpeft.errors import AdapterError
 from fxpeft.methods import method_of
-from fxpeft.targets.sites import base_modules, base_values, embedding_layer
+from fxpeft.model.walk import base_modules, base_values, embedding_layer
 
 SaveEmbeddings = bool | Literal["auto"]
 NAMES = ("embed_tokens", "lm_head")  # PEFT's EMBEDDING_LAYER_NAMES: targets whose base weights "auto" saves

@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fxpeft.adapters.api import fresh_values, replace_attached
 from fxpeft.adapters.change import ordinary
 from fxpeft.adapters.contexts import disabled
-from fxpeft.adapters.state import Adapter, state_of, unwrap
+from fxpeft.adapters.installing import replace_attached
+from fxpeft.adapters.state import Adapter, state_of
+from fxpeft.adapters.values import fresh_values
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods.base import SitePlan
 from fxpeft.methods.inits import EvaConfig
 from fxpeft.methods.lora import LoraConfig
-from fxpeft.model.wrappers import submodule
+from fxpeft.model.wrappers import submodule, unwrap
 from fxpeft.passes.targets.names import pattern_value
 from fxpeft.targets.sites import make_plan
 

@@ -8,20 +8,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fxpeft.adapters.api import check_name, fresh_values, install_adapter, placed, replace_attached
-from fxpeft.adapters.state import Adapter, Values, is_prepared, only_active, placement, state_of, unwrap
-from fxpeft.checkpoint import peft as checkpoint
+from fxpeft import checkpoint
+from fxpeft.adapters.installing import check_name, install_adapter, replace_attached
+from fxpeft.adapters.state import Adapter, declared_modules, is_prepared, only_active, state_of
+from fxpeft.adapters.values import fresh_values, placed
+from fxpeft.checkpoint import Checkpoint
 from fxpeft.checkpoint.inferred import infer_config, peft_keys, with_sites
 from fxpeft.checkpoint.layouts import in_layout_of
-from fxpeft.checkpoint.peft import Checkpoint
 from fxpeft.errors import AdapterError
 from fxpeft.methods import method_of
 from fxpeft.methods.config import AdapterConfig
-from fxpeft.model.wrappers import submodule
+from fxpeft.methods.values import Values
+from fxpeft.model.placement import placement
+from fxpeft.model.walk import base_state, site_module
+from fxpeft.model.wrappers import submodule, unwrap
 from fxpeft.passes.base import attribute
-from fxpeft.serving import prepare as serving
 from fxpeft.targets.experts import converted
-from fxpeft.targets.sites import AdapterPlan, base_state, make_plan, site_module
+from fxpeft.targets.sites import AdapterPlan, make_plan
 
 
 def inject(
@@ -70,9 +73,8 @@ def inject(
         else:
             config = infer_config(tensors, model) if config is None else with_sites(config, tensors, model)
         plan = make_plan(model, replace(config, inference_mode=not trainable), heads=False, of_file=True)
-        values = checkpoint.assign(
-            model, plan, Checkpoint("the state_dict", plan.config, tensors), check_finite=check_finite
-        )
+        found = Checkpoint("the state_dict", plan.config, tensors)
+        values = checkpoint.assign(model, plan, found, check_finite=check_finite, declared=declared_modules(model))
         autocast = autocast_adapter_dtype and not is_prepared(model)
         values = _nowhere(values) if empty else placed(model, values, autocast=autocast)
     install_adapter(model, Adapter(name, plan, values))
@@ -97,13 +99,14 @@ def load_adapter_state_dict(
     old = state.get(name if name is not None else only_active(state))
     state.check_unfolded([old.name], "its values can't be replaced")
     found = Checkpoint("the state_dict", old.config, peft_keys(state_dict))
-    values = placed(model, checkpoint.assign(model, old.plan, found, check_finite=check_finite), autocast=False)
+    values = checkpoint.assign(model, old.plan, found, check_finite=check_finite, declared=declared_modules(model))
+    values = placed(model, values, autocast=False)
     own = old.current().sites
     for site, parameters in values.sites.items():
         values.sites[site] = {k: v.to(own[site][k].dtype) if k in own[site] else v for k, v in parameters.items()}
     new = Adapter(old.name, old.plan, values, old.strength)
     if state.serving is not None:
-        serving.replace_adapter(model, state, new, owned=True)
+        state.serving.replace(model, state, new, owned=True)
     elif any(parameter.is_meta for parameter in old.parameters()) or not _same_parts(old, values):
         replace_attached(model, state, new)
     else:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods.base import SlotValues
+from fxpeft.model.walk import base_modules, site_module
 from fxpeft.passes.base import attribute, join
 from fxpeft.passes.live.parameters import parameter_kind
 from fxpeft.passes.live.product import Product, check_stored, product_of
 from fxpeft.passes.slots.copies import Copies
 from fxpeft.passes.targets.kinds import Kind
-from fxpeft.targets.sites import base_modules, site_module
 
 Keep = Literal["original", "delta"]
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from fxpeft.adapters.penalty import watch_loss
-from fxpeft.adapters.state import state_of, unwrap
+from fxpeft.adapters.state import state_of
 from fxpeft.errors import AdapterError
+from fxpeft.model.wrappers import unwrap
 
 
 def set_requires_grad(model: nn.Module, names: str | Sequence[str], requires_grad: bool = True) -> None:

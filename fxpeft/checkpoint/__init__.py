@@ -1,1 +1,23 @@
 """PEFT's files, both ways, and adapters that need no model."""
+
+from fxpeft.checkpoint.assigning import Misfit, assign
+from fxpeft.checkpoint.inferred import infer_config
+from fxpeft.checkpoint.layouts import in_layout_of
+from fxpeft.checkpoint.reading import (
+    CONFIG,
+    PICKLE,
+    WEIGHTS,
+    Checkpoint,
+    base_of,
+    read,
+    read_config,
+    read_pair,
+    read_pickle,
+    read_safetensors,
+)
+from fxpeft.checkpoint.writing import to_tensors, write, write_files
+
+__all__ = [
+    "CONFIG", "PICKLE", "WEIGHTS", "Checkpoint", "Misfit", "assign", "base_of", "in_layout_of", "infer_config", "read",
+    "read_config", "read_pair", "read_pickle", "read_safetensors", "to_tensors", "write", "write_files",
+]  # fmt: skip

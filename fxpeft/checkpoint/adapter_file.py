@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxpeft.checkpoint.peft import Checkpoint
+from fxpeft.checkpoint.reading import Checkpoint
 from fxpeft.errors import AdapterError, CheckpointError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.config import AdapterConfig, matching

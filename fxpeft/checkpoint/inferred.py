@@ -18,11 +18,11 @@ from fxpeft.methods.base import Method
 from fxpeft.methods.config import AdapterConfig, matching
 from fxpeft.methods.ia3 import IA3Config
 from fxpeft.methods.lora import LoraConfig
+from fxpeft.model.walk import base_modules
 from fxpeft.model.wrappers import unwrap
 from fxpeft.outside import dense
 from fxpeft.passes.targets.names import NameSelector, Selection
 from fxpeft.targets.resolve import spelled
-from fxpeft.targets.sites import base_modules
 
 _WHOLE = "say so in a config, and pass that too"
 

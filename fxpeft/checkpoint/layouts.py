@@ -18,12 +18,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, WeightTransform
 
 from fxpeft.checkpoint.keys import below_module
-from fxpeft.checkpoint.peft import Checkpoint
+from fxpeft.checkpoint.reading import Checkpoint
 from fxpeft.errors import CheckpointError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.base import Method
 from fxpeft.methods.config import AdapterConfig, matching
 from fxpeft.methods.lora import LoraConfig
+from fxpeft.model.walk import base_modules
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.targets.names import pattern_value
 from fxpeft.passes.targets.operations.registry import kinds
@@ -31,7 +32,6 @@ from fxpeft.passes.targets.terms import Pattern
 from fxpeft.targets import experts
 from fxpeft.targets.parameters import parameter_sites
 from fxpeft.targets.resolve import has_pattern, spelled
-from fxpeft.targets.sites import base_modules
 
 WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save|original_module)(?=\.)")
 

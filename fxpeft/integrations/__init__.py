@@ -1,1 +1,1 @@
-"""fxpeft inside other libraries: each file here is one library, and imports point from here to fxpeft's own code."""
+"""fxpeft inside other libraries: each file here is one library, imported only inside of its own."""

@@ -1,49 +1,18 @@
-"""The methods. A new one is a file beside these and a line in ``METHODS``."""
+"""The methods: each a config, its parameters, its training subgraph, and how it lowers to slot values."""
 
-from __future__ import annotations
-
-from typing import Any
-
-from fxpeft.errors import AdapterError
-from fxpeft.methods.adalora import AdaLora
-from fxpeft.methods.base import Method
+from fxpeft.methods.adalora import AdaLoraConfig
 from fxpeft.methods.config import AdapterConfig
-from fxpeft.methods.dora import Dora
-from fxpeft.methods.ia3 import Ia3
-from fxpeft.methods.lora import Lora
-from fxpeft.methods.p_tuning import PTuning
-from fxpeft.methods.prefix_tuning import PrefixTuning
-from fxpeft.methods.prompt_tuning import PromptTuning
+from fxpeft.methods.ia3 import IA3Config
+from fxpeft.methods.inits import EvaConfig, LoftQConfig
+from fxpeft.methods.lora import LoraConfig
+from fxpeft.methods.p_tuning import PromptEncoderConfig
+from fxpeft.methods.prefix_tuning import PrefixTuningConfig
+from fxpeft.methods.prompt_tuning import PromptTuningConfig
+from fxpeft.methods.registry import METHODS, config_class, method_of, register, slot_needs
+from fxpeft.methods.values import Values
 
-METHODS: list[Method[Any]] = [Dora(), AdaLora(), Lora(), Ia3(), PromptTuning(), PTuning(), PrefixTuning()]
-
-
-def register(method: Method[Any]) -> None:
-    """Add a method of one's own; it is asked before the ones that are there."""
-    METHODS.insert(0, method)
-
-
-def method_of(config: AdapterConfig) -> Method[Any]:
-    """The method that a config belongs to."""
-    for method in METHODS:
-        if method.peft_type == config.peft_type and method.takes(config):
-            return method
-    raise AdapterError(f"{type(config).__name__}: no method takes it; known: {', '.join(m.name for m in METHODS)}")
-
-
-def config_class(peft_type: object, source: str) -> type[AdapterConfig]:
-    """The config class of a ``peft_type`` as it stands in ``adapter_config.json``.
-
-    Raises:
-        AdapterError: no such method; the known ones are listed.
-    """
-    for method in METHODS:
-        if method.peft_type == peft_type:
-            return method.config_class
-    known = ", ".join(dict.fromkeys(m.peft_type for m in METHODS))
-    raise AdapterError(f"{source}: peft_type: expected one of {known}, found {peft_type!r}")
-
-
-def slot_needs() -> dict[str, frozenset[str]]:
-    """What ``prepare_hotswap(methods=...)`` may declare -> the slot features that it takes."""
-    return {name: frozenset(needs) for m in reversed(METHODS) for name, needs in (m.needs or {m.name: ()}).items()}
+__all__ = [
+    "METHODS", "AdaLoraConfig", "AdapterConfig", "EvaConfig", "IA3Config", "LoftQConfig", "LoraConfig",
+    "PrefixTuningConfig", "PromptEncoderConfig", "PromptTuningConfig", "Values", "config_class", "method_of",
+    "register", "slot_needs",
+]  # fmt: skip

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig, check_pattern
+from fxpeft.methods.defaults import default_feedforward
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.names import Endings
 from fxpeft.passes.targets.regex import compiled
-from fxpeft.targets.defaults import default_feedforward
 
 
 @dataclass

@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import nn
 
-from fxpeft.targets.sites import base_state
+from fxpeft.model.walk import base_state
 
 KEY = "fxpeft_base"  # in the metadata of adapter_model.safetensors, which PEFT doesn't read
 SAMPLE = 256

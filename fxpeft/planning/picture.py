@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import networkx as nx
 import torch
 
@@ -19,12 +17,10 @@ from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.operations.registry import operation_of_kind
 from fxpeft.passes.targets.patterns import layers_of
 from fxpeft.passes.targets.roles import find_roles
-
-if TYPE_CHECKING:
-    from fxpeft.planning.plan import Plan
+from fxpeft.planning.data import PlanData
 
 
-def draw_plan(plan: Plan, layer: int) -> Picture:
+def draw_plan(plan: PlanData, layer: int) -> Picture:
     """See :meth:`fxpeft.Plan.draw`."""
     if plan.flow is None:
         raise AdapterError("this plan has no data flow to draw: make it with fxpeft.plan(model, config)")
@@ -41,7 +37,7 @@ def draw_plan(plan: Plan, layer: int) -> Picture:
     return Picture(f"{plan.model} {prefix}: {type(plan.config).__name__}", before, after)
 
 
-def _layer(plan: Plan, flow: Flow, layer: int) -> tuple[str, list[str]]:
+def _layer(plan: PlanData, flow: Flow, layer: int) -> tuple[str, list[str]]:
     """The layer's name and its vertices, of the container that the plan's first sites lie in."""
     sites = {vertex: str(data["site"]) for vertex, data in flow.nodes(data=True)}
     places = layers_of(sorted(set(sites.values())))
@@ -87,7 +83,7 @@ def _drawing(flow: Flow, vertices: list[str], prefix: str) -> Drawing:
     return drawing
 
 
-def _rewritten(plan: Plan, name: str, kind: Kind) -> tuple[Drawing, dict[str, str]]:
+def _rewritten(plan: PlanData, name: str, kind: Kind) -> tuple[Drawing, dict[str, str]]:
     """The site's rewrite, from the pass that makes it, on tensors that hold nothing; and what its ends stand for."""
     method = method_of(plan.config)
     site = method.plan(plan.config, name, kind)

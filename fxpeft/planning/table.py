@@ -8,10 +8,9 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from fxpeft.planning.plan import Plan, PlanSite
+from fxpeft.planning.data import PlanData, PlanSite
 
 
 def collapse(names: Sequence[str]) -> list[str]:
@@ -50,7 +49,7 @@ def size(count: float) -> str:
     return f"{count:.3g}T"
 
 
-def plan_text(plan: Plan) -> str:
+def plan_text(plan: PlanData) -> str:
     """The plan as a table, as wide as it needs to be."""
     from rich.console import Console
     from rich.text import Text
@@ -65,7 +64,7 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
 
 
-def plan_table(plan: Plan) -> Any:
+def plan_table(plan: PlanData) -> Any:
     """The sites as rich's table, one row for all that differ in their layer only."""
     from rich import box
     from rich.table import Table
@@ -93,7 +92,7 @@ def plan_table(plan: Plan) -> Any:
     return table
 
 
-def plan_notes(plan: Plan) -> list[str]:
+def plan_notes(plan: PlanData) -> list[str]:
     """What else the plan says: whole modules, what was left out and why."""
     lines = [f"trained whole: {', '.join(plan.saved)}"] if plan.saved else []
     lines += [f"own copies of: {', '.join(collapse(plan.tensors))}"] if plan.tensors else []
@@ -137,7 +136,7 @@ class PlanDiff:
         return "\n".join([*lines, f"parameters: {before:,} -> {after:,}"])
 
 
-def diff_plans(before: Plan, after: Plan) -> PlanDiff:
+def diff_plans(before: PlanData, after: PlanData) -> PlanDiff:
     """Compare two plans, site by site."""
     old, new = before.config.to_dict(), after.config.to_dict()
     listed = ("target_modules", "exclude_modules", "target_parameters")  # sites tell what they come to

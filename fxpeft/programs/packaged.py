@@ -19,10 +19,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxpeft.adapters import api as adapters
+from fxpeft import adapters, checkpoint, serving
 from fxpeft.adapters.change import ordinary
 from fxpeft.adapters.state import state_of
-from fxpeft.checkpoint import peft as checkpoint
 from fxpeft.errors import AdapterError, CheckpointError
 from fxpeft.files import replace_files
 from fxpeft.methods.config import AdapterConfig
@@ -30,7 +29,6 @@ from fxpeft.model.skeleton import Outline, kind_from_json, skeleton
 from fxpeft.passes.slots.slot import FEATURES
 from fxpeft.programs.inputs import fit
 from fxpeft.programs.packaging import MANIFEST, VERSION, WEIGHTS, pattern_of
-from fxpeft.serving import prepare as serving
 from fxpeft.serving.swap import serving_of
 
 _FIELDS = frozenset(("fingerprint", "max_rank", "methods", "rank", "device", "sites", "modules", "inputs", "outputs"))

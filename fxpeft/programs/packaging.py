@@ -17,16 +17,18 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxpeft.adapters.state import find_state, placement, unwrap
+from fxpeft.adapters.state import find_state
 from fxpeft.errors import AdapterError, listing
 from fxpeft.files import make_folder, replacing
 from fxpeft.methods import slot_needs
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.model.fingerprint import fingerprint
+from fxpeft.model.placement import placement
 from fxpeft.model.skeleton import kind_to_json
 from fxpeft.model.trace import check_module_names, tracing
-from fxpeft.model.wrappers import submodule
+from fxpeft.model.walk import base_modules
+from fxpeft.model.wrappers import submodule, unwrap
 from fxpeft.passes.base import PassError
 from fxpeft.passes.live import base_weight, kind_of
 from fxpeft.passes.meta import LIFTED
@@ -36,7 +38,7 @@ from fxpeft.programs.inputs import describe, without_gaps
 from fxpeft.programs.rewrites import Slots
 from fxpeft.programs.rewriting import rewrite
 from fxpeft.serving.prompts import PROMPT_METHODS
-from fxpeft.targets.sites import base_modules, make_plan
+from fxpeft.targets.sites import make_plan
 
 MANIFEST = "fxpeft.json"
 WEIGHTS = "fxpeft/weights.safetensors"  # in the archive, below its root: the sites' weights and biases, for DoRA

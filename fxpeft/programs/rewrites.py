@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fxpeft.adapters.api import fresh_values, placed
-from fxpeft.checkpoint import peft as checkpoint
+from fxpeft import checkpoint
+from fxpeft.adapters.values import fresh_values, placed
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.base import SiteAdapter

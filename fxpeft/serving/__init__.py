@@ -1,1 +1,7 @@
 """Static slots, prepared once, and the swaps that write them."""
+
+from fxpeft.serving.api import hold, hotswap
+from fxpeft.serving.prepare import prepare_hotswap
+from fxpeft.serving.release import release_hotswap, remove
+
+__all__ = ["hold", "hotswap", "prepare_hotswap", "release_hotswap", "remove"]

@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from fxpeft.adapters.change import changing
-from fxpeft.adapters.state import find_state, placement
+from fxpeft.adapters.state import find_state
+from fxpeft.model.placement import placement
 from fxpeft.model.wrappers import submodule
-from fxpeft.serving.swap import Serving, lower_again, reshow
+from fxpeft.serving.swap import Serving, lower_again, reshow, serving_of
 
 
 def watch_loads(model: nn.Module) -> None:
@@ -29,7 +30,7 @@ def _loaded(model: nn.Module, incompatible: Any) -> None:
         state = find_state(model)
         if state is None or state.serving is None:
             return
-        serving = state.serving
+        serving = serving_of(state)
         if _give_memory(model, serving):
             lower_again(model, state)
         serving.torn = True  # whatever the slots hold, they are written whole

@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxpeft.adapters.lock import SwapLock
 from fxpeft.adapters.state import find_state
 from fxpeft.errors import LockTimeout
 from fxpeft.model.wrappers import named_modules, submodule
 from fxpeft.passes.live import Container, lock_module, unlock_module
 from fxpeft.passes.live.locked import LOCK
-from fxpeft.serving.lock import SwapLock
 
 _CALL = nn.Module._call_impl.__code__
 

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fxpeft.adapters.state import Adapter, placement
+from fxpeft.adapters.state import Adapter
 from fxpeft.errors import AdapterError
 from fxpeft.methods import METHODS, method_of
 from fxpeft.methods.prompts import PromptLearningConfig, PromptMethod, PromptPlan
+from fxpeft.model.placement import placement
 from fxpeft.model.wrappers import submodule
 from fxpeft.passes.live import Container, feed_module, is_bound, unbind
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxpeft.adapters.state import Adapter, ModelState, Values, check_together
+from fxpeft.adapters.attach import check_together
+from fxpeft.adapters.change import changing
+from fxpeft.adapters.state import Adapter, Host, ModelState
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.base import Base, SlotValues
+from fxpeft.methods.values import Values
+from fxpeft.model.walk import base_state, base_value, base_values
 from fxpeft.model.wrappers import submodule
 from fxpeft.passes.base import PassError, attribute, join
 from fxpeft.passes.recent import Recent
@@ -22,11 +26,11 @@ from fxpeft.passes.slots.slot import FEATURES, LEAST, ActiveRank, Slot
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.serving import prompts as prompts_serving
 from fxpeft.serving.guard import ModelLock
-from fxpeft.targets.sites import AdapterPlan, base_state, base_value, base_values
+from fxpeft.targets.sites import AdapterPlan
 
 
 @dataclass
-class Serving:
+class Serving(Host):
     """The slots of a prepared model and what is in them.
 
     Args:
@@ -80,10 +84,49 @@ class Serving:
         """Names of the modules that a change of adapters writes to or binds anew."""
         return self.hosts() if self.prompts is None else {*self.hosts(), self.prompts.site}
 
+    def install(self, model: nn.Module, state: ModelState, adapter: Adapter) -> None:
+        with changing(model):
+            if adapter.name in state.adapters:  # another thread was first
+                raise AdapterError(f"there is an adapter named {adapter.name!r} already")
+            settle(lower(model, self, adapter))
+            self.activate(model, state, [adapter] if state.enabled else [])
+            state.adapters[adapter.name] = adapter
+            state.active = [adapter.name]
+
+    def activate(self, model: nn.Module, state: ModelState, adapters: list[Adapter]) -> None:
+        activate(model, state, adapters)
+
+    def replace(self, model: nn.Module, state: ModelState, adapter: Adapter, *, owned: bool) -> None:
+        with changing(model):
+            new = lower(model, self, adapter)
+            if not owned:
+                settle(new)
+            active = [new if n == new.name else state.adapters[n] for n in state.active]
+            check_together(active)
+            if state.enabled and new.name in state.active:
+                activate(model, state, active, fresh=new)
+            state.adapters[new.name] = new
+
+    def rescale(self, model: nn.Module, state: ModelState, name: str, strength: float) -> None:
+        with changing(model):
+            changed = lower(model, self, replace(state.get(name), strength=strength))
+            if state.enabled and name in state.active:
+                self.activate(model, state, [changed if n == name else state.adapters[n] for n in state.active])
+            state.adapters[name] = changed
+
+    def undo(self, model: nn.Module) -> Callable[[], None]:
+        shown = self.shown
+
+        def show_again() -> None:
+            if self.torn or self.shown is not shown:
+                reshow(model, self, shown)
+
+        return show_again
+
 
 def serving_of(state: ModelState) -> Serving:
     """The model's slots, or an error that says how to get them."""
-    if state.serving is None:
+    if not isinstance(state.serving, Serving):
         raise AdapterError("the model has no slots: call prepare_hotswap(model) before compiling it")
     return state.serving
 

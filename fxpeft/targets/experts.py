@@ -30,11 +30,11 @@ from transformers.core_model_loading import (
 from fxpeft.errors import AdapterError, CheckpointError, listing
 from fxpeft.methods.config import AdapterConfig, matching
 from fxpeft.methods.lora import LoraConfig
+from fxpeft.model.walk import base_modules
 from fxpeft.passes.targets.names import Selection, pattern_value
 from fxpeft.passes.targets.regex import compiled
 from fxpeft.passes.targets.terms import Pattern
 from fxpeft.targets.resolve import has_pattern, resolve_parameters, spelled
-from fxpeft.targets.sites import base_modules
 
 
 @dataclass(frozen=True)

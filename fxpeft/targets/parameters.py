@@ -9,7 +9,7 @@ parameters of one module are told apart in a file, and what is refused follow
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ from fxpeft.passes.targets.names import Selection
 from fxpeft.passes.targets.operations import ParameterKind
 
 if TYPE_CHECKING:
-    from fxpeft.adapters.state import Adapter
+    pass
 
 ONE_REWRITE = (
     "it is a target, or brings a bias or itself as a whole, and one of its parameters is a target (target_parameters); "
@@ -100,16 +100,6 @@ def check_hosts(kinds: Mapping[str, Kind], saved: Collection[str], tensors: Coll
     both = sorted(owners & {kind.host(site) for site, kind in kinds.items() if kind.leaf})
     if both:
         raise AdapterError(listing([f"{name}: {ONE_REWRITE}" for name in both]))
-
-
-def refuse_parameters(adapters: Iterable[Adapter], what: str) -> None:
-    """Refuse adapters with sites that are parameters, for what is defined on modules only."""
-    found = [f"{a.name}: {site}" for a in adapters for site, plan in a.plan.sites.items() if plan.kind.leaf]
-    if found:
-        raise AdapterError(
-            f"{what} takes sites that are modules (target_modules), found parameters (target_parameters):\n"
-            f"{listing(found)}\nActivate the adapters together, or fold them, which both take parameters too."
-        )
 
 
 def _kind(name: str, module: nn.Module, modules: Mapping[str, nn.Module], leaf: str) -> ParameterKind:

@@ -1,1 +1,5 @@
 """The command line."""
+
+from fxpeft.tools.cli import main
+
+__all__ = ["main"]

@@ -24,7 +24,7 @@ import fxpeft
 from fxpeft.errors import AdapterError
 
 if TYPE_CHECKING:
-    from fxpeft.checkpoint.peft import Checkpoint
+    from fxpeft.checkpoint import Checkpoint
 
 app = typer.Typer(
     name="fxpeft", help=fxpeft.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -132,8 +132,8 @@ def plan(
 @app.command()
 def inspect(adapter: Source, as_json: Json = False) -> None:
     """Show what is in an adapter: config, sites, ranks, norms of the updates, size."""
+    from fxpeft.checkpoint import read
     from fxpeft.checkpoint.adapter_file import inspect_sites, site_tensors
-    from fxpeft.checkpoint.peft import read
     from fxpeft.methods import method_of
     from fxpeft.planning.table import size
 
@@ -175,8 +175,9 @@ def check(
     import torch
 
     from fxpeft.adapters.state import Adapter, state_of
+    from fxpeft.checkpoint import read
+    from fxpeft.checkpoint.assigning import assign
     from fxpeft.checkpoint.layouts import in_layout_of
-    from fxpeft.checkpoint.peft import assign, read
     from fxpeft.methods import method_of, slot_needs
     from fxpeft.model.empty import empty_model
     from fxpeft.serving.swap import lower, serving_of
@@ -219,8 +220,9 @@ def convert(
     """Write an adapter in another dtype, at a smaller rank or as plain LoRA, errors stated; in PEFT's format."""
     import torch
 
+    from fxpeft.checkpoint import read
     from fxpeft.checkpoint.adapter_file import cast, shrink
-    from fxpeft.checkpoint.peft import read, write_files
+    from fxpeft.checkpoint.writing import write_files
 
     if dtype is None and rank is None and to is None:
         raise AdapterError("convert: say what to: --dtype, --rank or --to")
@@ -244,7 +246,7 @@ def convert(
 
 def _adapted(adapter: str, base: str | None) -> tuple[Any, str]:
     """The base model with the adapter on it, and where it came from."""
-    from fxpeft.checkpoint.peft import read
+    from fxpeft.checkpoint import read
     from fxpeft.model.empty import loaded_model
 
     base = base or read(adapter).config.base_model_name_or_path
@@ -257,7 +259,7 @@ def _adapted(adapter: str, base: str | None) -> tuple[Any, str]:
 
 def _as_lora(adapter: str, base: str | None, rank: int | None, output: Path) -> Checkpoint:
     """The adapter as plain LoRA; how far off that is goes to stderr."""
-    from fxpeft.checkpoint.peft import read
+    from fxpeft.checkpoint import read
 
     whole, _ = _adapted(adapter, base)
     with warnings.catch_warnings(record=True) as told:
@@ -293,8 +295,8 @@ def fold(
 @app.command()
 def diff(before: Source, after: Source, as_json: Json = False) -> None:
     """Compare two adapters: configs, sites, and how far their updates are apart. Exit code 1 where they differ."""
+    from fxpeft.checkpoint import read
     from fxpeft.checkpoint.adapter_file import diff_files
-    from fxpeft.checkpoint.peft import read
 
     found = diff_files(read(before), read(after))
     lines = [f"{name}: {a} -> {b}" for name, (a, b) in found.config.items()]

@@ -10,15 +10,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fxpeft.adapters.api import check_name
 from fxpeft.adapters.change import changes
-from fxpeft.adapters.state import Adapter, state_of, unwrap
+from fxpeft.adapters.installing import check_name
+from fxpeft.adapters.state import Adapter, state_of
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
-from fxpeft.model.wrappers import submodule
+from fxpeft.model.wrappers import submodule, unwrap
 from fxpeft.passes.targets.kinds import Kind
-from fxpeft.targets.parameters import refuse_parameters
-from fxpeft.transform.derived import add_lora, brought, factorise, in_order, refactorise
+from fxpeft.transform.derived import add_lora, brought, factorise, in_order, refactorise, refuse_parameters
 from fxpeft.transform.task_vectors import PRUNING, Sign, merge
 
 Combination = Literal[

@@ -10,9 +10,10 @@ from torch import nn
 
 from fxpeft.adapters.change import changes
 from fxpeft.adapters.contexts import activate_again, trained_now
-from fxpeft.adapters.state import ModelState, find_state, state_of, unwrap
+from fxpeft.adapters.state import ModelState, find_state, state_of
 from fxpeft.errors import AdapterError
-from fxpeft.transform.fold import fold, fold_instead, refold, take_out
+from fxpeft.model.wrappers import unwrap
+from fxpeft.transform.folding import fold, fold_instead, refold, take_out
 
 
 @contextmanager

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxpeft.adapters.api import install_adapter
-from fxpeft.adapters.state import Adapter, Values, unwrap
+from fxpeft.adapters.installing import install_adapter
+from fxpeft.adapters.state import Adapter
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.lora import LoraConfig
+from fxpeft.methods.values import Values
+from fxpeft.model.walk import base_modules
+from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import attribute
 from fxpeft.passes.targets.kinds import Kind
-from fxpeft.targets.sites import AdapterPlan, base_modules, make_plan
+from fxpeft.targets.sites import AdapterPlan, make_plan
 
 COPIED = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "lora_dropout", "inference_mode")
 
@@ -142,3 +145,13 @@ def _quantile(values: Tensor, q: float) -> Tensor:
     below = int(place)
     ordered = values.sort().values
     return torch.lerp(ordered[below], ordered[min(below + 1, len(values) - 1)], place - below)
+
+
+def refuse_parameters(adapters: Iterable[Adapter], what: str) -> None:
+    """Refuse adapters with sites that are parameters, for what is defined on modules only."""
+    found = [f"{a.name}: {site}" for a in adapters for site, plan in a.plan.sites.items() if plan.kind.leaf]
+    if found:
+        raise AdapterError(
+            f"{what} takes sites that are modules (target_modules), found parameters (target_parameters):\n"
+            f"{listing(found)}\nActivate the adapters together, or fold them, which both take parameters too."
+        )

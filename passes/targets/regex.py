@@ -18,6 +18,8 @@ from typing import Any
 
 import regex
 
+from fxpeft.errors import PatternError as PatternError
+
 LONGEST = 10_000  # characters; plain names joined by "|" may be as many as a model has
 DEEPEST = 100  # parentheses in each other: the engines' parsers recurse
 LARGEST = 20_000  # characters after counted repeats are written out, as the engine does
@@ -26,14 +28,6 @@ SECONDS = 1.0  # of this thread's computing time, for all matches of one plan or
 _NAME = r"(?:\w|-|\\[^\w\s])+"
 _NAMES = re.compile(rf"{_NAME}(?:\|{_NAME})*")
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d*)(,?)(\d*)\}|.", re.DOTALL)
-
-
-class PatternError(ValueError):
-    """A text that is no pattern; the message shows the place. ``at``: the character, where it is known."""
-
-    def __init__(self, message: str, at: int | None = None) -> None:
-        super().__init__(message)
-        self.at = at
 
 
 class Budget:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import fxpeft
+import fxpeft.adapters.attach
 from fxpeft import AdapterError, LoraConfig
 
 IDS = token_ids()
@@ -370,7 +371,7 @@ def test_failure_inside_install_leaves_the_model_as_it_was(
     if adapted:
         add(model, "first", 1)
     before = picture(model, IDS)
-    real = fxpeft.adapters.state.rewrite_module
+    real = fxpeft.adapters.attach.rewrite_module
 
     def fail(*args: Any, **kwargs: Any) -> None:
         nonlocal calls
@@ -379,7 +380,7 @@ def test_failure_inside_install_leaves_the_model_as_it_was(
             raise error("third site")
         real(*args, **kwargs)
 
-    monkeypatch.setattr("fxpeft.adapters.state.rewrite_module", fail)
+    monkeypatch.setattr("fxpeft.adapters.attach.rewrite_module", fail)
     with pytest.raises(error, match="third site"):
         fxpeft.add_adapter(model, LoraConfig(r=2, lora_alpha=5, target_modules="all-linear"), "second")
     assert_same(before, picture(model, IDS))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import fxpeft
+import fxpeft.adapters.installing
 from fxpeft import AdapterError, LoraConfig
 from fxpeft.adapters import eva
 from fxpeft.adapters.calls import check_call
@@ -299,7 +300,7 @@ def test_a_failed_change_leaves_the_old_adapter(monkeypatch: pytest.MonkeyPatch)
     model = started("llama")
     randomise(p for p in model.parameters() if p.requires_grad)
     before = picture(model, IDS)
-    rebind, calls = fxpeft.adapters.api.rebind, []
+    rebind, calls = fxpeft.adapters.installing.rebind, []
 
     def fails(*args: Any) -> None:
         calls.append(args)
@@ -307,7 +308,7 @@ def test_a_failed_change_leaves_the_old_adapter(monkeypatch: pytest.MonkeyPatch)
             raise RuntimeError("no")
         rebind(*args)
 
-    monkeypatch.setattr(fxpeft.adapters.api, "rebind", fails)
+    monkeypatch.setattr(fxpeft.adapters.installing, "rebind", fails)
     with pytest.raises(RuntimeError, match="no"):
         fxpeft.initialize_eva(model, texts(), progress=False)
     after = picture(model, IDS)

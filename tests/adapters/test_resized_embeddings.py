@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 import fxpeft
 from fxpeft import AdapterError, LoraConfig
-from fxpeft.checkpoint.peft import WEIGHTS
+from fxpeft.checkpoint import WEIGHTS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 OLD, NEW = 40, 47

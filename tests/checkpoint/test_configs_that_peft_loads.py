@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import fxpeft
 from fxpeft import AdapterError, LoraConfig
-from fxpeft.checkpoint.peft import CheckpointError
+from fxpeft.errors import CheckpointError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 IDS = token_ids()
@@ -66,7 +66,7 @@ def test_null_is_the_default(theirs: Path, name: str) -> None:
     needed = {"r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"}
     if name in needed:  # null there is another adapter: only the reading is asked for
         edit(theirs, **{name: None})
-        assert fxpeft.checkpoint.peft.read(theirs).config is not None
+        assert fxpeft.checkpoint.read(theirs).config is not None
         return
     expected = tiny_llama()
     fxpeft.load_adapter(expected, theirs)
@@ -86,7 +86,7 @@ def test_integers_written_as_floats(theirs: Path) -> None:
         alpha_pattern={"q_proj": 9.0},
         layers_to_transform=[0.0, 1.0],
     )
-    config = fxpeft.checkpoint.peft.read(theirs).config
+    config = fxpeft.checkpoint.read(theirs).config
     assert isinstance(config, LoraConfig)
     assert (config.r, config.rank_pattern, config.layers_to_transform) == (4, {"v_proj": 3}, [0, 1])
     assert type(config.r) is int

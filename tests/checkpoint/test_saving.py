@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import fxpeft
 from fxpeft import CheckpointError, LoraConfig, files
-from fxpeft.checkpoint.peft import CONFIG, WEIGHTS, read, write_files
+from fxpeft.checkpoint import CONFIG, WEIGHTS, read
+from fxpeft.checkpoint.writing import write_files
 
 pytestmark = pytest.mark.filterwarnings("error:.*was changed after")
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))

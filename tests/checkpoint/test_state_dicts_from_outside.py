@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fxpeft
 from fxpeft import AdapterError, LoraConfig
-from fxpeft.checkpoint.peft import CheckpointError
+from fxpeft.errors import CheckpointError
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 CONFIG = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"])

@@ -347,7 +347,7 @@ class Asked:
         except AdapterError:
             assert not out.exists()
             raise
-        fxpeft.checkpoint.peft.read(out)
+        fxpeft.checkpoint.read(out)
         shutil.rmtree(out)
 
     def check(self, folder: Path, source: random.Random) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxpeft
+import fxpeft.adapters.installing
 from fxpeft.integrations.transformers.model_state import is_prepared
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -161,7 +162,7 @@ def test_plain_exchange_that_fails_keeps_the_old_adapter(
     model = tiny_llama()
     model.load_adapter(folders["first"])
     before = logits(model)
-    rebind, calls = fxpeft.adapters.api.rebind, []
+    rebind, calls = fxpeft.adapters.installing.rebind, []
 
     def failing(*args: Any) -> None:
         calls.append(args)
@@ -169,7 +170,7 @@ def test_plain_exchange_that_fails_keeps_the_old_adapter(
             raise RuntimeError("no memory")
         rebind(*args)
 
-    monkeypatch.setattr(fxpeft.adapters.api, "rebind", failing)
+    monkeypatch.setattr(fxpeft.adapters.installing, "rebind", failing)
     with pytest.raises(RuntimeError, match="no memory"):
         model.load_adapter(folders["patterns"], "default", hotswap=True)
     assert torch.equal(logits(model), before)

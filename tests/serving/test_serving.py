@@ -18,12 +18,11 @@ from torch.fx import GraphModule
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxpeft
+from fxpeft import checkpoint
 from fxpeft.adapters.state import state_of
-from fxpeft.checkpoint import peft as checkpoint
 from fxpeft.passes.slots.copies import Copies
 from fxpeft.passes.slots.slot import ActiveRank
-from fxpeft.serving import guard, swap
-from fxpeft.serving import prepare as serving
+from fxpeft.serving import api, guard, swap
 
 IDS = torch.arange(12).view(2, 6)
 
@@ -123,8 +122,8 @@ def test_what_is_saved_from_slots_is_what_was_loaded(old: str, new: str, tmp_pat
 
 
 STEPS = [
-    (checkpoint, "read"), (checkpoint, "assign"), (serving, "plan_for"), (serving, "lower"), (serving, "settle"),
-    (serving, "check_together"), (swap, "check_ranks"), (swap, "_show_copies"), (ActiveRank, "set"),
+    (checkpoint, "read"), (checkpoint, "assign"), (api, "plan_for"), (swap, "lower"), (swap, "settle"),
+    (swap, "check_together"), (swap, "check_ranks"), (swap, "_show_copies"), (ActiveRank, "set"),
 ]  # fmt: skip
 
 

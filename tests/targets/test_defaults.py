@@ -24,8 +24,9 @@ from transformers import (
 
 import fxpeft
 from fxpeft import AdapterError, LoraConfig
+from fxpeft.methods.defaults import TARGETS
 from fxpeft.targets.attention import attention_targets
-from fxpeft.targets.defaults import TARGETS, default_targets
+from fxpeft.targets.defaults import default_targets
 
 
 def test_table_is_pefts() -> None:

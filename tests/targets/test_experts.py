@@ -253,8 +253,8 @@ def test_blends_conversions_and_programs_want_modules(tmp_path: Path) -> None:
 
 
 def test_files_are_inspected_and_not_shrunk(tmp_path: Path) -> None:
+    from fxpeft.checkpoint import read
     from fxpeft.checkpoint.adapter_file import diff_files, inspect_sites, shrink
-    from fxpeft.checkpoint.peft import read
 
     fxpeft.save_adapter(adapted(target_modules=["q_proj"]), tmp_path)
     found = read(tmp_path)

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import fxpeft
 from fxpeft import AdapterError, LoraConfig
+from fxpeft.checkpoint import Checkpoint, read
 from fxpeft.checkpoint.adapter_file import diff_files, shrink, site_scale, site_tensors
-from fxpeft.checkpoint.peft import Checkpoint, read
 from fxpeft.tools.cli import app
 
 TARGETS = "role:attention | role:mlp.down"

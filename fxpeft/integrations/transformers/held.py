@@ -8,12 +8,13 @@ from dataclasses import replace
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fxpeft.adapters.state import Adapter, ModelState, Values, state_of
-from fxpeft.checkpoint import peft as checkpoint
+from fxpeft.adapters.saving import adapter_tensors
+from fxpeft.adapters.state import Adapter, ModelState, state_of
 from fxpeft.errors import AdapterError
 from fxpeft.integrations.transformers.model_state import adapters_of
 from fxpeft.methods import method_of
 from fxpeft.methods.base import Method
+from fxpeft.methods.values import Values
 from fxpeft.model.wrappers import plain_name
 from fxpeft.passes.base import join
 
@@ -39,7 +40,7 @@ def held_adapter(model: PreTrainedModel, name: str, state_dict: Mapping[str, Ten
 
 def without_prefix(adapter: Adapter) -> dict[str, Tensor]:
     """An adapter's tensors as Transformers keys them; a prompt's keys have no such prefix, in PEFT neither."""
-    tensors = checkpoint.to_tensors(adapter)
+    tensors = adapter_tensors(adapter)
     if method_of(adapter.config).whole:
         return tensors
     return {key.removeprefix(Method.prefix): value for key, value in tensors.items()}

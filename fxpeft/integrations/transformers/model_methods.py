@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo, log_state_dict_report
 
-from fxpeft.adapters import api as adapters
+from fxpeft import adapters
 from fxpeft.adapters.change import changes, changing, ordinary
+from fxpeft.adapters.installing import install_adapter
 from fxpeft.adapters.name import check_adapter_name
 from fxpeft.adapters.state import Adapter, state_of
+from fxpeft.adapters.values import fresh_values
 from fxpeft.errors import AdapterError
 from fxpeft.integrations.transformers import loading
 from fxpeft.integrations.transformers.held import held_adapter, loaded_state, only_active, without_prefix
@@ -37,6 +39,7 @@ from fxpeft.integrations.transformers.model_state import (
 )  # fmt: skip
 from fxpeft.methods import method_of
 from fxpeft.methods.config import AdapterConfig
+from fxpeft.serving.swap import serving_of
 from fxpeft.targets.experts import converted
 from fxpeft.targets.sites import make_plan
 
@@ -63,8 +66,8 @@ def add_adapter(self: PreTrainedModel, adapter_config: AdapterConfig, adapter_na
     loading.check_injectable(config)
     plan = make_plan(self, converted(self, config), heads=False)
     leave_slots(self)
-    new = Adapter(name, plan, adapters.fresh_values(self, plan, autocast=True))
-    adapters.install_adapter(self, new)
+    new = Adapter(name, plan, fresh_values(self, plan, autocast=True))
+    install_adapter(self, new)
     train_parts(new)
 
 
@@ -290,8 +293,8 @@ def _check_free(model: PreTrainedModel, name: str) -> None:
 def _check_swappable(model: PreTrainedModel, config: AdapterConfig) -> None:
     """Transformers swaps LoRA alone; here a LoRA replaces others too where slots were declared for both."""
     others = [a.config for a in adapters_of(model).values() if a.config.peft_type != "LORA"]
-    serving = state_of(model).serving
-    declared = set() if serving is None else set(serving.methods)
+    state = state_of(model)
+    declared = set() if state.serving is None else set(serving_of(state).methods)
     both = {method_of(c).declared(c) for c in (config, *others)} <= declared
     if config.peft_type != "LORA" or (others and not both):
         raise ValueError("Hotswapping is currently only supported for LoRA, please set `hotswap=False`.")

@@ -7,13 +7,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from fxpeft.adapters import api as adapters
+from fxpeft import adapters, serving
+from fxpeft.adapters.attach import set_trainable
 from fxpeft.adapters.injection import overwrite
-from fxpeft.adapters.state import Adapter, Values, find_state, is_prepared, set_trainable, state_of
+from fxpeft.adapters.installing import install_adapter, replace_attached
+from fxpeft.adapters.state import Adapter, find_state, is_prepared, state_of
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SiteAdapter
+from fxpeft.methods.values import Values
 from fxpeft.passes.slots.slot import LEAST
-from fxpeft.serving import prepare as serving
 
 logger = logging.getLogger("transformers.integrations.peft")  # Transformers' own, which users filter and listen to
 
@@ -100,7 +102,7 @@ def add(model: PreTrainedModel, new: Adapter) -> None:
     if trains:
         leave_slots(model)
     before = list(state.active) if (state := find_state(model)) is not None else []
-    adapters.install_adapter(model, new)
+    install_adapter(model, new)
     if getattr(model, "_hotswap_enabled", False) and not trains and not is_prepared(model):
         try:
             prepare(model)
@@ -120,8 +122,8 @@ def swap(model: PreTrainedModel, new: Adapter) -> None:
         leave_slots(model)
     if getattr(model, "_hotswap_enabled", False) and new.config.inference_mode and not is_prepared(model):
         prepare(model)
-    if is_prepared(model):
-        serving.replace_adapter(model, state, new, owned=True)  # fit copied them
+    if state.serving is not None:
+        state.serving.replace(model, state, new, owned=True)  # fit copied them
     elif _same_places(old, new):
         overwrite(old, new.values)
         old.plan = new.plan
@@ -131,7 +133,7 @@ def swap(model: PreTrainedModel, new: Adapter) -> None:
                 part.set_strength(old.strength)
         set_trainable(state)
     else:
-        adapters.replace_attached(model, state, new)
+        replace_attached(model, state, new)
 
 
 def _same_places(old: Adapter, new: Adapter) -> bool:

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import create_and_tag_model_card, hf_api
 
+from fxpeft import checkpoint
 from fxpeft.adapters.embeddings import embedding_tensors
+from fxpeft.adapters.saving import adapter_tensors
 from fxpeft.adapters.state import Adapter, state_of
-from fxpeft.checkpoint import peft as checkpoint
 from fxpeft.checkpoint.model_card import CARD, write_card
 from fxpeft.files import replace_files
 from fxpeft.integrations.transformers.held import held_adapter, only_active, without_prefix
@@ -91,7 +92,7 @@ def _save(
             "`model.save_pretrained(...)`"
         )
     adapter = held_adapter(model, only_active(model), state_dict)
-    tensors = checkpoint.to_tensors(adapter) if save_peft_format else without_prefix(adapter)
+    tensors = adapter_tensors(adapter) if save_peft_format else without_prefix(adapter)
     prefix = method_of(adapter.config).prefix
     for key, tensor in embedding_tensors(model, adapter).items():
         tensors[key if save_peft_format else key.removeprefix(prefix)] = tensor
@@ -106,7 +107,7 @@ def _save(
         replace_files({folder / ENCODER: save_tensors(encoder)})
     else:
         (folder / ENCODER).unlink(missing_ok=True)
-    checkpoint.write(folder, model, adapter, tensors)
+    checkpoint.write(folder, model, adapter.config, tensors)
     if push_to_hub:
         if not (folder / CARD).is_file():  # the user's own text stays
             create_and_tag_model_card(target, model.model_tags, token=token).save(folder / CARD)

@@ -14,16 +14,17 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.import_utils import is_peft_available
 
-from fxpeft.adapters import api as adapters
+from fxpeft import checkpoint
 from fxpeft.adapters.injection import overwrite
-from fxpeft.adapters.state import Adapter, state_of, unwrap
-from fxpeft.checkpoint import peft as checkpoint
+from fxpeft.adapters.installing import replace_attached
+from fxpeft.adapters.state import Adapter, declared_modules, state_of
 from fxpeft.checkpoint.layouts import in_layout_of
 from fxpeft.integrations.transformers.held import only_active
 from fxpeft.integrations.transformers.model_state import adapters_of, logger
 from fxpeft.integrations.transformers.saving import ENCODER, encoder_of
 from fxpeft.methods import method_of
 from fxpeft.methods.prompts import PromptMethod
+from fxpeft.model.wrappers import unwrap
 
 FILES = (checkpoint.CONFIG, checkpoint.WEIGHTS)
 
@@ -36,7 +37,7 @@ def restore(model: PreTrainedModel, folder: str | Path) -> None:
     """
     adapter = state_of(model).get(only_active(model))
     found = in_layout_of(model, checkpoint.read(folder))
-    values = checkpoint.assign(model, adapter.plan, found)
+    values = checkpoint.assign(model, adapter.plan, found, declared=declared_modules(model))
     encoder = encoder_of(adapter)
     if encoder:
         ((site, finished),) = values.sites.items()
@@ -46,7 +47,7 @@ def restore(model: PreTrainedModel, folder: str | Path) -> None:
                 f"{folder} holds the finished prompt of adapter {adapter.name!r} and not the encoder that it comes out "
                 "of: the prompt itself takes its place, and is what is trained from here on."
             )
-            adapters.replace_attached(model, state_of(model), Adapter(adapter.name, adapter.plan, values))
+            replace_attached(model, state_of(model), Adapter(adapter.name, adapter.plan, values))
             return
         values.sites[site] = stored
     overwrite(adapter, values)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import fxpeft
 from fxpeft import AdapterError, IA3Config, LoraConfig
-from fxpeft.checkpoint.peft import read
+from fxpeft.checkpoint import read
 from fxpeft.passes.targets import regex as engine
 from fxpeft.passes.targets.globs import Glob
 from fxpeft.passes.targets.names import FORMS, NameSelector, PatternTable, Selection, pattern_value

@@ -8,18 +8,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fxpeft.adapters.api import check_name
 from fxpeft.adapters.change import changes
 from fxpeft.adapters.inplace import accumulator, fold_weight
-from fxpeft.adapters.state import Adapter, state_of, unwrap
+from fxpeft.adapters.installing import check_name
+from fxpeft.adapters.state import Adapter, state_of
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.base import Base, SitePlan, SlotValues
-from fxpeft.model.wrappers import submodule
+from fxpeft.model.wrappers import submodule, unwrap
 from fxpeft.passes.base import PassError
 from fxpeft.passes.live import base_weight
-from fxpeft.targets.parameters import refuse_parameters
-from fxpeft.transform.derived import add_lora, brought, factorise, in_order, refactorise
+from fxpeft.transform.derived import add_lora, brought, factorise, in_order, refactorise, refuse_parameters
 
 
 @changes

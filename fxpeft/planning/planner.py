@@ -3,141 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from fxpeft.adapters.api import add_adapter
-from fxpeft.adapters.state import placement, unwrap
 from fxpeft.errors import AdapterError, listing
-from fxpeft.methods import config_class, method_of
+from fxpeft.methods import method_of
 from fxpeft.methods.base import SitePlan
 from fxpeft.methods.config import AdapterConfig, matching
 from fxpeft.model.fast_path import fused_above
+from fxpeft.model.placement import placement
 from fxpeft.model.reads import idle, read_past
 from fxpeft.model.trace import model_flow
+from fxpeft.model.walk import base_modules
+from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import Skip
+from fxpeft.passes.draw import Picture
 from fxpeft.passes.live import base_class
 from fxpeft.passes.targets.flow import Flow
 from fxpeft.passes.targets.names import NameSelector, pattern_value
 from fxpeft.passes.targets.patterns import explain, from_peft
 from fxpeft.passes.targets.roles import roles_of_sites
 from fxpeft.passes.targets.terms import Subject
+from fxpeft.planning.data import PlanData, PlanSite
+from fxpeft.planning.picture import draw_plan
 from fxpeft.planning.table import PlanDiff, diff_plans, plan_text
 from fxpeft.targets.experts import converted
 from fxpeft.targets.resolve import has_pattern, subjects_of
-from fxpeft.targets.sites import base_modules, make_plan
-
-if TYPE_CHECKING:
-    from fxpeft.passes.draw import Picture
-
-FORMAT = 1
+from fxpeft.targets.sites import make_plan
 
 
-@dataclass(frozen=True)
-class PlanSite:
-    """What goes to one site.
-
-    Args:
-        role: what it does in the data flow; empty where that is not known.
-        in_features, out_features: of the site's weight. alpha: ``None`` for a method without one.
-        scaling: the factor of the update. parameters: how many the adapter has here.
-        extra_bytes: of those parameters. flops: what the update adds per token (per position of a
-            convolution's output), two for a multiplication and its addition.
-    """
-
-    name: str
-    role: str
-    kind: str
-    in_features: int
-    out_features: int
-    rank: int
-    alpha: float | None
-    scaling: float
-    parameters: int
-    extra_bytes: int
-    flops: int
-
-
-@dataclass(frozen=True)
-class Plan:
+class Plan(PlanData):
     """Every site of an adapter, made by :func:`plan` before anything is changed; prints as a table.
 
-    Args:
-        model: the base's class. config: patterns and defaults resolved, as it would be saved.
-        sites: what goes where. skipped: what could be adapted and isn't, and why.
-        saved, tensors: modules and single parameters that the adapter brings whole.
-        notes: what could not be found out.
+    Its fields are those of :class:`~fxpeft.planning.data.PlanData`.
     """
-
-    model: str
-    config: AdapterConfig
-    sites: tuple[PlanSite, ...]
-    skipped: tuple[Skip, ...] = ()
-    saved: tuple[str, ...] = ()
-    tensors: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    flow: Flow | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of all sites together."""
-        return sum(site.parameters for site in self.sites)
-
-    @property
-    def extra_bytes(self) -> int:
-        """Bytes of those parameters."""
-        return sum(site.extra_bytes for site in self.sites)
-
-    @property
-    def flops(self) -> int:
-        """What all updates add per token."""
-        return sum(site.flops for site in self.sites)
 
     def __str__(self) -> str:
         return plan_text(self)
 
-    def to_json(self) -> str:
-        """The plan as JSON, for :meth:`from_json`."""
-        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("config", "flow")}
-        content["sites"] = [dataclasses.asdict(site) for site in self.sites]
-        content["skipped"] = [dataclasses.asdict(skip) for skip in self.skipped]
-        return json.dumps({"format": FORMAT, **content, "config": self.config.to_dict()}, indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Read a plan that :meth:`to_json` wrote.
-
-        Raises:
-            AdapterError: it is no plan, or of another format.
-        """
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise AdapterError(f"plan: expected JSON, found what can't be read as such: {error}") from None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            found = content.get("format") if isinstance(content, dict) else type(content).__name__
-            raise AdapterError(f"plan: expected an object with format {FORMAT}, found {found!r}")
-        values = content.get("config")
-        if not isinstance(values, dict):
-            raise AdapterError(f"plan: expected a config, found {values!r}")
-        config = config_class(values.get("peft_type"), "plan").from_dict(values, source="plan")
-        try:
-            return cls(
-                _of_type(content["model"], str), config,
-                tuple(_read(PlanSite, site) for site in content["sites"]),
-                tuple(_read(Skip, skip) for skip in content["skipped"]),
-                *(tuple(_of_type(v, str) for v in content[name]) for name in ("saved", "tensors", "notes")),
-            )  # fmt: skip
-        except (KeyError, TypeError) as error:
-            raise AdapterError(f"plan: expected what Plan.to_json writes, found {error}") from None
-
-    def diff(self, other: Plan) -> PlanDiff:
+    def diff(self, other: PlanData) -> PlanDiff:
         """What changes from this plan to ``other``; false where nothing does, prints as lines."""
         return diff_plans(self, other)
 
@@ -152,8 +61,6 @@ class Plan:
             AdapterError: the plan has no data flow (it was read from JSON, or the model can't be traced),
                 or there is no such layer.
         """
-        from fxpeft.planning.picture import draw_plan
-
         picture = draw_plan(self, layer)
         if path is not None:
             picture.save(path)
@@ -287,18 +194,3 @@ def _unused(config: AdapterConfig, subjects: Sequence[Subject]) -> list[str]:
         if value is not None and (has_pattern(value) or not isinstance(value, str)):
             notes += [f"{name}: {line}" for line in explain(from_peft(value), subjects)]
     return notes
-
-
-def _of_type(value: Any, wanted: type) -> Any:
-    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise TypeError(f"{value!r} where {wanted.__name__} was expected")
-    return value
-
-
-def _read(cls: type[Any], values: Any) -> Any:
-    """A dataclass of strings and numbers, its types checked."""
-    numbers = {"int": int, "float": (int, float), "float | None": (int, float, type(None)), "str": str}
-    names = {f.name: numbers[str(f.type)] for f in dataclasses.fields(cls)}
-    if not isinstance(values, dict) or set(values) != set(names):
-        raise TypeError(f"{values!r} where {cls.__name__} was expected")
-    return cls(**{name: _of_type(value, names[name]) for name, value in values.items()})  # type: ignore[arg-type]

@@ -15,27 +15,26 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fxpeft.adapters.api import remove, switch
+from fxpeft.adapters.attach import check_together
 from fxpeft.adapters.change import changes
 from fxpeft.adapters.inplace import (
     Folded,
     accumulator,
     check_finite,
-    exchange,
     first_name,
     fold_weight,
     product_at,
-    put_back,
     settle_shared,
-    values_at,
 )
-from fxpeft.adapters.state import Adapter, ModelState, check_together, state_of, unwrap
+from fxpeft.adapters.state import Adapter, ModelState, state_of
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.base import Base, SlotValues
+from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import PassError, attribute, join
 from fxpeft.passes.live.product import Product
-from fxpeft.serving.swap import activate, lower_again
+from fxpeft.serving.release import remove
+from fxpeft.transform.writing import write_and_run
 
 
 @changes
@@ -93,7 +92,7 @@ def _fold(
     work = _compute(model, [state.get(n) for n in wanted], {}, keep)
     if safe:
         check_finite(work.writes, wanted)
-    before = _apply(model, state, work.writes, stay)
+    before = write_and_run(model, state, work.writes, stay)
     if keep is None:
         state.baked = [*state.baked, *wanted]
     else:
@@ -192,7 +191,7 @@ def fold_instead(model: nn.Module, state: ModelState, names: list[str], active: 
     work = _compute(model, [state.get(n) for n in names], bare, old.keep)
     if safe:
         check_finite(work.writes, names)
-    before = _apply(model, state, {**bare, **work.writes}, active)
+    before = write_and_run(model, state, {**bare, **work.writes}, active)
     originals = {p: bare.get(p, before[p]) for p in work.writes if p not in work.subtracted}
     state.folded = Folded(names, old.keep, originals, work.steps)
 
@@ -203,7 +202,7 @@ def take_out(model: nn.Module, state: ModelState, active: list[str]) -> None:
     assert folded is not None
     state.folded = None
     try:
-        _apply(model, state, folded.bare(model), active)
+        write_and_run(model, state, folded.bare(model), active)
     except BaseException:
         state.folded = folded
         raise
@@ -357,42 +356,3 @@ def _copied(values: SlotValues) -> SlotValues:
 
 def _like(tensor: Tensor, value: Tensor) -> Tensor:
     return value.detach().to(device=tensor.device, dtype=tensor.dtype)
-
-
-def _apply(model: nn.Module, state: ModelState, writes: Mapping[str, Tensor], active: list[str]) -> dict[str, Tensor]:
-    """Write and activate as one swap, all or nothing; returns what was there."""
-    old, serving = state.active, state.serving
-    if serving is None:
-        before = exchange(model, writes)
-        try:
-            _run(model, state, active)
-        except BaseException:
-            exchange(model, before)
-            _run(model, state, old)
-            raise
-        return before
-    records = serving.lock.repair
-
-    def undo() -> None:
-        put_back(model, before)
-        serving.torn = True  # the slots' copies of the base may be of what was written
-        serving.lock.repair = records
-        if records is not None:
-            records()
-
-    before = values_at(model, writes)
-    serving.lock.repair = undo
-    exchange(model, writes)
-    _run(model, state, active)
-    return before
-
-
-def _run(model: nn.Module, state: ModelState, active: list[str]) -> None:
-    """Let these adapters take part in the forward of a base whose weights were written."""
-    if state.serving is None:
-        switch(model, state, active, state.enabled)
-        return
-    state.serving.holds = {}  # copies of the base's modules and biases are out of date
-    lower_again(model, state)
-    activate(model, state, [state.adapters[n] for n in active] if state.enabled else [])
-    state.active = active

@@ -1,0 +1,158 @@
+"""Adapters as modules of their own below those they adapt, and the forwards that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from fxpeft.adapters.state import Adapter, ModelState
+from fxpeft.errors import AdapterError, listing
+from fxpeft.methods import method_of
+from fxpeft.methods.base import SiteAdapter
+from fxpeft.model.fast_path import fused_above, is_fused, switch_off
+from fxpeft.model.wrappers import submodule
+from fxpeft.passes.base import attribute
+from fxpeft.passes.container import active_name
+from fxpeft.passes.live import Container, bare_copy, feed_module, replace_module, rewrite_module, unbind
+from fxpeft.passes.live.parameters import read_module
+from fxpeft.passes.rewrite.feed import Feed
+from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.targets.parameters import ONE_REWRITE
+
+
+def hosts(model: nn.Module, adapters: Iterable[Adapter]) -> dict[str, nn.Module]:
+    """Every module that the adapters touch, by name, and every one whose fast path would pass them by."""
+    names = {name for adapter in adapters for name in adapter.hosts()}
+    return {name: submodule(model, name) for name in names} | fused_above(model, names)
+
+
+def attach(model: nn.Module, adapter: Adapter) -> None:
+    """Register the adapter's parameters below the modules they belong to, as ``adapters.<name>``."""
+    method, values = method_of(adapter.config), adapter.values
+    parameters = adapter.parameter_sites()
+    for name in adapter.hosts():
+        module = submodule(model, name)
+        part: nn.Module = Container()
+        if name in values.sites:
+            plan = adapter.plan.sites[name]
+            part = method.part(adapter.config, plan, values.sites[name], strength=adapter.strength)
+        elif name in values.saved:
+            part = bare_copy(module)
+            part.load_state_dict(values.saved[name], assign=True)
+        for leaf, site in parameters.get(name, {}).items():
+            plan = adapter.plan.sites[site]
+            adapter.parts[site] = method.part(adapter.config, plan, values.sites[site], strength=adapter.strength)
+            part.add_module(leaf, adapter.parts[site])
+        adapter.parts[name] = part.train(module.training)
+        if "adapters" not in module._modules:
+            module.add_module("adapters", Container())
+        submodule(module, "adapters").add_module(adapter.name, part)
+    for path, tensor in values.tensors.items():
+        owner, _, leaf = path.rpartition(".")
+        if leaf == "bias":
+            adapter.parts[owner].register_parameter(leaf, nn.Parameter(tensor))
+        else:  # a weight in the place of the base's is as frozen as the base's
+            adapter.parts[owner].register_buffer(leaf, tensor)
+
+
+def detach(model: nn.Module, adapter: Adapter) -> None:
+    """The inverse of :func:`attach`; the modules have to be rebound before they are called again."""
+    adapter.values = adapter.current()
+    adapter.parts = {}
+    for module in hosts(model, [adapter]).values():
+        container = module._modules.get("adapters")
+        if isinstance(container, Container):
+            container.drop(adapter.name)
+            if not container._modules:
+                del module._modules["adapters"]
+
+
+def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
+    """Give each touched module the forward of the running adapters, or its own where none is there.
+
+    The forward finds them by their order, not by their names: see :meth:`Container.show`.
+    """
+    inner = {adapter.name: adapter.parameter_sites() for adapter in running}
+    adapted = {host for adapter in running for host in adapter.hosts()}
+    for name, module in touched.items():
+        rewrites: list[Rewrite] = []
+        parameters: dict[str, list[Rewrite]] = {}
+        redirects: dict[str, tuple[str, Any]] = {}
+        whole: str | None = None
+        feed: Feed | None = None
+        here = [adapter for adapter in running if name in adapter.parts]
+        for number, adapter in enumerate(here):
+            part, place = adapter.parts[name], active_name(number)
+            if name in adapter.values.saved:
+                whole = f"adapters.{place}"
+            if isinstance(part, SiteAdapter):
+                rewrite = method_of(adapter.config).rewrite(place, adapter.config, part)
+                if isinstance(rewrite, Feed):
+                    feed = rewrite
+                else:
+                    rewrites.append(rewrite)
+            for leaf, site in inner[adapter.name].get(name, {}).items():
+                update: Any = method_of(adapter.config).rewrite(place, adapter.config, adapter.parts[site])  # type: ignore[arg-type]
+                parameters.setdefault(leaf, []).append(update)
+            for path in adapter.values.tensors:
+                owner, _, leaf = path.rpartition(".")
+                if owner == name:
+                    redirects[leaf] = (f"{place}.{leaf}", attribute(part, leaf))
+        container = module._modules.get("adapters")
+        if isinstance(container, Container):
+            active = [adapter.parts[name] for adapter in here]
+            for parts, runs in ((container.show(active), False), (active, True)):
+                for held in (m for part in parts for m in part.modules() if isinstance(m, SiteAdapter)):
+                    held.running = runs
+        if whole:
+            replace_module(module, whole)
+        elif feed:
+            feed_module(module, feed, name=name)
+        elif parameters:
+            if rewrites or redirects:
+                raise AdapterError(f"{name}: {ONE_REWRITE}")
+            read_module(module, parameters, name=name)
+        elif rewrites or redirects:
+            rewrite_module(module, rewrites, name=name, redirects=redirects)
+        else:
+            unbind(module)
+            if is_fused(module) and any(host.startswith(f"{name}." if name else "") for host in adapted):
+                switch_off(module)
+
+
+def check_together(adapters: list[Adapter]) -> None:
+    """Refuse adapters that each bring their own copy of one module or parameter, and two prompts."""
+    prompts = [a.name for a in adapters if method_of(a.config).whole]
+    if len(prompts) > 1:
+        raise AdapterError(f"only one prompt can be active at a time, found {', '.join(prompts)}")
+    for attribute_name in ("saved", "tensors"):
+        seen: dict[str, str] = {}
+        clashes = []
+        for adapter in adapters:
+            for path in getattr(adapter.values, attribute_name):
+                if path in seen:
+                    clashes.append(f"{path}: {seen[path]} and {adapter.name}")
+                seen[path] = adapter.name
+        if clashes:
+            raise AdapterError(
+                "these adapters can't be active together, each brings its own\n"
+                f"{listing(clashes)}\nset one of them active, or train them without modules_to_save and bias"
+            )
+
+
+def set_trainable(state: ModelState, names: Iterable[str] | None = None) -> None:
+    """Active adapters that are not in inference mode are trained, or those that the user named; all others, and
+    all while they are disabled, are frozen.
+
+    Args:
+        names: those for which that changed: others stay as they are, however many there are. Default: all.
+    """
+    for name in state.adapters if names is None else dict.fromkeys(names):
+        adapter = state.adapters.get(name)
+        if adapter is not None:
+            usual = name in state.active and not adapter.config.inference_mode
+            trains = usual if adapter.trained is None else adapter.trained
+            for parameter in adapter.parameters():
+                parameter.requires_grad_(trains and state.enabled)

@@ -1,0 +1,90 @@
+"""Finished adapters into a model, and which of them take part in the forward."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fxpeft.adapters.attach import attach, check_together, detach, hosts, rebind, set_trainable
+from fxpeft.adapters.change import changes
+from fxpeft.adapters.name import check_adapter_name
+from fxpeft.adapters.penalty import watch_loss
+from fxpeft.adapters.state import (
+    Adapter,
+    ModelState,
+    drop_state,
+    ensure_state,
+    find_state,
+)
+from fxpeft.errors import AdapterError
+from fxpeft.passes.base import PassError
+
+
+def check_name(model: nn.Module, name: str) -> str:
+    """A name that an adapter can have (:func:`fxpeft.adapters.name.check_adapter_name`) and that is not taken."""
+    check_adapter_name(name)
+    state = find_state(model)
+    if state is not None and name in state.adapters:
+        raise AdapterError(f"there is an adapter named {name!r} already; delete_adapter it, or replace it with hotswap")
+    return name
+
+
+@changes
+def install_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Put a finished adapter into the model and make it the active one."""
+    fresh = find_state(model) is None
+    state = ensure_state(model)
+    if state.serving is not None:
+        state.serving.install(model, state, adapter)
+        return
+    attach(model, adapter)
+    state.adapters[adapter.name] = adapter
+    try:
+        switch(model, state, [adapter.name], state.enabled)
+    except BaseException as error:
+        del state.adapters[adapter.name]
+        detach(model, adapter)
+        if fresh:
+            drop_state(model)
+        if isinstance(error, PassError):
+            raise AdapterError(str(error)) from None
+        raise
+
+
+@changes
+def replace_attached(model: nn.Module, state: ModelState, new: Adapter) -> None:
+    """Put an adapter in the place of an attached one of the same name; on an error the old one is back."""
+    old = state.get(new.name)
+    touched = hosts(model, [old, new])
+    check_together([new if name == new.name else state.adapters[name] for name in state.active])
+    detach(model, old)
+    try:
+        attach(model, new)
+        state.adapters[new.name] = new
+        rebind(touched, state.running())
+    except BaseException:
+        detach(model, new)
+        attach(model, old)
+        state.adapters[old.name] = old
+        rebind(touched, state.running())
+        raise
+    set_trainable(state, [new.name])
+    watch_loss(model, state)
+
+
+def switch(model: nn.Module, state: ModelState, names: list[str], enabled: bool) -> None:
+    """Rebind the modules of the adapters that come or go; on an error everything is bound as before."""
+    old, old_enabled = state.active, state.enabled
+    touched = hosts(model, [state.adapters[n] for n in dict.fromkeys((*old, *names)) if n in state.adapters])
+    state.active, state.enabled = names, enabled
+    try:
+        rebind(touched, state.running())
+    except BaseException:
+        state.active, state.enabled = [n for n in old if n in state.adapters], old_enabled
+        rebind(touched, state.running())
+        raise
+    named = [name for name, adapter in state.adapters.items() if adapter.trained is not None]
+    if enabled == old_enabled:  # adapters were chosen, not switched off or on
+        for name in named:
+            state.adapters[name].trained = None
+    set_trainable(state, (*old, *names, *named))
+    watch_loss(model, state)

@@ -1,0 +1,78 @@
+"""An adapter's values before they are in a model: fresh ones, and a checkpoint's on the devices of their modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fxpeft.errors import AdapterError
+from fxpeft.methods import method_of
+from fxpeft.methods.base import Base
+from fxpeft.methods.prompts import PromptMethod
+from fxpeft.methods.values import Values
+from fxpeft.model.placement import home, placement
+from fxpeft.model.walk import base_state, base_value, base_values, site_module
+from fxpeft.model.wrappers import submodule
+from fxpeft.passes.base import PassError, attribute
+from fxpeft.targets.sites import AdapterPlan
+
+
+def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Values:
+    """First values of a new adapter."""
+    method, config = method_of(plan.config), plan.config
+    values = Values()
+    for path in plan.saved:
+        state = base_values(submodule(model, path))
+        values.saved[path] = {key: tensor.detach().clone() for key, tensor in state.items()}
+    for path in (*plan.tensors, *plan.weights):
+        values.tensors[path] = base_value(model, path).detach().clone()
+    for site, site_plan in plan.sites.items():
+        module, leaf = site_module(model, site)
+        device, dtype = placement(module, model, autocast, leaf)
+        if isinstance(method, PromptMethod):
+            values.sites[site] = method.fresh(model, config, site_plan, device)
+            continue
+        shapes = method.shapes(config, site_plan)
+        parameters = {key: torch.empty(shape, device=device, dtype=dtype) for key, shape in shapes.items()}
+        base = Base(module, values.own(site))
+        try:
+            method.initialise(config, site_plan, parameters, base)
+        except PassError as error:
+            raise AdapterError(f"{site}: the base's weight gives no first values: {error}") from None
+        values.sites[site] = parameters
+    return values
+
+
+def complete(values: Values, fresh: Values) -> None:
+    """Fill the places that a checkpoint left empty with a fresh adapter's values."""
+    for own, first in ((values.sites, fresh.sites), (values.saved, fresh.saved)):
+        for path, parts in first.items():
+            own[path] = {key: own.get(path, {}).get(key, value) for key, value in parts.items()}
+    values.tensors = {**fresh.tensors, **values.tensors}
+
+
+def placed(model: nn.Module, values: Values, *, autocast: bool) -> Values:
+    """A checkpoint's values on the devices of their modules, in memory of their own."""
+    out = Values()
+    for site, parameters in values.sites.items():
+        module, leaf = site_module(model, site)
+        device, _ = placement(module, model, autocast, leaf)
+        out.sites[site] = {key: _cast(value, device, autocast) for key, value in parameters.items()}
+    for path, parts in values.saved.items():
+        module = submodule(model, path)
+        own = base_state(module)
+        out.saved[path] = {key: _beside(value, own[key], module) for key, value in parts.items()}
+    for path, value in values.tensors.items():
+        out.tensors[path] = _beside(value, attribute(model, path), submodule(model, path.rpartition(".")[0]))
+    return out
+
+
+def _beside(value: Tensor, own: Tensor, module: nn.Module) -> Tensor:
+    return value.to(device=home(own, module), dtype=own.dtype, copy=True)
+
+
+def _cast(value: Tensor, device: torch.device, autocast: bool) -> Tensor:
+    half = value.dtype in (torch.float16, torch.bfloat16)
+    if device.type == "meta":  # the base has no memory yet, and the values would be lost there
+        device = value.device
+    return value.to(device=device, dtype=torch.float32 if autocast and half else value.dtype, copy=True)

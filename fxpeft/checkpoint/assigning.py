@@ -1,0 +1,227 @@
+"""The tensors of a checkpoint to their places in a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fxpeft.checkpoint.keys import below_module
+from fxpeft.checkpoint.reading import Checkpoint
+from fxpeft.errors import CheckpointError, listing
+from fxpeft.methods import method_of
+from fxpeft.methods.base import Base
+from fxpeft.methods.values import Values
+from fxpeft.model.walk import base_modules, base_state, base_values, embedding_layer
+from fxpeft.model.wrappers import submodule
+from fxpeft.outside import why_unfit
+from fxpeft.passes.base import PassError, attribute, join
+from fxpeft.targets.sites import AdapterPlan
+
+
+@dataclass
+class Misfit:
+    """What of a checkpoint doesn't fit a model, for a caller who goes on without it.
+
+    Args:
+        missing: places that got no tensor. unexpected: keys that have no place.
+        mismatched: key, shape in the file, shape in the model.
+    """
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+
+
+def assign(
+    model: nn.Module,
+    plan: AdapterPlan,
+    found: Checkpoint,
+    *,
+    check_finite: bool = False,
+    misfit: Misfit | None = None,
+    declared: Collection[str] = (),
+) -> Values:
+    """Find the place of every tensor of a checkpoint.
+
+    Args:
+        declared: modules that an adapter may bring whole: a base weight in the file becomes one of these.
+        misfit: is told what is missing, unexpected or of another shape, which is then no error: the
+            values lack those places.
+
+    Raises:
+        CheckpointError: keys that have no place, places that got no tensor, wrong shapes, NaN or
+            infinity with ``check_finite``; all of them are named.
+    """
+    method, config = method_of(plan.config), plan.config
+    kept = {key: tensor for key, tensor in found.tensors.items() if ".original_module." not in key}
+    kept = below_module(model, kept, method.prefix)
+    left = {_short(key, method.prefix): tensor for key, tensor in kept.items()}
+    values = Values()
+    missing: list[str] = []
+    wrong: list[str] = []
+
+    def take(key: str, shape: torch.Size | tuple[int, ...], own: torch.dtype | None = None) -> Tensor | None:
+        tensor = left.pop(key, None)
+        if tensor is None:
+            missing.append(f"{key} {list(shape)}" if misfit is None else key)
+        elif tuple(tensor.shape) != tuple(shape) and misfit is not None:
+            misfit.mismatched.append((key, tuple(tensor.shape), tuple(shape)))
+            return None
+        elif tuple(tensor.shape) != tuple(shape):
+            wrong.append(f"{key}: expected {list(shape)}, found {list(tensor.shape)}{_cure(model, shape, tensor)}")
+        elif (why := why_unfit(tensor, own)) is not None:
+            wrong.append(f"{key}: {why}")
+        elif check_finite and not torch.isfinite(tensor).all():
+            wrong.append(f"{key}: expected finite values, found NaN or infinity")
+        return tensor
+
+    for site, site_plan in plan.sites.items():
+        shapes = {n: s for n, s in method.shapes(config, site_plan).items() if n not in method.frozen(config)}
+        taken = {n: take(_short(method.key(site, site_plan, n), method.prefix), s) for n, s in shapes.items()}
+        values.sites[site] = {n: t for n, t in taken.items() if t is not None}
+    for path in plan.saved:
+        own = base_state(submodule(model, path))
+        taken = {k: take(f"{path}.{k}", v.shape, v.dtype) for k, v in own.items()}
+        values.saved[path] = {k: t for k, t in taken.items() if t is not None}
+    for path in plan.tensors:
+        owner, _, leaf = path.rpartition(".")
+        wrapped = f"{owner}.base_layer.{leaf}"
+        tensor = take(wrapped if wrapped in left else path, attribute(model, path).shape)
+        if tensor is not None:
+            values.tensors[path] = tensor
+    _base_weights(model, plan, left, values, wrong, misfit)
+    _leave_out(plan, left, found.source)
+    _into_declared(model, values, declared)
+    if misfit is not None:
+        misfit.missing, misfit.unexpected = missing, list(left)
+        missing, left = [], {}
+    if missing or wrong or left:
+        parts = [
+            f"{title}\n{listing(items)}"
+            for title, items in (
+                ("places in the model that the file doesn't fill:", missing),
+                ("tensors that don't fit:", wrong),
+                ("keys that have no place in the model:", [f"{k} {list(t.shape)}" for k, t in left.items()]),
+            )
+            if items
+        ]
+        raise CheckpointError(
+            f"{found.source} doesn't fit {type(model).__name__} with its own config; nothing was changed.\n"
+            + "\n".join(parts)
+            + "\nIs it an adapter of another base model, or are target_modules or rank_pattern in its config wrong?"
+        )
+    _restore(model, plan, values, found.source)
+    return values
+
+
+def _leave_out(plan: AdapterPlan, left: dict[str, Tensor], source: str) -> None:
+    """Drop the tensors of modules that the plan leaves out, and say so."""
+    dropped: dict[str, int] = {}
+    for key in list(left):
+        site = next((name for name in plan.left_out if key.startswith(f"{name}.")), None)
+        if site is not None:
+            del left[key]
+            dropped[site] = dropped.get(site, 0) + 1
+    if dropped:
+        lines = [f"{site}: {count} tensors; {plan.left_out[site]}" for site, count in dropped.items()]
+        warnings.warn(f"{source}: tensors of these modules are left out\n{listing(lines)}", stacklevel=4)
+
+
+def _restore(model: nn.Module, plan: AdapterPlan, values: Values, source: str) -> None:
+    """Work out what no file holds, from the base's weights."""
+    method, config = method_of(plan.config), plan.config
+    if not plan.weights and not method.frozen(config):
+        return
+    for path in plan.weights:
+        values.tensors[path] = attribute(model, path).detach().clone()
+    for site, site_plan in plan.sites.items():
+        base = Base(submodule(model, site), values.own(site))
+        shapes = {n: s for n, s in method.shapes(config, site_plan).items() if n in method.frozen(config)}
+        device = attribute(base.module, "weight").device if shapes else None
+        values.sites[site] |= {n: torch.empty(shape, device=device, dtype=torch.float32) for n, shape in shapes.items()}
+        try:
+            method.restore(config, site_plan, values.sites[site], base)
+        except PassError as error:
+            raise CheckpointError(
+                f"{source}: {site}: it starts from the base's weight, which can't be decomposed here: {error}"
+            ) from None
+
+
+def _into_declared(model: nn.Module, values: Values, declared: Collection[str]) -> None:
+    """Give a base weight in the file the place of its module, where that may be brought."""
+    for module in declared:
+        brought = [path for path in values.tensors if path.startswith(f"{module}.")]
+        if brought and module not in values.saved:
+            own = {k: v.detach() for k, v in base_values(submodule(model, module)).items()}
+            values.saved[module] = own | {p[len(module) + 1 :]: values.tensors.pop(p) for p in brought}
+
+
+def _base_weights(
+    model: nn.Module,
+    plan: AdapterPlan,
+    left: dict[str, Tensor],
+    values: Values,
+    wrong: list[str],
+    misfit: Misfit | None,
+) -> None:
+    """Base weights in the file: PEFT saves embeddings too where they are targets or were resized.
+
+    Equal to the model's they need nothing; otherwise the adapter brings its own, as PEFT's would.
+    """
+    brought: list[str] = []
+    for key in list(left):
+        path = key.replace(".base_layer.", ".")
+        if path.rpartition(".")[2] not in ("weight", "bias"):
+            continue
+        try:
+            own = attribute(model, path)
+        except AttributeError:
+            continue
+        if not isinstance(own, Tensor):
+            continue
+        tensor = left.pop(key)
+        if own.shape != tensor.shape and misfit is not None:
+            misfit.mismatched.append((key, tuple(tensor.shape), tuple(own.shape)))
+        elif own.shape != tensor.shape:
+            cure = _cure(model, own.shape, tensor)
+            wrong.append(f"{key}: expected {list(own.shape)}, found {list(tensor.shape)}{cure}")
+        elif (why := why_unfit(tensor, own.dtype)) is not None:
+            wrong.append(f"{key}: {why}")
+        elif not own.is_meta and not _same(own.detach().cpu(), tensor):
+            values.tensors[path] = tensor
+            brought.append(path)
+    for path in brought:  # one parameter under several names, of which PEFT writes into all at once
+        for other in _tied(model, path):
+            if other not in plan.tensors and not any(other.startswith(f"{saved}.") for saved in plan.saved):
+                values.tensors.setdefault(other, values.tensors[path])
+
+
+def _same(own: Tensor, tensor: Tensor) -> bool:
+    """Whether one of two is the other, perhaps rounded to a narrower dtype."""
+    return torch.equal(own, tensor.to(own.dtype)) or torch.equal(own.to(tensor.dtype), tensor)
+
+
+def _tied(model: nn.Module, path: str) -> list[str]:
+    """The other names of a base's parameter."""
+    own = attribute(model, path)
+    places = ((join(site, leaf), p) for site, module in base_modules(model) for leaf, p in module._parameters.items())
+    return [name for name, parameter in places if parameter is own and name != path]
+
+
+def _cure(model: nn.Module, own: torch.Size | tuple[int, ...], tensor: Tensor) -> str:
+    """What to do where a tensor has a row for each token of another vocabulary."""
+    embeddings = embedding_layer(model, "input") if isinstance(model, PreTrainedModel) else None
+    weight = getattr(embeddings, "weight", None)
+    rows = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim else None
+    if not own or not tensor.ndim or own[0] != rows or tuple(own[1:]) != tuple(tensor.shape[1:]):
+        return ""
+    return f"; if the vocabulary was resized in training, call model.resize_token_embeddings({tensor.shape[0]}) first"
+
+
+def _short(key: str, prefix: str) -> str:
+    return key.removeprefix(prefix).replace(".modules_to_save.", ".")

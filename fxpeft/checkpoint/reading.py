@@ -1,0 +1,224 @@
+"""An adapter from PEFT's two files, ``adapter_config.json`` and ``adapter_model.safetensors``: a folder or the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fxpeft.checkpoint.keys import file_keys
+from fxpeft.errors import AdapterError, CheckpointError, clipped, listing, short
+from fxpeft.files import unfinished
+from fxpeft.methods import config_class
+from fxpeft.methods.config import AdapterConfig
+from fxpeft.model.fingerprint import KEY
+from fxpeft.outside import dense, read_json
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+STAMP = "fxpeft_config"  # in the metadata of the tensors' file: the stamp of the config that was saved with it
+TRIES = 50
+LONGEST = 1_000  # characters of a key
+# what safetensors and torch raise for headers that make no tensors
+_DAMAGED = (KeyError, ValueError, TypeError, RuntimeError, OverflowError, AttributeError, MemoryError)
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint's content, not yet checked against a model. ``source`` is for messages.
+
+    The tensors' keys are those that PEFT's files have, whatever wrappers had put into them
+    (:mod:`fxpeft.checkpoint.keys`).
+    """
+
+    source: str
+    config: AdapterConfig
+    tensors: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        self.tensors = file_keys(dense(self.tensors, self.source), self.source)
+
+
+def read(
+    source: str | Path,
+    *,
+    allow_pickle: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    strict: bool = False,
+) -> Checkpoint:
+    """Read a checkpoint from a folder or from the Hugging Face hub.
+
+    Args:
+        allow_pickle: unpickle an ``adapter_model.bin`` that holds more than tensors and plain values.
+        strict: refuse a config with fields that fxpeft doesn't know; otherwise they are told of.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or no adapter of a known method.
+    """
+
+    def find(name: str) -> Path | None:
+        folder = Path(source)
+        if folder.is_dir():
+            path = folder / (subfolder or "") / name
+            return path if path.is_file() else None
+        return _from_hub(str(source), name, revision, subfolder, token, local_files_only)
+
+    path = _config_path(find, str(source))
+    weights = find(WEIGHTS)
+    if weights is not None:
+        return Checkpoint(str(source), *read_pair(path, weights, strict=strict))
+    config = _config(read_json(path), path, strict)
+    pickled = find(PICKLE)
+    if pickled is None:
+        raise CheckpointError(f"{source}: expected {WEIGHTS}, found none; is this an adapter's folder?")
+    try:
+        tensors = read_pickle(pickled, weights_only=True)
+    except CheckpointError as error:
+        if not allow_pickle:
+            raise CheckpointError(
+                f"{error}\nUnpickling the rest can run any code in the file. Convert it to {WEIGHTS}, or pass "
+                "allow_pickle=True if you trust where it comes from"
+            ) from error
+        tensors = read_pickle(pickled, weights_only=False)
+    return Checkpoint(str(source), config, tensors)
+
+
+def read_pickle(path: Path, *, weights_only: bool) -> dict[str, Tensor]:
+    """A pickled file's tensors; ``CheckpointError`` where it holds something else or is damaged.
+
+    Args:
+        weights_only: build tensors and plain values alone; otherwise the file can run any code.
+    """
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=weights_only)
+    except Exception as error:
+        what = "read as a pickled state_dict of tensors" if weights_only else "unpickled"
+        raise CheckpointError(f"{path}: can't be {what}: {error}") from error
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{path}: expected a dict of tensors, found {type(tensors).__name__}")
+    return dense(tensors, str(path))
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file's tensors, in memory of their own; ``CheckpointError`` where it is damaged."""
+    try:
+        tensors = load_file(path, backend="pread")  # a mapped file that is written over changes the tensors
+    except (SafetensorError, OSError, *_DAMAGED) as error:
+        raise CheckpointError(f"{path}: damaged or cut short, can't be read as safetensors: {error}") from error
+    long = [f"{short(key)} ({len(key):,} characters)" for key in tensors if len(key) > LONGEST]
+    if long:
+        raise CheckpointError(f"{path}: keys of more than {LONGEST:,} characters:\n{listing(long)}")
+    return tensors
+
+
+def base_of(folder: str | Path) -> str | None:
+    """The fingerprint of the base that a folder's adapter was saved from; ``None`` where PEFT wrote it."""
+    return _metadata(Path(folder) / WEIGHTS).get(KEY)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, *_DAMAGED) as error:
+        raise CheckpointError(f"{path}: damaged or cut short, can't be read as safetensors: {error}") from error
+
+
+def read_config(find: Callable[[str], Path | None], source: str) -> AdapterConfig:
+    """Read and check ``adapter_config.json``."""
+    path = _config_path(find, source)
+    return _config(read_json(path), path)
+
+
+def read_pair(path: Path, weights: Path, *, strict: bool = False) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """A config and the tensors that were saved with it, whoever saves into their folder meanwhile.
+
+    fxpeft's own tensors' files say which config is theirs. Where that is not the one that is there, a save is between
+    its two files, or died there, and its config lies beside; or the files were replaced while they were read, and
+    are read again; or somebody edited the config, which is then taken with a warning.
+    """
+    for _ in range(TRIES):
+        before = _identity(path), _identity(weights)
+        values = read_json(path)  # first: a save replaces it last, so that tensors without a note are no newer
+        config = _config(values, path, strict)
+        noted, tensors = _metadata(weights).get(STAMP), read_safetensors(weights)
+        if noted is not None and stamp(values) != noted:
+            others = (_pending(other) for other in unfinished(path))
+            own = next((v for v in others if v is not None and stamp(v) == noted), None)
+            if own is None and (_identity(path), _identity(weights)) == before:
+                warnings.warn(f"{path}: it was changed after {weights.name} was saved with it", stacklevel=4)
+                own = values
+            if own is None:
+                continue
+            config = _config(own, path, strict)
+        if _identity(weights) == before[1]:
+            return config, tensors
+    raise CheckpointError(f"{path.parent}: its files were replaced each of the {TRIES} times that they were read")
+
+
+def stamp(values: Mapping[str, Any]) -> str:
+    """A hash of a config's content, however that is written down."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What changes where another file takes a file's place, or it is written to."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _pending(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_json(path)
+    except CheckpointError:
+        return None  # half written, or gone
+
+
+def _config_path(find: Callable[[str], Path | None], source: str) -> Path:
+    path = find(CONFIG)
+    if path is None:
+        raise CheckpointError(f"{source}: expected {CONFIG}, found none; is this an adapter's folder or hub id?")
+    return path
+
+
+def _config(values: Mapping[str, Any], path: Path, strict: bool = False) -> AdapterConfig:
+    try:
+        return config_class(values.get("peft_type"), str(path)).from_dict(
+            dict(values), source=str(path), loading=True, strict=strict
+        )
+    except AdapterError as error:
+        raise CheckpointError(clipped(str(error))) from error
+
+
+def _from_hub(
+    repo: str, name: str, revision: str | None, subfolder: str | None, token: str | bool | None, local: bool
+) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            hf_hub_download(repo, name, revision=revision, subfolder=subfolder, token=token, local_files_only=local)
+        )
+    except LocalEntryNotFoundError as error:
+        if name == WEIGHTS:  # the cache may hold a pickled file alone
+            return None
+        raise CheckpointError(f"{repo}: no such folder, not in the hub's cache, and the hub can't be asked") from error
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(f"{repo}: no such folder, and the hub has no such adapter: {error}") from error

@@ -1,0 +1,49 @@
+"""Which methods there are. A new one is a file beside this and a line in ``METHODS``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fxpeft.errors import AdapterError
+from fxpeft.methods.adalora import AdaLora
+from fxpeft.methods.base import Method
+from fxpeft.methods.config import AdapterConfig
+from fxpeft.methods.dora import Dora
+from fxpeft.methods.ia3 import Ia3
+from fxpeft.methods.lora import Lora
+from fxpeft.methods.p_tuning import PTuning
+from fxpeft.methods.prefix_tuning import PrefixTuning
+from fxpeft.methods.prompt_tuning import PromptTuning
+
+METHODS: list[Method[Any]] = [Dora(), AdaLora(), Lora(), Ia3(), PromptTuning(), PTuning(), PrefixTuning()]
+
+
+def register(method: Method[Any]) -> None:
+    """Add a method of one's own; it is asked before the ones that are there."""
+    METHODS.insert(0, method)
+
+
+def method_of(config: AdapterConfig) -> Method[Any]:
+    """The method that a config belongs to."""
+    for method in METHODS:
+        if method.peft_type == config.peft_type and method.takes(config):
+            return method
+    raise AdapterError(f"{type(config).__name__}: no method takes it; known: {', '.join(m.name for m in METHODS)}")
+
+
+def config_class(peft_type: object, source: str) -> type[AdapterConfig]:
+    """The config class of a ``peft_type`` as it stands in ``adapter_config.json``.
+
+    Raises:
+        AdapterError: no such method; the known ones are listed.
+    """
+    for method in METHODS:
+        if method.peft_type == peft_type:
+            return method.config_class
+    known = ", ".join(dict.fromkeys(m.peft_type for m in METHODS))
+    raise AdapterError(f"{source}: peft_type: expected one of {known}, found {peft_type!r}")
+
+
+def slot_needs() -> dict[str, frozenset[str]]:
+    """What ``prepare_hotswap(methods=...)`` may declare -> the slot features that it takes."""
+    return {name: frozenset(needs) for m in reversed(METHODS) for name, needs in (m.needs or {m.name: ()}).items()}

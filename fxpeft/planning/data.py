@@ -1,0 +1,128 @@
+"""A plan's content: what goes to each site, kept as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fxpeft.errors import AdapterError
+from fxpeft.methods import config_class
+from fxpeft.methods.config import AdapterConfig
+from fxpeft.passes.base import Skip
+from fxpeft.passes.targets.flow import Flow
+
+FORMAT = 1
+P = TypeVar("P", bound="PlanData")
+
+
+@dataclass(frozen=True)
+class PlanSite:
+    """What goes to one site.
+
+    Args:
+        role: what it does in the data flow; empty where that is not known.
+        in_features, out_features: of the site's weight. alpha: ``None`` for a method without one.
+        scaling: the factor of the update. parameters: how many the adapter has here.
+        extra_bytes: of those parameters. flops: what the update adds per token (per position of a
+            convolution's output), two for a multiplication and its addition.
+    """
+
+    name: str
+    role: str
+    kind: str
+    in_features: int
+    out_features: int
+    rank: int
+    alpha: float | None
+    scaling: float
+    parameters: int
+    extra_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class PlanData:
+    """What :class:`fxpeft.Plan` holds.
+
+    Args:
+        model: the base's class. config: patterns and defaults resolved, as it would be saved.
+        sites: what goes where. skipped: what could be adapted and isn't, and why.
+        saved, tensors: modules and single parameters that the adapter brings whole.
+        notes: what could not be found out.
+    """
+
+    model: str
+    config: AdapterConfig
+    sites: tuple[PlanSite, ...]
+    skipped: tuple[Skip, ...] = ()
+    saved: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    flow: Flow | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all sites together."""
+        return sum(site.parameters for site in self.sites)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of those parameters."""
+        return sum(site.extra_bytes for site in self.sites)
+
+    @property
+    def flops(self) -> int:
+        """What all updates add per token."""
+        return sum(site.flops for site in self.sites)
+
+    def to_json(self) -> str:
+        """The plan as JSON, for :meth:`from_json`."""
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("config", "flow")}
+        content["sites"] = [dataclasses.asdict(site) for site in self.sites]
+        content["skipped"] = [dataclasses.asdict(skip) for skip in self.skipped]
+        return json.dumps({"format": FORMAT, **content, "config": self.config.to_dict()}, indent=2)
+
+    @classmethod
+    def from_json(cls: type[P], text: str) -> P:
+        """Read a plan that :meth:`to_json` wrote.
+
+        Raises:
+            AdapterError: it is no plan, or of another format.
+        """
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise AdapterError(f"plan: expected JSON, found what can't be read as such: {error}") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            found = content.get("format") if isinstance(content, dict) else type(content).__name__
+            raise AdapterError(f"plan: expected an object with format {FORMAT}, found {found!r}")
+        values = content.get("config")
+        if not isinstance(values, dict):
+            raise AdapterError(f"plan: expected a config, found {values!r}")
+        config = config_class(values.get("peft_type"), "plan").from_dict(values, source="plan")
+        try:
+            return cls(
+                _of_type(content["model"], str), config,
+                tuple(_read(PlanSite, site) for site in content["sites"]),
+                tuple(_read(Skip, skip) for skip in content["skipped"]),
+                *(tuple(_of_type(v, str) for v in content[name]) for name in ("saved", "tensors", "notes")),
+            )  # fmt: skip
+        except (KeyError, TypeError) as error:
+            raise AdapterError(f"plan: expected what Plan.to_json writes, found {error}") from None
+
+
+def _of_type(value: Any, wanted: type) -> Any:
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise TypeError(f"{value!r} where {wanted.__name__} was expected")
+    return value
+
+
+def _read(cls: type[Any], values: Any) -> Any:
+    """A dataclass of strings and numbers, its types checked."""
+    numbers = {"int": int, "float": (int, float), "float | None": (int, float, type(None)), "str": str}
+    names = {f.name: numbers[str(f.type)] for f in dataclasses.fields(cls)}
+    if not isinstance(values, dict) or set(values) != set(names):
+        raise TypeError(f"{values!r} where {cls.__name__} was expected")
+    return cls(**{name: _of_type(value, names[name]) for name, value in values.items()})  # type: ignore[arg-type]

@@ -1,0 +1,95 @@
+"""Slots into the modules of a model, and out again."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fxpeft.model.fast_path import fused_above, switch_off
+from fxpeft.model.placement import placement
+from fxpeft.model.walk import base_value, base_values
+from fxpeft.model.wrappers import submodule
+from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
+from fxpeft.passes.live.parameters import read_module, slot_rewrite
+from fxpeft.passes.slots.slot import Slot
+from fxpeft.serving import prompts as prompts_serving
+from fxpeft.serving.swap import Serving
+
+
+def bind_slots(model: nn.Module, serving: Serving) -> None:
+    if serving.prompts is not None:
+        host = submodule(model, serving.prompts.site)
+        unbind(host)
+        host.add_module("slot", serving.prompts)
+    redirects: dict[str, dict[str, tuple[str, Tensor]]] = {}
+    for path in serving.tensors:
+        site, _, leaf = path.rpartition(".")
+        redirects.setdefault(site, {})[leaf] = (leaf, base_value(model, path).detach().clone())
+    for path in serving.saved:
+        module = submodule(model, path)
+        unbind(module)
+        copied = bare_copy(module)
+        copied.load_state_dict({k: v.detach().clone() for k, v in base_values(module).items()}, assign=True)
+        serving.copies[path] = _transient(copied)
+        holder = Container()
+        holder.add_module("module", serving.copies[path])
+        module.add_module("slot", holder)
+        replace_module(module, "slot.module")
+    _bind_parameters(model, serving)
+    for site in dict.fromkeys((*(s for s, kind in serving.kinds.items() if not kind.leaf), *redirects)):
+        module = submodule(model, site)
+        unbind(module)
+        rewrites, place = [], Container()
+        if site in serving.kinds:
+            device, dtype = placement(module, model, autocast=False)
+            place = serving.slots[site] = Slot(
+                serving.kinds[site], serving.max_rank, serving.rank, features=serving.features, device=device,
+                dtype=dtype,
+            )  # fmt: skip
+            rewrites.append(place.rewrite())
+        for leaf, (_, value) in redirects.get(site, {}).items():
+            place.register_buffer(leaf, value, persistent=False)
+        module.add_module("slot", place)
+        rewrite_module(module, rewrites, name=site, redirects=redirects.get(site), container="slot")
+    for module in fused_above(model, serving.hosts()).values():
+        switch_off(module)
+
+
+def _bind_parameters(model: nn.Module, serving: Serving) -> None:
+    """Slots of parameters lie side by side in their module's container."""
+    hosts: dict[str, list[str]] = {}
+    for site, kind in serving.kinds.items():
+        if kind.leaf:
+            hosts.setdefault(kind.host(site), []).append(site)
+    for name, sites in hosts.items():
+        module, place, rewrites = submodule(model, name), Container(), {}
+        unbind(module)
+        for site in sites:
+            kind = serving.kinds[site]
+            device, dtype = placement(module, model, autocast=False, leaf=kind.leaf)
+            slot = serving.slots[site] = Slot(kind, serving.max_rank, serving.rank, device=device, dtype=dtype)
+            place.add_module(kind.leaf, slot)
+            rewrites[kind.leaf] = [slot_rewrite(slot, kind.leaf)]
+        module.add_module("slot", place)
+        read_module(module, rewrites, name=name)
+
+
+def _transient(module: nn.Module) -> nn.Module:
+    """Turn a copy's parameters into buffers that no state_dict holds."""
+    for part in module.modules():
+        for key, parameter in list(part._parameters.items()):
+            if parameter is not None:
+                del part._parameters[key]
+                part.register_buffer(key, parameter.detach())
+        part._non_persistent_buffers_set.update(part._buffers)
+    return module
+
+
+def unbind_slots(model: nn.Module, serving: Serving) -> None:
+    for name in serving.hosts():
+        module = submodule(model, name)
+        unbind(module)
+        module._modules.pop("slot", None)
+    for module in fused_above(model, serving.hosts()).values():
+        unbind(module)
+    if serving.prompts is not None:
+        prompts_serving.release(model, serving.prompts)
