@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -249,9 +249,11 @@ def parameters(case: Case, folder: Path) -> str:
     ids = token_ids()
     with torch.no_grad():
         bare = model(ids).logits
-        config.target_modules, config.rank_pattern, config.alpha_pattern = [], {}, {}
-        config.target_parameters = ["experts.gate_up_proj", "experts.down_proj"]
-        fxpeft.add_adapter(model, config)
+        names = ["experts.gate_up_proj", "experts.down_proj"]
+        fxpeft.add_adapter(
+            model,
+            replace(config, target_modules=[], rank_pattern={}, alpha_pattern={}, target_parameters=names),
+        )
         randomise(fxpeft.adapter_state_dict(model).values())
         wanted = model(ids).logits
         assert (wanted - bare).abs().max() > 0.01

@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.utils.checkpoint import checkpoint
 
 import fxpeft
-from fxpeft import AdaLoraConfig, AdapterError, IA3Config, LoraConfig, Slots
+from fxpeft import AdaLoraConfig, AdapterError, IA3Config, LoraConfig, PromptTuningConfig, Slots
 from fxpeft.programs import adapter_inputs, eject, rewrite
 from fxpeft.targets.sites import make_plan
 
@@ -417,6 +417,7 @@ def test_a_plan_of_the_live_model_has_to_fit() -> None:
         (LoraConfig(r=4), "target_modules=None: what that means is read off a model"),
         (LoraConfig(r=4, target_modules="all-linear"), "'all-linear'"),
         (LoraConfig(r=4, target_modules=["nowhere"]), "no module of the model is a target"),
+        (PromptTuningConfig(num_virtual_tokens=4), "prompt_tuning prepares the inputs of a model.*the live model"),
         (LoraConfig(r=4, target_modules=["up"], modules_to_save=["down"]), "need the live model"),
         (LoraConfig(r=3, target_modules=["grouped"]), "grouped: rank must be divisible"),
         (Slots(["up"], methods=("lora", "lola")), "methods: expected a sequence of some of"),
