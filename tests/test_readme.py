@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_house import LAYERS, PACKAGES, WINGS
 
 import fxpeft
 
@@ -109,11 +110,20 @@ def test_the_readme_is_a_front_door() -> None:
     assert not [name(page) for page in PAGES[1:] if page not in linked]
 
 
-def test_every_public_name_is_on_some_page() -> None:
-    words = set(re.findall(r"\w+", " ".join(page.read_text(encoding="utf-8") for page in PAGES)))
+def test_every_public_name_is_in_some_pages_code() -> None:
+    pages = [page.read_text(encoding="utf-8") for page in PAGES]
+    code = [span for text in pages for span in [*FENCED.findall(text), *re.findall(r"`[^`]+`", FENCED.sub("", text))]]
+    words = set(re.findall(r"\w+", " ".join(code)))
     for module in (fxpeft, importlib.import_module("fxpeft.passes")):
         missing = [public for public in module.__all__ if public not in words]
         assert not missing, f"{module.__name__}: say in examples/guides what {', '.join(missing)} is for"
+
+
+def test_the_architecture_is_the_folder_tree_from_above() -> None:
+    table = README.read_text(encoding="utf-8").partition("## Architecture\n")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE))
+    assert list(rows) == [each for each in reversed(LAYERS) if f"fxpeft.{each}" in PACKAGES]
+    assert re.findall(r"`(\w+)`", rows["passes"]) == [wing for wing in WINGS if wing]
 
 
 def test_the_verbs_of_the_readme_are_public() -> None:
