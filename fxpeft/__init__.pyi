@@ -99,6 +99,12 @@ from fxpeft.integrations.transformers import (
 from fxpeft.integrations.transformers import (
     uninstall as uninstall,
 )
+from fxpeft.live_model import (
+    Handle as Handle,
+)
+from fxpeft.live_model import (
+    LiveModel as LiveModel,
+)
 from fxpeft.methods import (
     AdaLoraConfig as AdaLoraConfig,
 )

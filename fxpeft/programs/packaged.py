@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +177,43 @@ class Package:
         """Let the active adapters take part again."""
         adapters.enable_adapters(self._model)
 
+    def load_adapter_state_dict(
+        self, state_dict: Mapping[str, Tensor], name: str | None = None, *, check_finite: bool = False
+    ) -> None:
+        """Give an adapter, the active one by default, other values; as :func:`fxpeft.load_adapter_state_dict`."""
+        adapters.load_adapter_state_dict(self._model, state_dict, name, check_finite=check_finite)
+
+    def loaded_adapters(self) -> list[str]:
+        """Names of all adapters, in the order they came."""
+        return adapters.loaded_adapters(self._model)
+
     def active_adapters(self) -> list[str]:
         """Names of the active adapters, in order."""
         return adapters.active_adapters(self._model)
+
+    def adapter_config(self, name: str | None = None) -> AdapterConfig:
+        """A copy of an adapter's config, the active one's by default."""
+        return adapters.adapter_config(self._model, name)
+
+    def adapter_state_dict(self, name: str | None = None) -> dict[str, Tensor]:
+        """An adapter's tensors, the active one's by default, under PEFT's checkpoint keys."""
+        return adapters.adapter_state_dict(self._model, name)
+
+    def active(self, names: str | Sequence[str]) -> AbstractContextManager[None]:
+        """Make these adapters the active ones inside a ``with`` block; as :func:`fxpeft.active`."""
+        return adapters.active(self._model, names)
+
+    def scaled(self, scales: str | Mapping[str, float], factor: float | None = None) -> AbstractContextManager[None]:
+        """Run adapters at other scales inside a ``with`` block; as :func:`fxpeft.scaled`."""
+        return adapters.scaled(self._model, scales, factor)
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Run the bare base model inside a ``with`` block."""
+        return adapters.disabled(self._model)
+
+    def hold(self) -> AbstractContextManager[None]:
+        """Keep swaps of other threads out of a ``with`` block, so that all calls in it see one adapter."""
+        return serving.hold(self._model)
 
     def _check_base(self, source: str | Path, any_base: bool) -> None:
         if not Path(source).is_dir():
