@@ -7,13 +7,16 @@ import contextlib
 import importlib
 import io
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from test_house import LAYERS, PACKAGES, WINGS
 
 import fxpeft
+from fxpeft.tools.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -124,6 +127,14 @@ def test_the_architecture_is_the_folder_tree_from_above() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE))
     assert list(rows) == [each for each in reversed(LAYERS) if f"fxpeft.{each}" in PACKAGES]
     assert re.findall(r"`(\w+)`", rows["passes"]) == [wing for wing in WINGS if wing]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_command_lines_are_ones_that_fxpeft_has(page: Path) -> None:
+    commands = typer.main.get_command(app)
+    for line in re.findall(r"^fxpeft .*$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        command, *arguments = shlex.split(line, comments=True)[1:]
+        commands.commands[command].make_context(command, arguments)  # type: ignore[attr-defined]
 
 
 def test_the_verbs_of_the_readme_are_public() -> None:
