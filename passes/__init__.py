@@ -1,6 +1,14 @@
 """Graph in, graph out: the passes of fxpeft. They know torch.fx and nothing of files or checkpoints."""
 
-from fxpeft.passes.backend import CleanPass, FoldInactivePass, Group, GroupPass
+from fxpeft.passes.backend import (
+    BackendPass,
+    CleanPass,
+    Context,
+    FoldInactivePass,
+    Group,
+    GroupPass,
+    SlotTensor,
+)
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, Skip
 from fxpeft.passes.captured import AtenPass
 from fxpeft.passes.live import ReadPass, forward_text
@@ -30,9 +38,10 @@ from fxpeft.passes.targets import (
 )
 
 __all__ = [
-    "OPERATIONS", "AtenPass", "CleanPass", "Conv", "EjectPass", "Embedding", "Feed", "FeedPass", "FoldInactivePass",
-    "GraphPass", "Group", "GroupPass", "InjectPass", "Kind", "LiftPass", "Linear", "MatchPass", "NameSelector",
-    "OpSpec", "ParameterKind", "PassError", "Pattern", "PatternError", "Pipeline", "Places", "ReadPass",
-    "RedirectPass", "Report", "Rewrite", "RewriteResult", "Role", "RolePass", "Skip", "Target", "declare",
-    "forward_text", "graph_text", "layers", "pattern", "register_operation", "role",
+    "OPERATIONS", "AtenPass", "BackendPass", "CleanPass", "Context", "Conv", "EjectPass", "Embedding", "Feed",
+    "FeedPass", "FoldInactivePass", "GraphPass", "Group", "GroupPass", "InjectPass", "Kind", "LiftPass", "Linear",
+    "MatchPass", "NameSelector", "OpSpec", "ParameterKind", "PassError", "Pattern", "PatternError", "Pipeline",
+    "Places", "ReadPass", "RedirectPass", "Report", "Rewrite", "RewriteResult", "Role", "RolePass", "Skip",
+    "SlotTensor", "Target", "declare", "forward_text", "graph_text", "layers", "pattern", "register_operation",
+    "role",
 ]  # fmt: skip

@@ -114,3 +114,9 @@ def join(*parts: str) -> str:
 def node_of(value: object) -> Node | None:
     """``value`` where it is a graph node."""
     return value if isinstance(value, Node) else None
+
+
+def tensor_of(node: Node) -> torch.Tensor | None:
+    """The tensor without data that stands for a node's result while compiling; ``None`` where there is none."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value if isinstance(value, torch.Tensor) else None

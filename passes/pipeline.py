@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from torch.fx import GraphModule
 
-from fxpeft.passes.base import GraphPass, PassError, Report
+from fxpeft.passes.base import PassError, Report, RewriteResult
 from fxpeft.passes.draw import Drawing, Picture, drawing_of
 from fxpeft.passes.source import check_names
 
@@ -19,6 +21,17 @@ log = logging.getLogger(__name__)
 def graph_text(graph_module: GraphModule) -> str:
     """The graph as Python source, the form in which a person reads it."""
     return graph_module.graph.python_code("self").src.strip() + "\n"
+
+
+class Runs(Protocol):
+    """What a pipeline runs: a pass, or one that is bound to what it is told of the graph."""
+
+    @property
+    def name(self) -> str:
+        """Its name, in reports and files."""
+
+    def __call__(self, graph_module: GraphModule) -> RewriteResult:
+        """Rewrite the graph and say what was done."""
 
 
 class Pipeline:
@@ -35,7 +48,7 @@ class Pipeline:
     shows what it did.
     """
 
-    def __init__(self, passes: Sequence[GraphPass], *, dump: Path | str | None = None) -> None:
+    def __init__(self, passes: Sequence[Runs], *, dump: Path | str | None = None) -> None:
         self.passes = tuple(passes)
         self.dump = None if dump is None else Path(dump)
         self.reports: tuple[Report, ...] = ()
@@ -48,16 +61,22 @@ class Pipeline:
         for number, graph_pass in enumerate(self.passes, start=1):
             stem = f"{number:02d}-{graph_pass.name}"
             self._write(f"{stem}-before.py", graph_module)
+            ops = _ops(graph_module) if log.isEnabledFor(logging.DEBUG) else None
             result = graph_pass(graph_module)
             graph_module = result.graph_module
             if result.modified:
                 with warnings.catch_warnings():
                     # lint knows parameters, buffers and modules; a slot's active rank is a plain object
                     warnings.filterwarnings("ignore", message=".*does not reference an nn.Module")
-                    graph_module.graph.lint()
+                    try:
+                        graph_module.graph.lint()
+                    except RuntimeError as error:
+                        raise PassError(f"pass {graph_pass.name} left a graph that is not sound: {error}") from error
                 graph_module.recompile()
             self._write(f"{stem}-after.py", graph_module)
             log.debug("%s", result.report)
+            if ops is not None and result.modified:
+                log.debug("nodes of %s: %s", graph_pass.name, _difference(ops, _ops(graph_module)))
             reports.append(result.report)
         self.reports = tuple(reports)
         self._drawings = (before, drawing_of(graph_module, new=True))
@@ -83,3 +102,14 @@ class Pipeline:
         if self.dump is not None:
             self.dump.mkdir(parents=True, exist_ok=True)
             (self.dump / name).write_text(graph_text(graph_module))
+
+
+def _ops(graph_module: GraphModule) -> Counter[str]:
+    """How many nodes of a graph call what."""
+    calls = (node for node in graph_module.graph.nodes if node.op.startswith("call_"))
+    return Counter(getattr(node.target, "__name__", str(node.target)) for node in calls)
+
+
+def _difference(before: Counter[str], after: Counter[str]) -> str:
+    changed = [op for op in sorted(before | after) if before[op] != after[op]]
+    return ", ".join(f"{op} {before[op]} -> {after[op]}" for op in changed) or "as before"

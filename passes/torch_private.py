@@ -14,7 +14,7 @@ from torch._C._dynamo.eval_frame import (
     set_code_exec_strategy,
     set_fullgraph_compiled_frame_count,
 )
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 from torch.fx.graph_module import _format_import_block
 from torch.package.importer import sys_importer
 from torch.utils.checkpoint import CheckpointFunction
@@ -67,3 +67,21 @@ def argument_names(graph: Graph) -> list[str]:
     """The names that a graph of nested arguments, as ``ExportedProgram.module()`` has one, gives its forward's."""
     nested = getattr(graph._codegen, "pytree_info", None)
     return [] if nested is None else list(nested.orig_args)
+
+
+KEYED = "_fxpeft_passes"  # torch makes its key of all that a graph module holds, names that it doesn't know too
+
+
+def key_graph(graph_module: GraphModule, passes: tuple[tuple[str, str | bytes], ...] | None) -> None:
+    """Let torch keep what it compiles of a graph for later processes by these passes too; ``None``: not at all."""
+    setattr(graph_module, KEYED, _Unkeyed() if passes is None else passes)
+
+
+class _Unkeyed:
+    """No key can be made of it: the caches on disk are passed by."""
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise TypeError("a pass without uuid changed this graph")
+
+    def __deepcopy__(self, memo: object) -> _Unkeyed:
+        return self

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
 from fxpeft.errors import AdapterError
-from fxpeft.passes.backend.clean import CleanPass
-from fxpeft.passes.backend.fold_inactive import FoldInactivePass
-from fxpeft.passes.backend.group import GroupPass
-from fxpeft.passes.captured.dynamo import parameter_path, source_name
-from fxpeft.passes.meta import GROUPED
+from fxpeft.passes.backend.backend_pass import ACTIVE, IDLE, BackendPass, Context, context_of, idle_values
+from fxpeft.passes.backend.group import groups_of
+from fxpeft.passes.backend.registry import NAMES as PASSES
+from fxpeft.passes.backend.registry import chosen
+from fxpeft.passes.backend.step import Step, keyed
+from fxpeft.passes.base import PassError
 from fxpeft.passes.pipeline import Pipeline
 from fxpeft.passes.rewrite.subgraphs import copy_graph_module
-from fxpeft.passes.slots.slot import NEUTRAL, Slot, slot_of
+from fxpeft.passes.slots.slot import slot_of
 from fxpeft.passes.slots.stack import Stack, stack_of
 
-PASSES = ("fold_inactive", "group", "clean")
+__all__ = ["DEFAULT", "PASSES", "backend", "compile"]
 DEFAULT = ("fold_inactive", "clean")  # group: no size was measured to gain, and the grouped A's are there twice
 
 
 def compile(
     model: nn.Module,
     *,
-    passes: Collection[str] = DEFAULT,
+    passes: Collection[str | BackendPass] = DEFAULT,
     inner: str | Callable[..., Any] = "inductor",
     dump: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
@@ -48,6 +50,8 @@ def compile(
             swap copies those in use; a swap itself costs the same.
             ``"clean"``: what the other passes left without a reader is not in the graphs. Inductor drops it
             anyway; an inner backend that runs graphs as they are would compute it.
+            Your own are :class:`fxpeft.passes.BackendPass` objects, which run where they stand in the sequence, on
+            graphs without slots too; the named ones run in the order above.
         inner: the backend that gets the graphs.
         dump: folder for the graphs before and after each pass, in ``graph-<number>-idle`` and ``-active``.
         options: the inner backend's options.
@@ -56,8 +60,9 @@ def compile(
     Raises:
         AdapterError: an unknown pass.
     """
-    own: Any = {"passes": tuple(passes), "inner": inner, "dump": dump, "options": dict(options or {})}
-    _check(own["passes"])
+    # torch runs what it compiled before for equal options, and a pass may have changed since
+    uuids = tuple(each.uuid or object() for each in _chosen(passes))
+    own: Any = {"passes": tuple(passes), "uuids": uuids, "inner": inner, "dump": dump, "options": dict(options or {})}
     return torch.compile(model, backend=backend, options=own, **torch_options)
 
 
@@ -66,40 +71,53 @@ def backend(
 ) -> Callable[..., Any]:
     """The backend that the entry point ``fxpeft`` names; ``options`` are those of :func:`compile`."""
     own = dict(options or {})
-    passes, inner = own.pop("passes", DEFAULT), own.pop("inner", "inductor")
-    dump, inner_options = own.pop("dump", None), {**own.pop("options", {}), **own}
-    _check(passes)
+    passes, inner = _chosen(own.pop("passes", DEFAULT)), own.pop("inner", "inductor")
+    dump, inner_options, _ = own.pop("dump", None), own.pop("options", {}), own.pop("uuids", None)
+    inner_options = {**inner_options, **own}
     lower = torch._dynamo.lookup_backend(inner) if isinstance(inner, str) else inner
     if inner_options:
         more = {**more, "options": inner_options}
-    slots = _slots(graph_module)
-    if not slots:
-        return lower(graph_module, example_inputs, **more)
-    clean = [CleanPass(set(slots))] if "clean" in passes else []
-    folder = None if dump is None else _next_folder(Path(dump))
+    context = context_of(graph_module, inner_options)
+    if not context.slots:
+        passes = tuple(each for each in passes if each.name not in PASSES)
+    folder = None if dump is None or not passes else _next_folder(Path(dump))
     idle = None
-    if "fold_inactive" in passes:
-        known = {name: value for name, (_, value) in slots.items() if value is not None}
-        pipeline = Pipeline([FoldInactivePass(known), *clean], dump=folder and f"{folder}-idle")
-        folded = pipeline(_copy(graph_module))
-        if pipeline.reports[0].matched:
+    if context.slots and any(ACTIVE not in each.graphs for each in passes):
+        for_idle = replace(context, values=idle_values(context))
+        folded, changed = _run(graph_module, passes, IDLE, for_idle, folder)
+        if any(ACTIVE not in each.graphs for each in changed):
             idle = lower(folded, example_inputs, **more)
-    group = [GroupPass(*_stackable(graph_module, slots))] if "group" in passes else []
-    pipeline = Pipeline([*group, *clean], dump=folder and f"{folder}-active")
-    changed = pipeline(_copy(graph_module)) if pipeline.passes else graph_module
-    active = changed if any(report.matched for report in pipeline.reports) else graph_module
+    active, _ = _run(graph_module, passes, ACTIVE, context, folder)
     names = [n.name for n in graph_module.graph.nodes if n.op == "placeholder"]
-    groups = group[0].groups if group else ()
-    stacks = {names.index(g.place): [names.index(member) for member in g.members] for g in groups}
-    placeholders = (n for n in active.graph.nodes if n.op == "placeholder")
-    pairs = zip(placeholders, example_inputs, strict=True)
-    given = [n.meta["example_value"] if GROUPED.has(n) else value for n, value in pairs]
+    stacks = {names.index(g.place): [names.index(member) for member in g.members] for g in groups_of(active)}
+    placeholders = [n for n in active.graph.nodes if n.op == "placeholder"]
+    given = [placeholders[i].meta["example_value"] if i in stacks else x for i, x in enumerate(example_inputs)]
     full = lower(active, given, **more)
     if stacks:
         full = _with_stacks(full, stacks)
     if idle is None:
         return full
-    return _choose(idle, full, [i for i, name in enumerate(names) if slots.get(name, ("", 0))[0] == "d"])
+    places = [i for i, name in enumerate(names) if name in context.slots and context.slots[name].part == "d"]
+    return _choose(idle, full, places)
+
+
+def _run(
+    graph_module: GraphModule, passes: Sequence[BackendPass], graph: str, context: Context, folder: Path | None
+) -> tuple[GraphModule, list[BackendPass]]:
+    """A copy of the graph after the passes for one of the two graphs, and those that changed it; else itself."""
+    steps = [Step(each, context) for each in passes if graph in each.graphs]
+    if not steps:
+        return graph_module, []
+    made = Pipeline(steps, dump=folder and f"{folder}-{graph}")(_copy(graph_module))
+    changed = [step.backend_pass for step in steps if step.modified]
+    return (keyed(made, changed), changed) if changed else (graph_module, [])
+
+
+def _chosen(passes: Collection[str | BackendPass]) -> tuple[BackendPass, ...]:
+    try:
+        return chosen(passes)
+    except PassError as error:
+        raise AdapterError(str(error)) from None
 
 
 def _choose(idle: Callable[..., Any], full: Callable[..., Any], places: Sequence[int]) -> Callable[..., Any]:
@@ -132,33 +150,6 @@ def _with_stacks(grouped: Callable[..., Any], stacks: Mapping[int, Sequence[int]
     return run
 
 
-def _stackable(
-    graph_module: GraphModule, slots: Mapping[str, tuple[str, int | None]]
-) -> tuple[dict[str, str | None], dict[str, str]]:
-    """The placeholders that carry an A -> why it can't be stacked, if so, and -> its site's name."""
-    why: dict[str, str | None] = {}
-    names = {}
-    for node in graph_module.graph.nodes:
-        if slots.get(node.name, ("", None))[0] != "a":
-            continue
-        a = node.meta["grapharg"].example
-        slot = slot_of(a)
-        assert slot is not None
-        why[node.name] = None
-        if "g_in" in slot.features:
-            why[node.name] = "multiplies its input by a gain of its own"
-        elif a.requires_grad:
-            why[node.name] = "its A is trained"
-        elif a.is_inference():
-            why[node.name] = "its slot was made in inference mode, where torch counts no writes"
-        elif type(a) is not Tensor:
-            why[node.name] = f"its A is a {type(a).__name__}"
-        source = source_name(node)
-        path = None if source is None else parameter_path(source)
-        names[node.name] = node.name if path is None else path.removesuffix(".slot.a")
-    return why, names
-
-
 def _copy(graph_module: GraphModule) -> GraphModule:
     """A graph of Dynamo's that passes can change, still known as such: AOTAutograd asks where inputs come from."""
     copied = copy_graph_module(graph_module)
@@ -174,22 +165,3 @@ def _next_folder(root: Path) -> Path:
     """A name for the next graph's dumps: every graph break makes one more graph."""
     number = 1 + max((int(p.name.split("-")[1]) for p in root.glob("graph-*")), default=0)
     return root / f"graph-{number:02d}"
-
-
-def _slots(graph_module: GraphModule) -> dict[str, tuple[str, int | None]]:
-    """Placeholder -> which part of a slot it carries, and the number that it is full of in an idle one."""
-    found: dict[str, tuple[str, int | None]] = {}
-    for node in graph_module.graph.nodes:
-        example = getattr(node.meta.get("grapharg"), "example", None) if node.op == "placeholder" else None
-        if isinstance(example, Tensor):
-            slot: Slot | None = slot_of(example)
-            if slot is not None:
-                name = next(name for name, buffer in slot._buffers.items() if buffer is example)
-                found[node.name] = (name, NEUTRAL.get(name))
-    return found
-
-
-def _check(passes: Any) -> None:
-    unknown = [name for name in passes if name not in PASSES]
-    if isinstance(passes, str) or unknown:
-        raise AdapterError(f"passes: expected some of {', '.join(PASSES)}, found {passes!r}")

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from torch.fx import GraphModule, Node
 
+from fxpeft.passes.backend.backend_pass import BackendPass, Context
 from fxpeft.passes.backend.writes import may_write
-from fxpeft.passes.base import GraphPass, Report, RewriteResult, node_of
+from fxpeft.passes.base import Report, RewriteResult, node_of
 from fxpeft.passes.meta import FOLDED
 from fxpeft.passes.rewrite.subgraphs import calls
 
 
-class CleanPass(GraphPass):
+class CleanPass(BackendPass):
     """Erase nodes that have no user, depend on a slot or were folded, and do nothing but compute.
 
     Placeholders stay, and so do the operands of bodies: callers go on handing them in.
-
-    Args:
-        slots: names of the placeholders that carry slots.
     """
 
-    name = "clean"
+    name = uuid = "clean"
 
-    def __init__(self, slots: Collection[str]) -> None:
-        self.slots = slots
-
-    def call(self, graph_module: GraphModule) -> RewriteResult:
-        before = len(graph_module.graph.nodes)
-        gone = _clean(graph_module, {n for n in graph_module.graph.nodes if n.name in self.slots})
-        report = Report(self.name, tuple(gone), (), before, len(graph_module.graph.nodes))
-        return RewriteResult(graph_module, bool(gone), report)
+    def __call__(self, graph_module: GraphModule, *, context: Context) -> RewriteResult:
+        gone = _clean(graph_module, {n for n in graph_module.graph.nodes if n.name in context.slots})
+        return RewriteResult(graph_module, bool(gone), Report(self.name, tuple(gone)))
 
 
 def _clean(gm: GraphModule, slots: set[Node]) -> list[str]:

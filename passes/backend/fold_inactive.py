@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from fxpeft.passes.base import GraphPass, Report, RewriteResult, node_of
+from fxpeft.passes.backend.backend_pass import IDLE, BackendPass, Context
+from fxpeft.passes.base import Report, RewriteResult, node_of, tensor_of
 from fxpeft.passes.meta import FOLDED
 from fxpeft.passes.rewrite.subgraphs import Call, calls
 
@@ -18,27 +19,20 @@ _SAME = {"type_as", "narrow", "view", "unsqueeze", "to", "t", "permute", "transp
 _LINEAR = {F.linear, torch.matmul, F.conv1d, F.conv2d, F.conv3d}
 
 
-class FoldInactivePass(GraphPass):
+class FoldInactivePass(BackendPass):
     """Every slot's subgraph is the target's own output when d and the shift are zero and the gains are one.
 
     A graph break, a checkpoint's body or a layer compiled on its own is a graph like any other. What
     no longer has a reader is left for :class:`~fxpeft.passes.CleanPass`.
-
-    Args:
-        known: placeholder's name -> the number, 0 or 1, that all of its elements are taken to be.
     """
 
-    name = "fold_inactive"
+    name = uuid = "fold_inactive"
+    graphs = (IDLE,)
 
-    def __init__(self, known: Mapping[str, int]) -> None:
-        self.known = known
-
-    def call(self, graph_module: GraphModule) -> RewriteResult:
-        before = len(graph_module.graph.nodes)
-        values = {n: self.known[n.name] for n in graph_module.graph.nodes if n.name in self.known}
-        folded = _fold(graph_module, values)
-        report = Report(self.name, tuple(folded), (), before, len(graph_module.graph.nodes))
-        return RewriteResult(graph_module, bool(folded), report)
+    def __call__(self, graph_module: GraphModule, *, context: Context) -> RewriteResult:
+        known = {n: context.values[n.name] for n in graph_module.graph.nodes if n.name in context.values}
+        folded = _fold(graph_module, known)
+        return RewriteResult(graph_module, bool(folded), Report(self.name, tuple(folded)))
 
 
 def _fold(gm: GraphModule, values: dict[Node, int]) -> list[str]:
@@ -104,14 +98,9 @@ def _simplify(node: Node, values: Mapping[Node, int]) -> tuple[int | None, Node 
     return None, None
 
 
-def _value(node: Node) -> torch.Tensor | None:
-    value = node.meta.get("example_value", node.meta.get("val"))
-    return value if isinstance(value, torch.Tensor) else None
-
-
 def _wider(node: Node, other: Node) -> bool:
     """Whether a node's dtype holds all that the other's does, at the same shape."""
-    a, b = _value(node), _value(other)
+    a, b = tensor_of(node), tensor_of(other)
     return (
         a is not None
         and b is not None
@@ -122,7 +111,7 @@ def _wider(node: Node, other: Node) -> bool:
 
 def _alike(node: Node, other: Node) -> bool:
     """Whether one may stand for the other: the same shape, dtype and device."""
-    a, b = _value(node), _value(other)
+    a, b = tensor_of(node), tensor_of(other)
     if a is None or b is None:
         return False
     return a.dtype is b.dtype and a.device == b.device and str(a.shape) == str(b.shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +10,9 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from fxpeft.passes.backend.backend_pass import ACTIVE, BackendPass, Context, SlotTensor
 from fxpeft.passes.backend.writes import may_write
-from fxpeft.passes.base import GraphPass, Report, RewriteResult, Skip, node_of
+from fxpeft.passes.base import Report, RewriteResult, Skip, node_of, tensor_of
 from fxpeft.passes.meta import GROUPED
 from fxpeft.passes.rewrite.subgraphs import calls
 
@@ -41,34 +41,25 @@ class _Product:
     rank: Any
 
 
-class GroupPass(GraphPass):
+class GroupPass(BackendPass):
     """Sites with one input reduce it in one product: ``linear(x, stack[:r].flatten(0, 1))``, then a slice for each.
 
     A stack holds the ranks first and a rank's rows of all its sites side by side: narrowed to the rank in
-    use it is contiguous, so that no rank adds a guard. Whoever calls the graph hands it in, see :attr:`groups`.
+    use it is contiguous, so that no rank adds a guard. Whoever calls the graph hands it in, see :func:`groups_of`.
     What no longer has a reader is left for :class:`~fxpeft.passes.CleanPass`.
-
-    Args:
-        slots: placeholder that carries an A -> why it can't be stacked, or ``None``.
-        names: placeholder -> the site's name in reports.
-
-    After a run :attr:`groups` says which stacks the graph takes.
     """
 
-    name = "group"
+    name = uuid = "group"
+    graphs = (ACTIVE,)
 
-    def __init__(self, slots: Mapping[str, str | None], names: Mapping[str, str] | None = None) -> None:
-        self.slots, self.names = slots, names or {}
-        self.groups: tuple[Group, ...] = ()
-
-    def call(self, graph_module: GraphModule) -> RewriteResult:
-        graph, before = graph_module.graph, len(graph_module.graph.nodes)
-        places = [n for n in graph.nodes if n.op == "placeholder" and n.name in self.slots and not GROUPED.has(n)]
+    def __call__(self, graph_module: GraphModule, *, context: Context) -> RewriteResult:
+        graph, factors = graph_module.graph, {k: held for k, held in context.slots.items() if held.part == "a"}
+        places = [n for n in graph.nodes if n.op == "placeholder" and n.name in factors and not GROUPED.has(n)]
         products = {place: _products(place) for place in places}
-        reasons = {place: self.slots[place.name] or _why_not(graph_module, place, products[place]) for place in places}
+        reasons = {p: _why_alone(factors[p.name]) or _why_not(graph_module, p, products[p]) for p in places}
         sets: dict[tuple[Any, ...], list[_Product]] = {}
         for product in (p for place in places if reasons[place] is None for p in products[place]):
-            value = _value(product.place)
+            value = tensor_of(product.place)
             assert value is not None
             key = (product.source, product.rank, value.shape, value.dtype, value.device)
             sets.setdefault(key, []).append(product)
@@ -85,7 +76,7 @@ class GroupPass(GraphPass):
                 stacks.setdefault(members, []).append(found)
             else:
                 reasons.update({m: reason for m in members if reasons[m] is None})
-        made, grouped = [], set[Node]()
+        grouped = set[Node]()
         for members, several in stacks.items():
             own = {p.node for found in several for p in found}
             free = [m for m in members if {p.node for p in products[m]} <= own and _reads_only(m, products[m])]
@@ -95,16 +86,30 @@ class GroupPass(GraphPass):
             _stack(free[0], members)
             for found in several:
                 _rewrite(graph_module, free[0], members, found)
-            made.append(Group(free[0].name, tuple(m.name for m in members)))
             grouped.update(members)
-        self.groups = tuple(made)
-        skipped = tuple(Skip(self._site(p), r) for p, r in reasons.items() if r is not None and p not in grouped)
-        matched = tuple(self._site(p) for p in places if p in grouped)
-        report = Report(self.name, matched, skipped, before, len(graph.nodes))
-        return RewriteResult(graph_module, bool(made), report)
+        alone = {p: reason for p, reason in reasons.items() if reason is not None and p not in grouped}
+        skipped = tuple(Skip(factors[p.name].site, reason) for p, reason in alone.items())
+        matched = tuple(factors[p.name].site for p in places if p in grouped)
+        return RewriteResult(graph_module, bool(matched), Report(self.name, matched, skipped))
 
-    def _site(self, place: Node) -> str:
-        return self.names.get(place.name, place.name)
+
+def groups_of(graph_module: GraphModule) -> tuple[Group, ...]:
+    """The stacks that a graph takes."""
+    placeholders = (n for n in graph_module.graph.nodes if n.op == "placeholder" and GROUPED.has(n))
+    return tuple(Group(n.name, GROUPED.of(n)) for n in placeholders)
+
+
+def _why_alone(factor: SlotTensor) -> str | None:
+    """Why a slot's A can't be a part of a stack, whatever the graph does with it."""
+    if "g_in" in factor.features:
+        return "multiplies its input by a gain of its own"
+    if factor.tensor.requires_grad:
+        return "its A is trained"
+    if factor.tensor.is_inference():
+        return "its slot was made in inference mode, where torch counts no writes"
+    if type(factor.tensor) is not Tensor:
+        return f"its A is a {type(factor.tensor).__name__}"
+    return None
 
 
 def _views(place: Node) -> dict[Node, Any]:
@@ -131,7 +136,7 @@ def _products(place: Node) -> list[_Product]:
 
 
 def _why_not(gm: GraphModule, place: Node, products: list[_Product]) -> str | None:
-    value = _value(place)
+    value = tensor_of(place)
     if any(place in call.node.all_input_nodes for call in calls(gm)):
         return "is read in the body of a higher-order operator"
     if not products:
@@ -164,7 +169,7 @@ def _write(first: Node, last: Node) -> Node | None:
 
 def _rewrite(gm: GraphModule, place: Node, members: tuple[Node, ...], found: list[_Product]) -> None:
     graph, first, count = gm.graph, found[0], len(members)
-    value = _value(place)
+    value = tensor_of(place)
     assert value is not None
     with graph.inserting_before(first.node):
         rank = value.shape[0] if first.rank is None else first.rank
@@ -191,15 +196,10 @@ def _emit(graph: Graph, target: Any, *args: Any) -> Node:
 
 def _stack(place: Node, members: tuple[Node, ...]) -> None:
     """Say what the placeholder takes from now on."""
-    value = _value(place)
+    value = tensor_of(place)
     assert value is not None
     shape = (value.shape[0], len(members), *value.shape[1:])
     # what Dynamo found there, and guards, is the slot's own A
     place.meta = {k: v for k, v in place.meta.items() if k != "grapharg"}
     place.meta["example_value"] = value.new_empty(shape)
     GROUPED.set(place, tuple(m.name for m in members))
-
-
-def _value(node: Node) -> Tensor | None:
-    value = node.meta.get("example_value", node.meta.get("val"))
-    return value if isinstance(value, Tensor) else None

@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from fxpeft.passes.base import attribute
-from fxpeft.passes.meta import OPERAND, READS
+from fxpeft.passes.meta import READS
 from fxpeft.passes.targets.reading import calling_module
 
 _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]|\.(\w+)|\[(\d+)\]")
@@ -49,14 +49,14 @@ def annotate_sources(graph_module: GraphModule) -> dict[str, Any]:
 
 
 def name_operands(graph_module: GraphModule) -> None:
-    """Give an adapter's operands the sources that AOTAutograd asks every parameter of a Dynamo graph for."""
+    """Give the tensors that passes brought the sources that AOTAutograd asks every one of a Dynamo graph for."""
     sources = getattr(graph_module, "_param_name_to_source", None)
     if sources is None:
         return
     from torch._dynamo.source import ConstantSource
 
     for node in graph_module.graph.nodes:
-        if node.op == "get_attr" and OPERAND.has(node):
+        if node.op == "get_attr":
             path = str(node.target)
             if hasattr(attribute(graph_module, path), "requires_grad"):
                 sources.setdefault(path, ConstantSource(f"fxpeft_{re.sub(chr(92) + 'W', '_', path)}"))

@@ -70,8 +70,9 @@ def test_reports_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="fxpeft"):
         Pipeline(passes())(FORMS["call_module"]())
     logged = [r.getMessage().splitlines()[0] for r in caplog.records if r.name == "fxpeft.passes.pipeline"]
-    assert logged == ["match: 2 matched, 2 skipped, 9 -> 9 nodes", logged[1]]
+    assert logged == ["match: 2 matched, 2 skipped, 9 -> 9 nodes", logged[1], logged[2]]
     assert logged[1].startswith("inject: 1 matched, 1 skipped, 9 -> ")
+    assert logged[2] == "nodes of inject: add 1 -> 2, linear 0 -> 2, mul 0 -> 1, type_as 0 -> 2"
 
 
 def test_dumps_every_graph_before_and_after(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -19,6 +21,7 @@ from fxpeft.passes.torch_private import (
     count_waiting_call,
     import_block,
     in_backward,
+    key_graph,
     skip_frame,
 )
 
@@ -134,3 +137,17 @@ def test_import_block() -> None:
     namespace: dict[str, object] = {}
     exec(import_block({"torch": torch, "Linear": nn.Linear}), namespace)
     assert namespace["Linear"] is nn.Linear
+
+
+def test_torchs_cache_key_holds_what_a_graph_module_holds() -> None:
+    from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCachePickler
+
+    def key(passes: tuple[tuple[str, str], ...] | None) -> str:
+        graph = torch.fx.symbolic_trace(nn.ReLU())
+        key_graph(graph, passes)
+        copy.deepcopy(graph)  # as Inductor does with cpp_wrapper
+        return str(AOTAutogradCachePickler(graph).get_hash(graph))
+
+    assert key((("mine", "1"),)) == key((("mine", "1"),)) != key((("mine", "2"),))
+    with pytest.raises(Exception, match="stable cache key"):
+        key(None)
