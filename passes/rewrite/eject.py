@@ -8,8 +8,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxpeft.passes.base import GraphPass, Report, RewriteResult, Skip, attribute
-from fxpeft.passes.meta import OPERAND, ORIGIN, REDIRECT, SITE, TARGET, Located, Origin
-from fxpeft.passes.rewrite.inject import reroute
+from fxpeft.passes.meta import OPERAND, ORIGIN, REDIRECT, SITE, TARGET
+from fxpeft.passes.rewrite.inject import Takers, reroute, takers_of
 from fxpeft.passes.targets.reading import read_path
 
 
@@ -30,7 +30,13 @@ class EjectPass(GraphPass):
         before = len(graph.nodes)
         matched, skipped = [], []
         gone: set[str] = set()  # what the erased nodes read
-        for node in list(graph.nodes):
+        nodes, takers = list(graph.nodes), takers_of(graph)
+        by_name = {node.name: node for node in nodes}
+        made: dict[str, list[Node]] = {}
+        for node in nodes:
+            if (site := SITE.get(node)) is not None:
+                made.setdefault(site, []).append(node)
+        for node in nodes:
             target = TARGET.get(node)
             if target is None or node.op == "output":
                 continue
@@ -41,12 +47,13 @@ class EjectPass(GraphPass):
             if origin is None:
                 skipped.append(Skip(target.site, "holds no adapter"))
                 continue
-            gone |= _restore(graph_module, node, target, origin)
+            new = made.get(node.name, [])
+            gone |= _restore(node, new, target.input, by_name[origin.input], by_name[origin.output], takers)
             matched.append(target.site)
         modified = bool(matched)
         for node in list(graph.nodes):
             if REDIRECT.has(node) and node.users:
-                old = next(n for n in graph.nodes if n.name == REDIRECT.of(node))
+                old = by_name[REDIRECT.of(node)]
                 site = str(read_path(old)).rpartition(".")[0]
                 if self.select(site):
                     node.replace_all_uses_with(old)
@@ -59,22 +66,18 @@ class EjectPass(GraphPass):
         return RewriteResult(graph_module, modified, report)
 
 
-def _restore(gm: GraphModule, node: Node, target: Located, origin: Origin) -> set[str]:
-    """Take one site's new nodes out; returns the paths that they read."""
-    by_name = {n.name: n for n in gm.graph.nodes}
-    new = [n for n in gm.graph.nodes if SITE.get(n) == node.name]
-    output = by_name[origin.output]
+def _restore(node: Node, new: list[Node], place: int, source: Node, output: Node, takers: Takers) -> set[str]:
+    """Take one site's new nodes out; its input, at ``place``, is ``source`` again. Returns the paths that they read."""
     if output is not node:
-        reroute(output, node, new)
-    source = by_name[origin.input]
-    if target.input < len(node.args):
-        node.update_arg(target.input, source)
+        reroute(output, node, new, takers)
+    if place < len(node.args):
+        node.update_arg(place, source)
     else:
         node.update_kwarg("input", source)
     # what a rewrite reads of the target itself stays: a called module's weight, for instance
     gone = _paths(n for n in new if OPERAND.has(n) or n.op == "call_module")
     for made_node in reversed(new):
-        gm.graph.erase_node(made_node)
+        node.graph.erase_node(made_node)
     return gone
 
 

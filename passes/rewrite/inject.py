@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 from torch.fx import Graph, GraphModule, Node, Proxy
@@ -14,6 +15,8 @@ from torch.fx.proxy import GraphAppendingTracer
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, Skip, attribute, join
 from fxpeft.passes.meta import OPERAND, ORIGIN, REWRITE, SITE, TARGET, Located, Origin
 from fxpeft.passes.targets.match import operands
+
+Takers: TypeAlias = "defaultdict[str, list[Node]]"
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class InjectPass(GraphPass):
     def call(self, graph_module: GraphModule) -> RewriteResult:
         before = len(graph_module.graph.nodes)
         matched, skipped = [], []
+        takers = takers_of(graph_module.graph)
         for node in list(graph_module.graph.nodes):
             target = TARGET.get(node)
             if target is None:
@@ -75,15 +79,15 @@ class InjectPass(GraphPass):
             elif not (rewrites := self.rewrites.get(target.site, ())):
                 skipped.append(Skip(target.site, "has no rewrite"))
             else:
-                _rewrite_site(graph_module, node, target, rewrites)
+                _rewrite_site(graph_module, node, target, rewrites, takers)
                 matched.append(target.site)
         report = Report(self.name, tuple(matched), tuple(skipped), before, len(graph_module.graph.nodes))
         return RewriteResult(graph_module, bool(matched), report)
 
 
-def _rewrite_site(gm: GraphModule, node: Node, target: Located, rewrites: Sequence[Rewrite]) -> None:
+def _rewrite_site(gm: GraphModule, node: Node, target: Located, rewrites: Sequence[Rewrite], takers: Takers) -> None:
     graph, tracer = gm.graph, GraphAppendingTracer(gm.graph)
-    old = set(graph.nodes)
+    first, end = node.prev, node.next  # what is made stands between these, around the node
     source = node.args[target.input] if target.input < len(node.args) else node.kwargs["input"]
     assert isinstance(source, Node)
     calls = 0
@@ -106,23 +110,49 @@ def _rewrite_site(gm: GraphModule, node: Node, target: Located, rewrites: Sequen
 
     if calls != 1:
         raise PassError(f"site {target.site!r}: a rewrite has to call base exactly once, it did {calls} times")
-    new = [n for n in graph.nodes if n not in old]
+    new = [n for n in _between(first, end) if n is not node]
     names = tuple(rewrite.name for rewrite in rewrites)
     for made in new:
         SITE.set(made, node.name)
         REWRITE.set(made, names)
     if result.node is not node:
-        reroute(node, result.node, new)
+        reroute(node, result.node, new, takers)
     ORIGIN.set(node, Origin(names, source.name, result.node.name))
+    takers[source.name].append(node)
 
 
-def reroute(old: Node, new: Node, keep: Collection[Node]) -> None:
+def _between(first: Node, end: Node) -> Iterator[Node]:
+    """The nodes after one and before another."""
+    node = first.next
+    while node is not end:
+        yield node
+        node = node.next
+
+
+def takers_of(graph: Graph) -> Takers:
+    """The rewritten sites of a graph: name of the node that each took -> their base nodes."""
+    found: Takers = defaultdict(list)
+    for node in graph.nodes:
+        if origin := ORIGIN.get(node):
+            found[origin.input].append(node)
+    return found
+
+
+def reroute(old: Node, new: Node, keep: Collection[Node], takers: Takers) -> None:
     """Let all users of ``old`` but ``keep`` use ``new``; rewritten sites then remember it as their input."""
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in keep)
-    for node in old.graph.nodes:
-        origin = ORIGIN.get(node)
-        if origin is not None and origin.input == old.name:
+    for node in takers.pop(old.name, ()):
+        if origin := ORIGIN.get(node):  # it may have been ejected since
             ORIGIN.set(node, replace(origin, input=new.name))
+            takers[new.name].append(node)
+
+
+def rename(graph: Graph, names: Mapping[str, str]) -> None:
+    """Let rewritten sites know by which names their inputs and outputs go now: old -> new."""
+    for node in graph.nodes if names else ():
+        if origin := ORIGIN.get(node):
+            into, out = (names.get(name, name) for name in (origin.input, origin.output))
+            ORIGIN.set(node, replace(origin, input=into, output=out))
 
 
 def _bind(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, attribute
-from fxpeft.passes.meta import INPUTS, LIFTED, OPERAND, ORIGIN, REDIRECT, REWRITE, SITE
-from fxpeft.passes.rewrite.inject import get_attr, install
+from fxpeft.passes.meta import INPUTS, LIFTED, OPERAND, REDIRECT, REWRITE, SITE
+from fxpeft.passes.rewrite.inject import get_attr, install, rename
 from fxpeft.passes.rewrite.subgraphs import Call, calls
 
 HANDED = ("operand",)  # as REWRITE: an adapter's operand on its way into a body
@@ -33,12 +33,13 @@ class LiftPass(GraphPass):
     name = "lift"
     place: Callable[[GraphModule, torch.Tensor], Node | None] = lambda gm, tensor: None
     lifted: dict[str, tuple[str, torch.Tensor]] = field(default_factory=dict)
+    _last: Node | None = field(default=None, init=False, repr=False)
 
     def call(self, graph_module: GraphModule) -> RewriteResult:
         graph, before = graph_module.graph, len(graph_module.graph.nodes)
         made: dict[Any, Node] = {}
         paths: set[str] = set()
-        self.lifted = {}
+        self.lifted, self._last = {}, last_placeholder(graph_module)
         for node in list(graph.nodes):
             if node.op != "get_attr" or not OPERAND.has(node):
                 continue
@@ -56,12 +57,14 @@ class LiftPass(GraphPass):
         return RewriteResult(graph_module, bool(made), report)
 
     def _placeholder(self, gm: GraphModule, node: Node, path: str, tensor: torch.Tensor) -> Node:
-        after = self.place(gm, tensor) or last_placeholder(gm)
+        after = self.place(gm, tensor) or self._last
         prefix = "p_" if isinstance(tensor, torch.nn.Parameter) else "b_"
         name = prefix + re.sub(r"\W", "_", path)
         context = gm.graph.inserting_after(after) if after else gm.graph.inserting_before(next(iter(gm.graph.nodes)))
         with context:
             new = gm.graph.placeholder(name)
+        if after is self._last:
+            self._last = new
         new.target = new.name
         new.meta = {k: v for k, v in node.meta.items() if k in ("val", "tensor_meta", REDIRECT.name)}
         LIFTED.set(new, path)
@@ -135,11 +138,12 @@ def drop_unused(graph_module: GraphModule) -> list[Node]:
         for body in call.bodies():
             drop_unused(body)
         _drop_operands(call)
-    for node in list(graph_module.graph.nodes):
-        if node.op == "get_attr" and REWRITE.get(node) == HANDED and not node.users:
-            graph_module.graph.erase_node(node)
-            if not any(n.op == "get_attr" and n.target == node.target for n in graph_module.graph.nodes):
-                remove(graph_module, str(node.target))
+    gone = [n for n in graph_module.graph.nodes if n.op == "get_attr" and REWRITE.get(n) == HANDED and not n.users]
+    for node in gone:
+        graph_module.graph.erase_node(node)
+    read = {n.target for n in graph_module.graph.nodes if n.op == "get_attr"}
+    for path in {str(node.target) for node in gone} - read:
+        remove(graph_module, path)
     return [n for n in graph_module.graph.nodes if LIFTED.has(n) and not n.users]
 
 
@@ -168,6 +172,7 @@ def hand_in(graph_module: GraphModule) -> None:
         raise PassError("the graph has an argument named 'adapters' already; eject that adapter first")
     argument: Node | None = None
     first: dict[str, torch.Tensor] = {}
+    names: dict[str, str] = {}
     for node in list(graph.nodes):
         if node.op != "get_attr" or not OPERAND.has(node):
             continue
@@ -184,17 +189,10 @@ def hand_in(graph_module: GraphModule) -> None:
         first[path.partition(".")[2]] = attribute(graph_module, path)
         node.replace_all_uses_with(item)
         graph.erase_node(node)
-        _rename(graph_module, node.name, item.name)
+        names[node.name] = item.name
+    rename(graph, names)
     for key in first:
         for container in ("adapters", "slot"):
             if hasattr(graph_module, container):
                 remove(graph_module, f"{container}.{key}")
     INPUTS.set(graph_module, first)
-
-
-def _rename(graph_module: GraphModule, old: str, new: str) -> None:
-    for node in graph_module.graph.nodes:
-        origin = ORIGIN.get(node)
-        if origin is not None:
-            into, out = (new if name == old else name for name in (origin.input, origin.output))
-            ORIGIN.set(node, replace(origin, input=into, output=out))
