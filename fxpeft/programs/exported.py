@@ -90,20 +90,8 @@ def close_program(
     """
     keyword = {id(tensor): name for name, tensors in as_inputs.items() for tensor in tensors}
     specs = {s.arg.name: s for s in program.graph_signature.input_specs}
-
-    def kind_of(node: Node) -> InputKind:
-        if node.name in specs:
-            return InputKind(specs[node.name].kind)
-        return InputKind.PARAMETER if isinstance(lift.lifted[node.name][1], nn.Parameter) else InputKind.BUFFER
-
-    def place(gm: GraphModule, tensor: Tensor) -> Node | None:
-        if id(tensor) in keyword:
-            return None
-        kinds = (InputKind.PARAMETER,) if isinstance(tensor, nn.Parameter) else (InputKind.PARAMETER, InputKind.BUFFER)
-        placed = [n for n in gm.graph.nodes if n.op == "placeholder" and kind_of(n) in kinds]
-        return placed[-1] if placed else next((n for n in gm.graph.nodes if n.op == "placeholder"), None)
-
-    lift = LiftPass(place)
+    places = _Places(graph_module, specs, keyword)
+    lift = LiftPass(places.before, placed=places.note)
     Pipeline([lift])(graph_module)
     for node in [n for n in graph_module.graph.nodes if (LIFTED.get(n) or "").endswith(CARRIER)]:
         last = last_placeholder(graph_module)
@@ -123,6 +111,42 @@ def close_program(
             lifted.inputs[key] = tensor
         specs[name] = spec
     return _assemble(program, graph_module, specs, lifted, max_rank)
+
+
+class _Places:
+    """Where new placeholders go: a parameter after the last one, a buffer after the last of both, an input last.
+
+    Args:
+        specs: of the placeholders that are there. inputs: the ids of the tensors that are handed in.
+    """
+
+    def __init__(self, graph_module: GraphModule, specs: Mapping[str, InputSpec], inputs: Collection[int]) -> None:
+        placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+        parameters = [n for n in placeholders if specs[n.name].kind == InputKind.PARAMETER]
+        held = [n for n in placeholders if specs[n.name].kind in (InputKind.PARAMETER, InputKind.BUFFER)]
+        self.first = placeholders[0] if placeholders else None
+        self.parameter = parameters[-1] if parameters else None
+        self.held = held[-1] if held else None
+        self.inputs = inputs
+
+    def before(self, graph_module: GraphModule, tensor: Tensor) -> Node | None:
+        """The placeholder that a tensor's follows."""
+        if id(tensor) in self.inputs:
+            return None
+        return self._anchor(tensor)
+
+    def _anchor(self, tensor: Tensor) -> Node | None:
+        return (self.parameter if isinstance(tensor, nn.Parameter) else self.held) or self.first
+
+    def note(self, node: Node, tensor: Tensor) -> None:
+        """A tensor's placeholder is there."""
+        self.first = self.first or node
+        if id(tensor) in self.inputs:
+            return
+        if self.held in (None, self._anchor(tensor)):
+            self.held = node
+        if isinstance(tensor, nn.Parameter):
+            self.parameter = node
 
 
 def eject_program(program: ExportedProgram, graph_module: GraphModule) -> ExportedProgram:

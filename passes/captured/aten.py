@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, StrictMinMaxConstraint
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, attribute
-from fxpeft.passes.meta import ORIGIN, REDIRECT, REWRITE, SITE
+from fxpeft.passes.live.signature import Unknown, frozen, signature
+from fxpeft.passes.meta import REDIRECT, REWRITE, SITE
+from fxpeft.passes.rewrite.inject import rename
 from fxpeft.passes.slots.slot import LEAST
 
 # decomposed, torch's matmul of a vector squeezes its product in place, and an inference IR knows no such operators
@@ -44,8 +46,9 @@ class AtenPass(GraphPass):
         max_size: int = 0,
     ) -> None:
         self.fake_mode = fake_mode
-        self.decompositions = decompositions
+        self.decompositions = None if decompositions is None else dict(decompositions)
         self.fakes = {id(tensor): _symbolic(fake_mode, tensor, max_size) for tensor in symbolic}
+        self._traced: dict[Any, GraphModule] = {}  # what a node depends on -> its operators: sites are mostly alike
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in self.fakes:
@@ -54,6 +57,7 @@ class AtenPass(GraphPass):
 
     def call(self, graph_module: GraphModule) -> RewriteResult:
         before, matched = len(graph_module.graph.nodes), []
+        names: dict[str, str] = {}
         bases = {n.name: n for n in graph_module.graph.nodes}
         for node in list(graph_module.graph.nodes):
             if "val" in node.meta or not (SITE.has(node) or REDIRECT.has(node)):
@@ -62,11 +66,13 @@ class AtenPass(GraphPass):
             if node.op == "get_attr":
                 node.meta["val"] = self._fake(attribute(graph_module, str(node.target)))
             else:
-                self._expand(graph_module, node, bases[SITE.of(node)])
+                names[node.name] = self._expand(graph_module, node, bases[SITE.of(node)]).name
+        rename(graph_module.graph, names)
         report = Report(self.name, tuple(matched), (), before, len(graph_module.graph.nodes))
         return RewriteResult(graph_module, bool(matched), report)
 
-    def _expand(self, gm: GraphModule, node: Node, base: Node) -> None:
+    def _expand(self, gm: GraphModule, node: Node, base: Node) -> Node:
+        """Put operators in the place of a node; returns the one that stands for it."""
         flat, spec = pytree.tree_flatten((node.args, node.kwargs))
         places = [i for i, value in enumerate(flat) if isinstance(value, Node)]
         function = gm.get_submodule(str(node.target)) if node.op == "call_module" else node.target
@@ -80,19 +86,52 @@ class AtenPass(GraphPass):
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             return function(*args, **kwargs)  # type: ignore[operator]
 
-        traced = make_fx(
-            run, dict(self.decompositions or {}), pre_dispatch=self.decompositions is None, _allow_non_fake_inputs=True,
-        )(*(flat[i].meta["val"] for i in places))  # fmt: skip
-        result = _inline(gm, node, traced, [flat[i] for i in places], base)
+        values = [flat[i].meta["val"] for i in places]
+        plain = [None if isinstance(value, Node) else value for value in flat]
+        key = _key((node.op, function), (str(spec), *places), plain, values)
+        traced = self._traced.get(key)
+        if traced is None:
+            traced = make_fx(
+                run, self.decompositions, pre_dispatch=self.decompositions is None, _allow_non_fake_inputs=True
+            )(*values)
+            if key is not None:
+                self._traced[key] = traced
+        with self.fake_mode, torch.no_grad():
+            result = _inline(gm, node, traced, [flat[i] for i in places], base)
         if not isinstance(result, Node):
             raise PassError(f"site {base.name!r}: {node.format_node()} computes no tensor; write it without")
-        for other in gm.graph.nodes:
-            origin = ORIGIN.get(other)
-            if origin is not None:
-                into, out = (result.name if name == node.name else name for name in (origin.input, origin.output))
-                ORIGIN.set(other, replace(origin, input=into, output=out))
         node.replace_all_uses_with(result)
         gm.graph.erase_node(node)
+        return result
+
+
+def _key(operation: tuple[str, Any], form: tuple[Any, ...], plain: Sequence[Any], values: Sequence[Any]) -> Any:
+    """What the operators of a node depend on: its operation, plain arguments and values; ``None``: that can't be told.
+
+    Args:
+        form: how the arguments are nested, and which of them are values.
+    """
+    op, function = operation
+    try:
+        if op == "call_module":
+            function = signature(function), *(module.training for module in function.modules())
+            if function[0] is None:
+                return None
+        known = [(id(value), _shape(value)) for value in values]
+        same = [[first for first, _ in known].index(value) for value, _ in known]  # x * x is not x * y
+        return op, function, form, frozen(plain), tuple(shape for _, shape in known), tuple(same)
+    except Unknown:
+        return None
+
+
+def _shape(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, torch.Tensor):
+        return (str(value), type(value)) if isinstance(value, torch.SymInt) else (frozen(value),)
+    sizes = tuple(map(str, (*value.shape, *value.stride(), value.storage_offset())))
+    return (
+        value.dtype, value.device, value.layout, len(value.shape), sizes, value.requires_grad, value.is_conj(),
+        value.is_neg(),
+    )  # fmt: skip
 
 
 def _inline(gm: GraphModule, node: Node, traced: GraphModule, inputs: list[Node], base: Node) -> Any:
@@ -111,12 +150,19 @@ def _inline(gm: GraphModule, node: Node, traced: GraphModule, inputs: list[Node]
             with gm.graph.inserting_before(node):
                 new = made[n] = gm.graph.node_copy(n, made.__getitem__)
             new.target = _OUT_OF_PLACE.get(new.target, new.target)  # type: ignore[call-overload]
-            new.meta = {k: n.meta[k] for k in ("val", "tensor_meta") if k in n.meta}
+            new.meta = {"val": _value(new)} | {k: n.meta[k] for k in ("tensor_meta",) if k in n.meta}
             new.meta |= {k: base.meta[k] for k in ("nn_module_stack", "stack_trace") if k in base.meta}
             SITE.set(new, SITE.of(node))
             REWRITE.set(new, REWRITE.of(node))
             new.meta["torch_fn"] = (new.name, f"{type(new.target).__name__}.{new.target}")
     return result
+
+
+def _value(node: Node) -> Any:
+    """What an operator gives for its inputs' values: each node has its own, a view one in its base's memory."""
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    operator: Any = node.target
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, operator(*args, **kwargs))
 
 
 def _symbolic(fake_mode: FakeTensorMode, tensor: torch.Tensor, most: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ _PLAIN = (int, str, bytes, bool, type(None), torch.dtype, torch.device, torch.la
 _BY_IDENTITY = (FunctionType, property, staticmethod, classmethod, type)
 
 
-class _Unknown(Exception):
+class Unknown(Exception):
     """A value that a trace may read, and that no key can hold."""
 
 
@@ -36,15 +36,15 @@ def signature(module: nn.Module) -> tuple[Any, ...] | None:
     """
     try:
         return _signature(module)
-    except _Unknown:
+    except Unknown:
         return None
 
 
 def _signature(module: nn.Module) -> tuple[Any, ...]:
     if given_forward(module) is not None:
-        raise _Unknown
+        raise Unknown
     plain = [
-        (name, _frozen(value))
+        (name, frozen(value))
         for name, value in vars(module).items()
         if name not in _NOT_TRACED and not name.endswith("_hooks") and "_hooks_" not in name
     ]
@@ -57,21 +57,25 @@ def _signature(module: nn.Module) -> tuple[Any, ...]:
         if isinstance(child, Container):
             continue
         if child is not None and any(vars(child).get(hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks")):
-            raise _Unknown
+            raise Unknown
         children.append((name, None if child is None else _signature(child)))
     cls = base_class(module)
     return cls, tuple(plain), tuple(tensors), tuple(children), tuple(_of_class(cls))
 
 
-def _frozen(value: Any) -> Any:
-    """A value as a part of a key; ``1``, ``True`` and ``1.0`` are three."""
+def frozen(value: Any) -> Any:
+    """A value as a part of a key; ``1``, ``True`` and ``1.0`` are three.
+
+    Raises:
+        Unknown: it is no plain value.
+    """
     if isinstance(value, float | complex):
         return type(value), repr(value)  # -0.0 is not 0.0, and NaN is NaN
     if type(value) in _PLAIN:
         return type(value), value
     if isinstance(value, tuple | list):
-        return type(value), tuple(map(_frozen, value))
-    raise _Unknown
+        return type(value), tuple(map(frozen, value))
+    raise Unknown
 
 
 def _of_class(cls: type) -> Iterator[tuple[Any, ...]]:
@@ -85,9 +89,9 @@ def _of_class(cls: type) -> Iterator[tuple[Any, ...]]:
             if isinstance(value, _BY_IDENTITY):
                 yield (name, value, *(_read_by(value) if isinstance(value, FunctionType) else ()))
             elif not isinstance(value, Tensor):
-                yield name, _frozen(value)
+                yield name, frozen(value)
             else:
-                raise _Unknown
+                raise Unknown
 
 
 def _read_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
@@ -102,6 +106,6 @@ def _read_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
             continue
     for name, value in values:
         try:
-            yield name, _frozen(value)
-        except _Unknown:
+            yield name, frozen(value)
+        except Unknown:
             continue

@@ -26,6 +26,7 @@ class LiftPass(GraphPass):
 
     Args:
         place: which placeholder of the graph a new one follows, given its tensor; ``None``: the last one.
+        placed: told each new one, with its tensor.
 
     After a run ``lifted`` maps the placeholders' names to (path, tensor), in the graph's order.
     """
@@ -33,6 +34,7 @@ class LiftPass(GraphPass):
     name = "lift"
     place: Callable[[GraphModule, torch.Tensor], Node | None] = lambda gm, tensor: None
     lifted: dict[str, tuple[str, torch.Tensor]] = field(default_factory=dict)
+    placed: Callable[[Node, torch.Tensor], None] = lambda node, tensor: None
     _last: Node | None = field(default=None, init=False, repr=False)
 
     def call(self, graph_module: GraphModule) -> RewriteResult:
@@ -65,6 +67,7 @@ class LiftPass(GraphPass):
             new = gm.graph.placeholder(name)
         if after is self._last:
             self._last = new
+        self.placed(new, tensor)
         new.target = new.name
         new.meta = {k: v for k, v in node.meta.items() if k in ("val", "tensor_meta", REDIRECT.name)}
         LIFTED.set(new, path)
