@@ -75,8 +75,8 @@ class Pipeline:
                 graph_module.recompile()
             self._write(f"{stem}-after.py", graph_module)
             log.debug("%s", result.report)
-            if ops is not None and result.modified:
-                log.debug("nodes of %s: %s", graph_pass.name, _difference(ops, _ops(graph_module)))
+            if ops is not None and (changed := _difference(ops, _ops(graph_module))):
+                log.debug("nodes of %s: %s", graph_pass.name, changed)
             reports.append(result.report)
         self.reports = tuple(reports)
         self._drawings = (before, drawing_of(graph_module, new=True))
@@ -112,4 +112,4 @@ def _ops(graph_module: GraphModule) -> Counter[str]:
 
 def _difference(before: Counter[str], after: Counter[str]) -> str:
     changed = [op for op in sorted(before | after) if before[op] != after[op]]
-    return ", ".join(f"{op} {before[op]} -> {after[op]}" for op in changed) or "as before"
+    return ", ".join(f"{op} {before[op]} -> {after[op]}" for op in changed)
