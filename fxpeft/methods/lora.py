@@ -156,8 +156,8 @@ def lora(
 ) -> Tensor:
     """The training subgraph, rounded once to the base's dtype. The scale is applied where it is smallest."""
     y = base(x)
-    h = kind.scale(kind.reduce(x if dropout is None else dropout(x), lora_A), scaling)
-    update = rest(kind, kind.expand(h, lora_B), x, lora_A0, lora_B0, scaling)
+    update = kind.update(x if dropout is None else dropout(x), lora_A, lora_B, scaling)
+    update = rest(kind, update, x, lora_A0, lora_B0, scaling)
     if lora_B_bias is not None:
         update = update + kind.per_output(lora_B_bias * scaling)
     out: Tensor = (y + update).type_as(y)
@@ -168,7 +168,7 @@ def rest(kind: Kind, y: Tensor, x: Tensor, lora_A0: Tensor | None, lora_B0: Tens
     """``y`` without the update that the adapter started from; it is a part of the base, which has no dropout."""
     if lora_A0 is None or lora_B0 is None:
         return y
-    return y - kind.expand(kind.scale(kind.reduce(x, lora_A0), scaling), lora_B0)
+    return y - kind.update(x, lora_A0, lora_B0, scaling)
 
 
 def lora_weight(kind: ParameterKind, weight: Tensor, *, lora_A: Tensor, lora_B: Tensor, scaling: Tensor) -> Tensor:
@@ -286,8 +286,10 @@ class Lora(Method[LoraConfig]):
 
     def rewrite(self, name: str, config: LoraConfig, site: SiteAdapter) -> Rewrite:
         operands = ("lora_A", "lora_B", "scaling", "lora_B_bias", "lora_A0", "lora_B0", "dropout")
-        held = {join(name, site.plan.kind.leaf, o): getattr(site, o) for o in operands if hasattr(site, o)}
-        return Rewrite(f"lora:{name}", lora_weight if site.plan.kind.leaf else lora, held)
+        kind = site.plan.kind
+        leaf = kind.leaf if kind.updates_weight else ""
+        held = {join(name, leaf, o): getattr(site, o) for o in operands if hasattr(site, o)}
+        return Rewrite(f"lora:{name}", lora_weight if kind.updates_weight else lora, held)
 
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
         a, b, bias = (parameters.get(name) for name in ("lora_A", "lora_B", "lora_B_bias"))

@@ -34,7 +34,9 @@ class Outline:
 
 
 class Skeleton(nn.Module):
-    """The root of a model in outline."""
+    """The root of a model in outline; ``parameters_at`` are the targets that are parameters of a module."""
+
+    parameters_at: frozenset[str] = frozenset()
 
 
 def skeleton(outlines: Mapping[str, Outline]) -> nn.Module:
@@ -49,20 +51,25 @@ def skeleton(outlines: Mapping[str, Outline]) -> nn.Module:
             owner = owner.get_submodule(atom)
         if not name or leaf in owner._modules:
             raise AdapterError(f"target {name!r}: expected a module of its own, found one inside of another target")
-        owner.add_module(leaf, _stub(outlines[name]))
+        if outlines[name].kind.is_parameter:
+            owner.register_parameter(leaf, _stub(outlines[name]).get_parameter(leaf))
+        else:
+            owner.add_module(leaf, _stub(outlines[name]))
+    root.parameters_at = frozenset(name for name, outline in outlines.items() if outline.kind.is_parameter)
     return root
 
 
 def _stub(outline: Outline) -> nn.Module:
     operation, weight, bias = operation_of_kind(outline.kind), outline.weight, outline.bias
+    leaf = outline.kind.leaf or "weight"
     zero = torch.zeros((), dtype=outline.dtype, device=outline.device)  # seen as many, it takes no memory
     with torch.device("meta"):
         module = operation.stub(outline.kind, bias is not None or outline.biased)
     if weight is None:
-        weight = zero.expand(module.get_parameter("weight").shape)
+        weight = zero.expand(module.get_parameter(leaf).shape)
     elif operation.flip:
         weight = weight.t()
-    module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    module._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
     if module._parameters.get("bias") is not None:
         bias = zero.expand(outline.kind.out_features) if bias is None else bias
         module._parameters["bias"] = nn.Parameter(bias, requires_grad=False)

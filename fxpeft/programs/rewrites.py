@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +15,17 @@ from fxpeft import checkpoint
 from fxpeft.adapters.values import fresh_values, placed
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of, slot_needs
-from fxpeft.methods.base import SiteAdapter
+from fxpeft.methods.base import SiteAdapter, SitePlan
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.model.skeleton import skeleton
+from fxpeft.passes.meta import TARGET
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.slots.slot import LEAST, Slot
 from fxpeft.passes.targets.kinds import Kind
+from fxpeft.passes.targets.match import Target
+from fxpeft.passes.targets.operations.batched import Batched
+from fxpeft.passes.targets.operations.parameter import ParameterKind
 from fxpeft.passes.targets.patterns import from_peft
 from fxpeft.passes.targets.terms import Subject
 from fxpeft.programs.sites import Found
@@ -37,6 +41,8 @@ class Slots:
 
     Args:
         targets: names or ends of names, or one regular expression, as ``target_modules``.
+        parameters: the same as ``target_parameters``: stacks of matrices, one for each expert. Their A,
+            ``[max_rank, experts, in]``, is at the product's input.
         max_rank, methods: as in :func:`fxpeft.prepare_hotswap`.
         rank: ``"static"``, or ``"dynamic"``: an exported program then takes a tensor ``active_rank`` more, whose
             size is the rank in use.
@@ -46,6 +52,7 @@ class Slots:
     max_rank: int = 128
     methods: Sequence[str] = ("lora",)
     rank: Literal["static", "dynamic"] = "static"
+    parameters: str | Collection[str] | None = None
 
     def features(self) -> set[str]:
         """The gains and shifts that the methods need."""
@@ -76,19 +83,26 @@ def rewrites_of(
     outlines = {site: nodes[0].outline for site, nodes in found.items() if site}
     model = skeleton(outlines)
     if isinstance(adapter, Slots):
-        return _slots(adapter, model, found, exported, closed)
-    values = None
+        return _slots(adapter, model, found, skipped, exported, closed)
+    values, read = None, None
     if isinstance(adapter, str | Path):
         read = checkpoint.read(adapter)
         plan = _plan(model, read.config, skipped, closed, loading=True)
-        values = checkpoint.assign(model, plan, read, check_finite=check_finite)
     else:
         plan = adapter if isinstance(adapter, AdapterPlan) else _plan(model, adapter, skipped, closed)
         _refuse_closed(plan.config, plan.sites, closed)
-        _check_plan(plan, found, skipped)
         if state_dict is not None:
-            given = checkpoint.Checkpoint("the state_dict", plan.config, dict(state_dict))
-            values = checkpoint.assign(model, plan, given, check_finite=check_finite)
+            read = checkpoint.Checkpoint("the state_dict", plan.config, dict(state_dict))
+    if isinstance(adapter, AdapterPlan):
+        layouts = {s: own.kind.transposed for s, own in plan.sites.items() if isinstance(own.kind, ParameterKind)}
+    else:
+        layouts = _layouts(plan, found, {} if read is None else read.tensors, exported)
+    _lay_out(found, layouts)
+    in_program = replace(plan, sites=_in_program(plan.sites, found))
+    _check_plan(plan if isinstance(adapter, AdapterPlan) else in_program, found, skipped)
+    plan = in_program
+    if read is not None:
+        values = checkpoint.assign(model, plan, read, check_finite=check_finite)
     values = fresh_values(model, plan, autocast=True) if values is None else placed(model, values, autocast=True)
     method = method_of(plan.config)
     if set(values.tensors) - {f"{site}.bias" for site in plan.sites}:
@@ -171,6 +185,57 @@ def _check_plan(plan: AdapterPlan, found: Mapping[str, list[Found]], skipped: li
         raise AdapterError(f"the plan doesn't fit the program; nothing was changed.\n{listing(problems)}{why}")
 
 
+def _layouts(
+    plan: AdapterPlan, found: Mapping[str, list[Found]], tensors: Mapping[str, Tensor], exported: bool
+) -> dict[str, bool]:
+    """Stack -> whether its module says that it is stored ``[experts, in, out]``, by where A's tensor fits.
+
+    Raises:
+        AdapterError: the tensors can't tell that, or which of a module's stacks they are for.
+    """
+    layouts: dict[str, bool] = {}
+    forms: dict[Any, str] = {}
+    for site, own in plan.sites.items():
+        kind = found[site][0].target.kind if site in found else None
+        if not isinstance(kind, Batched):
+            continue
+        layouts[site] = kind.transposed
+        a = tensors.get(method_of(plan.config).key(site, own, "lora_A"))
+        if a is None:
+            continue
+        other = forms.setdefault((kind.host(site), _form(kind)), site)
+        why = None
+        if other != site and not exported:
+            why = f"and {other} are alike, and a graph module does not tell in which order their module has them"
+        elif not kind.last and kind.in_features == kind.out_features:
+            why = "is square, and the program does not tell whether its module says is_transposed"
+        elif not kind.last and a.shape[-1] == kind.out_features:
+            layouts[site] = False
+        if why is not None:
+            raise AdapterError(
+                f"{site} {why}, by which PEFT's file is laid out; make the plan with the model, "
+                "fxpeft.targets.sites.make_plan(model, config), and give the tensors as state_dict"
+            )
+    return layouts
+
+
+def _lay_out(found: Mapping[str, list[Found]], layouts: Mapping[str, bool]) -> None:
+    """Let every product with a stack have its A where PEFT has it."""
+    for site, transposed in layouts.items():
+        for each in found.get(site, ()):
+            kind = each.target.kind
+            if isinstance(kind, Batched):
+                TARGET.set(each.node, Target(site, kind.laid_out(transposed), each.target.input))
+
+
+def _in_program(sites: Mapping[str, SitePlan], found: Mapping[str, list[Found]]) -> dict[str, SitePlan]:
+    """Sites with the kinds that the program has: it multiplies with a parameter that a live module is given anew."""
+    return {
+        site: replace(own, kind=found[site][0].target.kind) if own.kind.is_parameter and site in found else own
+        for site, own in sites.items()
+    }
+
+
 def _form(kind: Kind) -> tuple[Any, ...]:
     # an export writes strides as lists, and it pads by itself where a module has a padding_mode
     return kind.name, kind.a_shape(1), kind.out_features
@@ -180,11 +245,13 @@ def _slots(
     slots: Slots,
     model: nn.Module,
     found: Mapping[str, list[Found]],
+    skipped: list[str],
     exported: bool,
     closed: Mapping[str, str],
 ) -> tuple[Rewrites, Redirects, Tensor | None, int]:
     features = slots.features()
-    plan = _plan(model, LoraConfig(r=_ranks(found), target_modules=slots.targets), [], closed)
+    config = LoraConfig(r=_ranks(found), target_modules=slots.targets, target_parameters=slots.parameters)
+    plan = _plan(model, config, skipped, closed)
     carrier = torch.zeros(min(slots.max_rank, 4), dtype=torch.uint8) if slots.rank == "dynamic" else None
     if carrier is not None and not exported:
         raise AdapterError("rank='dynamic': a GraphModule has no inputs to hide; use rank='static', or export")
@@ -192,9 +259,8 @@ def _slots(
     for site in plan.sites:
         outline, kind = found[site][0].outline, found[site][0].target.kind
         assert outline.weight is not None
-        slot = Slot(
-            kind, slots.max_rank, None, features=features, device=outline.weight.device, dtype=outline.weight.dtype
-        )
+        own = () if kind.is_parameter else features
+        slot = Slot(kind, slots.max_rank, None, features=own, device=outline.weight.device, dtype=outline.weight.dtype)
         rewrites[site] = [slot.rewrite(carrier)]
     return rewrites, {}, carrier, slots.max_rank
 

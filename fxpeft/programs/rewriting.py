@@ -28,7 +28,7 @@ from fxpeft.passes.targets.names import Selection
 from fxpeft.passes.targets.reading import read_path
 from fxpeft.programs.exported import KEYWORDS, close_program, eject_program, lower_to_aten, open_program, tensors_of
 from fxpeft.programs.rewrites import Redirects, Rewrites, Slots, rewrites_of
-from fxpeft.programs.sites import Attributes, Found, closed_sites, match_sites
+from fxpeft.programs.sites import Attributes, Found, closed_sites, match_sites, read_otherwise, unread_stacks
 from fxpeft.targets.sites import AdapterPlan
 
 P = TypeVar("P", bound=ExportedProgram | GraphModule)
@@ -96,12 +96,14 @@ def _rewrite(
     graph_module, tensors = _open(program)
     own_bodies(graph_module)
     annotate_bodies(graph_module)
-    found, closed = match_sites(graph_module, tensors), closed_sites(graph_module)
+    matched, closed = match_sites(graph_module, tensors), closed_sites(graph_module)
+    found = matched[0], [*matched[1], *unread_stacks(graph_module, matched[0])]
     try:
         rewrites, redirects, carrier, limit = rewrites_of(
             adapter, found, name=name, state_dict=state_dict, training=training or not exported,
             check_finite=check_finite, exported=exported, closed=closed,
         )  # fmt: skip
+        _refuse_partial(read_otherwise(graph_module, rewrites))
         if not _is_new(found, rewrites):
             return program
         if adapters == "inputs" and isinstance(program, ExportedProgram) and set(KEYWORDS) & set(_keywords(program)):
@@ -197,6 +199,12 @@ def adapter_inputs(program: ExportedProgram | GraphModule) -> dict[str, Tensor]:
     if not found:
         raise AdapterError('the program takes no adapters as input: rewrite it with adapters="inputs"')
     return dict(found)
+
+
+def _refuse_partial(lost: Mapping[str, str]) -> None:
+    if lost:
+        lines = listing(f"{site}: {why}" for site, why in lost.items())
+        raise AdapterError(f"the adapter would be missing there; nothing was changed.\n{lines}\nleave them out")
 
 
 def _is_new(matched: tuple[dict[str, list[Found]], list[str]], rewrites: Rewrites) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,13 @@ from torch.fx import GraphModule, Node
 from fxpeft.model.skeleton import Outline
 from fxpeft.passes.base import attribute
 from fxpeft.passes.meta import SITE, TARGET, Located
-from fxpeft.passes.rewrite.subgraphs import closed, walk
+from fxpeft.passes.rewrite.subgraphs import calls, closed, walk
 from fxpeft.passes.targets.match import (
     MatchPass,
     operands,
     read_target,
 )
-from fxpeft.passes.targets.reading import Unsupported, calling_module, read_path
+from fxpeft.passes.targets.reading import Unsupported, calling_module, read_path, value_of, view_of
 
 
 class Attributes:
@@ -34,12 +34,16 @@ class Attributes:
 
 @dataclass(frozen=True)
 class Found:
-    """A matched node: its graph, its target and its weight and bias."""
+    """A matched node: its graph, its weight and bias."""
 
     graph_module: GraphModule
     node: Node
-    target: Located
     outline: Outline
+
+    @property
+    def target(self) -> Located:
+        """What the node is annotated with."""
+        return TARGET.of(self.node)
 
 
 def match_sites(graph_module: GraphModule, tensors: Any) -> tuple[dict[str, list[Found]], list[str]]:
@@ -56,8 +60,45 @@ def match_sites(graph_module: GraphModule, tensors: Any) -> tuple[dict[str, list
             if target.kind.kernel and _pads_itself(node, target):
                 skipped.append(f"{target.site}: it pads its input itself, and the adapter's A would see the padding")
                 continue
-            found.setdefault(target.site, []).append(Found(each, node, target, _outline(each, node, target, tensors)))
-    return found, skipped
+            found.setdefault(target.site, []).append(Found(each, node, _outline(each, node, target, tensors)))
+    # a module's parameters in its own order, where that is known: PEFT's keys count on it
+    order = {path: at for at, path in enumerate(tensors)} if isinstance(tensors, dict) else {}
+    return dict(sorted(found.items(), key=lambda item: order.get(item[0], -1))), skipped
+
+
+def read_otherwise(graph_module: GraphModule, sites: Collection[str]) -> dict[str, str]:
+    """Parameters, of those named, that a program reads where no rewrite reaches -> where: an update would be lost."""
+    found = {}
+    for _, each in walk(graph_module):
+        entered = {call.node for call in calls(each)}
+        for node in each.graph.nodes:
+            path = read_path(node)
+            for user in _readers(node) if path in sites else ():
+                target = TARGET.get(user)
+                if user not in entered and (target is None or target.site != path) and user.op != "output":
+                    found[str(path)] = f"is read by {user.target} too, where a rewrite can't reach"
+    return found
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    """What computes with a node, past the views of it."""
+    for user in node.users:
+        view = view_of(user)
+        if view.node is node:
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def unread_stacks(graph_module: GraphModule, found: Collection[str]) -> list[str]:
+    """Stacks of matrices that are no targets, and what reads them."""
+    lines = []
+    for _, each in walk(graph_module):
+        for node in each.graph.nodes:
+            path = read_path(node)
+            if path and path not in found and getattr(value_of(each, node), "ndim", 0) == 3:
+                lines += [f"{path}: {user.target} reads it, of which no operation is known" for user in _readers(node)]
+    return list(dict.fromkeys(lines))
 
 
 def closed_sites(graph_module: GraphModule) -> dict[str, str]:
@@ -88,9 +129,13 @@ def _pads_itself(node: Node, target: Located) -> bool:
 
 def _outline(gm: GraphModule, node: Node, target: Located, tensors: Any) -> Outline:
     weight, flip, bias = operands(gm, node)
-    while isinstance(weight, Node) and read_path(weight) is None:
-        weight, flip = weight.all_input_nodes[0], not flip
+    if isinstance(weight, Node):
+        view = view_of(weight)
+        assert view.node is not None
+        weight, flip = view.node, flip != (len(view.swaps) % 2 == 1)
     value = _tensor(gm, weight, tensors)
+    if target.kind.is_parameter:  # a stack is kept as it is stored
+        return Outline(target.kind, value.detach())
     own = None if bias is None else _tensor(gm, bias, tensors)
     return Outline(target.kind, (value.t() if flip else value).detach(), None if own is None else own.detach())
 

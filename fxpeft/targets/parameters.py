@@ -53,7 +53,8 @@ def parameter_sites(
     wanted = getattr(config, "target_parameters", None)
     if not wanted:
         return {}
-    if isinstance(modules.get(""), Skeleton):
+    root = modules.get("")
+    if isinstance(root, Skeleton) and not root.parameters_at:
         raise AdapterError(
             f"target_parameters={short(wanted)}: a program or package has no modules whose parameters an adapter could "
             "update. Serve the live model, or fold the adapter into it before capturing the program"
@@ -105,6 +106,9 @@ def check_hosts(kinds: Mapping[str, Kind], saved: Collection[str], tensors: Coll
 def _kind(name: str, module: nn.Module, modules: Mapping[str, nn.Module], leaf: str) -> ParameterKind:
     if not name:
         raise PassError("it is a parameter of the model itself, which has no module around it to write a file by")
+    root = modules[""]
+    if isinstance(root, Skeleton) and join(name, leaf) not in root.parameters_at:
+        raise PassError("a program takes parameters that are stacks of matrices, this one is a module's own weight")
     past = read_past(name, modules)
     if past is not None and not past.called:
         raise PassError(f"{past.reader} reads it without calling its module, so the update would do nothing")

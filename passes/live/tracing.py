@@ -13,7 +13,7 @@ import inspect
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.fx import Graph, GraphModule, Proxy
+from torch.fx import Graph, GraphModule, Node, Proxy
 
 from fxpeft.passes.base import PassError, TracedModule, attribute, join
 from fxpeft.passes.container import Container
@@ -26,7 +26,7 @@ from fxpeft.passes.rewrite.feed import LEAF
 from fxpeft.passes.source import check_plain
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.match import MatchPass, Target, module_kind, read_target, stored_weight
-from fxpeft.passes.targets.operations.registry import kind_names
+from fxpeft.passes.targets.operations.registry import kind_names, operation_of
 from fxpeft.passes.targets.reading import Unsupported
 
 _kinds: Recent[tuple[Any, ...], Kind] = Recent()
@@ -173,13 +173,19 @@ def _trace_inside(module: nn.Module) -> GraphModule | None:
         return None  # inside, the convolution reads the padded input; PEFT's A pads its own with zeros
     try:
         traced = trace_any(module)
-        found = [t for n in traced.graph.nodes if (t := read_target(traced, n))]
+        found = [t for n in traced.graph.nodes if not _reads_stack(n) and (t := read_target(traced, n))]
     except (PassError, Unsupported):
         return None
     if [t.site for t in found] != [""]:
         return None
     MatchPass(lambda site: site == "")(traced)
     return traced
+
+
+def _reads_stack(node: Node) -> bool:
+    """Whether a node's target would be a parameter: one of a live module is updated where that reads it."""
+    operation = operation_of(node.target)
+    return operation is not None and operation.kind.is_parameter
 
 
 def trace_any(module: nn.Module) -> GraphModule:

@@ -14,7 +14,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, Skip, attribute, join
 from fxpeft.passes.meta import OPERAND, ORIGIN, REWRITE, SITE, TARGET, Located, Origin
-from fxpeft.passes.targets.match import operands
+from fxpeft.passes.targets.match import bound_kind, operands
 
 Takers: TypeAlias = "defaultdict[str, list[Node]]"
 
@@ -166,7 +166,8 @@ def _bind(
             for path, value in rewrite.operands.items()
         }
         given |= _own_operands(gm, node, rewrite.reads, tracer)
-        result: Proxy = rewrite.function(target.kind, base, x, **given)
+        kind = bound_kind(node, target.kind, lambda read: Proxy(read, tracer))
+        result: Proxy = rewrite.function(kind, base, x, **given)
         return result
 
     return function

@@ -181,13 +181,10 @@ def slot(
     if g_in is not None:
         x = (x * kind.per_input(g_in)).type_as(x)
     y = base(x)
-    reduce = kind.reduce
     if rank is not None:
         r = rank.carrier.size(0)
-        a, b, d, reduce = a.narrow(0, 0, r), b.narrow(0, 0, r), d.narrow(0, 0, r), kind.reduce_rows
-    h = kind.scale(reduce(x, a), d)
-    # a rank that is off adds nothing to any input, and 0 * inf were NaN: chosen, not multiplied away
-    out = y + kind.expand_rows(torch.where(kind.per_output(d) == 0, 0, h), b)
+        a, b, d = a.narrow(0, 0, r), b.narrow(0, 0, r), d.narrow(0, 0, r)
+    out = y + kind.update_ranks(x, a, b, d, narrowed=rank is not None)
     if g_out is not None:
         out = out * kind.per_output(g_out)
     if shift is not None:

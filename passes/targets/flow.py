@@ -131,7 +131,7 @@ class _Lift:
             target = read_target(self.gm, node)
         except Unsupported:
             target = None
-        if target is not None:
+        if target is not None and not target.kind.is_parameter:
             source = node.args[target.input] if target.input < len(node.args) else node.kwargs["input"]
             site = owner_of(node) or target.site
             return self.vertex(node, target.kind.family, [source], site=site, kind=target.kind)

@@ -40,6 +40,8 @@ class Kind:
     takes_gain = True  # whether the input can be multiplied
     like_target = True  # whether A is applied in the way of the target's own weight
     leaf = ""  # of a target that is a parameter: its name in its module
+    is_parameter = False  # whether targets are named by a parameter, not by its module
+    updates_weight = False  # whether a rewrite gives what reads the weight another one, not another output
 
     @property
     def groups(self) -> int:
@@ -107,6 +109,20 @@ class Kind:
         most 16, and the rank would be symbolic no longer.
         """
         return torch.matmul(h, b)
+
+    def update(self, x: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        """What a low-rank method adds to the output; A and B in the shapes of :meth:`a_shape`, :meth:`b_shape`."""
+        return self.expand(self.scale(self.reduce(x, a), scale), b)
+
+    def update_ranks(self, x: Tensor, a: Tensor, b: Tensor, d: Tensor, *, narrowed: bool) -> Tensor:
+        """:meth:`update` with A, B and a number per rank as slots hold them.
+
+        Args:
+            narrowed: to a number of ranks which a compiler does not know.
+        """
+        h = self.scale(self.reduce_rows(x, a) if narrowed else self.reduce(x, a), d)
+        # a rank that is off adds nothing to any input, and 0 * inf were NaN: chosen, not multiplied away
+        return self.expand_rows(torch.where(self.per_output(d) == 0, 0, h), b)
 
     def per_output(self, c: Tensor) -> Tensor:
         """View one number per output feature, ``[out]``, so that it broadcasts over the output."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -14,7 +15,7 @@ from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.names import NameSelector
 from fxpeft.passes.targets.operations.registry import module_operation, operation_of
 from fxpeft.passes.targets.patterns import layers_of
-from fxpeft.passes.targets.reading import Unsupported, argument, owner, weight_of
+from fxpeft.passes.targets.reading import Unsupported, argument, owner, view_of, weight_of
 from fxpeft.passes.targets.regex import limited
 from fxpeft.passes.targets.terms import Pattern, Subject
 
@@ -47,13 +48,18 @@ def read_target(graph_module: GraphModule, node: Node) -> Target | None:
         Unsupported: an operation of a known kind in a form that can't be rewritten.
     """
     if node.op == "call_module":
-        kind = module_kind(graph_module.get_submodule(str(node.target)))
-        target = None if kind is None else Target(str(node.target), kind)
+        of_module = module_kind(graph_module.get_submodule(str(node.target)))
+        target = None if of_module is None else Target(str(node.target), of_module)
     elif node.op == "call_function" and (operation := operation_of(node.target)) is not None:
-        places = operation.calls[node.target]
+        places = operation.places(graph_module, node)
+        if places is None:
+            return None
         weight = weight_of(graph_module, argument(node, places.weight))
-        site = owner(node, weight.path.rpartition(".")[0])
-        target = Target(site, operation.read(node, weight), places.input)
+        if weight.picks is not None and not places.picks:
+            raise Unsupported("its weight is computed in the graph, not read from a module")
+        kind = operation.read(node, weight)
+        site = weight.path if kind.is_parameter else owner(node, weight.path.rpartition(".")[0])
+        target = Target(site, kind, places.input)
     else:
         return None
     if target is not None and len(node.args) <= target.input and (target.input or "input" not in node.kwargs):
@@ -73,11 +79,17 @@ def operands(graph_module: GraphModule, node: Node) -> tuple[Node | str, bool, N
         bias = f"{node.target}.bias" if getattr(module, "bias", None) is not None else None
         return f"{node.target}.weight", found is not None and found[0].flip, bias
     operation = operation_of(node.target)
-    assert operation is not None
-    places = operation.calls[node.target]
+    places = None if operation is None else operation.places(graph_module, node)
+    assert places is not None
     weight = node_of(argument(node, places.weight))
     assert weight is not None
     return weight, places.flip, None if places.bias is None else node_of(argument(node, places.bias))
+
+
+def bound_kind(node: Node, kind: Kind, wrap: Callable[[Node], Any]) -> Kind:
+    """A target's kind with what else its algebra takes of the graph, each node wrapped."""
+    operation = operation_of(node.target) if node.op == "call_function" else None
+    return kind if operation is None else operation.bind(kind, node, wrap)
 
 
 def _subject(graph_module: GraphModule, node: Node, target: Target, layer: tuple[int, int] | None) -> Subject:
@@ -94,9 +106,11 @@ def _subject(graph_module: GraphModule, node: Node, target: Target, layer: tuple
 def stored_weight(graph_module: GraphModule, node: Node) -> tuple[Node | str, bool]:
     """Where a target's weight is read, as in :func:`operands`, and whether it is stored ``[in, out]``."""
     found, flip, _ = operands(graph_module, node)
-    while isinstance(found, Node) and found.op != "get_attr":
-        found, flip = found.all_input_nodes[0], not flip  # the graph transposes it itself
-    return found, flip
+    if isinstance(found, str):
+        return found, flip
+    view = view_of(found)
+    assert view.node is not None
+    return view.node, flip != (len(view.swaps) % 2 == 1)  # the graph may transpose it itself
 
 
 class MatchPass(GraphPass):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from typing import Any, NamedTuple
 
@@ -12,11 +13,10 @@ from fxpeft.passes.base import attribute, node_of
 from fxpeft.passes.meta import READS
 
 aten = torch.ops.aten
-_TRANSPOSES = {
-    aten.t.default, aten.numpy_T.default, torch.t, aten.transpose.int, aten.permute.default, torch.transpose,
-    torch.permute,
-}  # fmt: skip
-_TRANSPOSE_METHODS = {"t", "transpose", "permute"}
+_TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.mT.default, torch.t, "t"}
+_SWAPS = {aten.transpose.int, torch.transpose, "transpose"}
+_PERMUTES = {aten.permute.default, torch.permute, "permute"}
+_PICKS = {aten.index.Tensor, aten.index_select.default, torch.index_select, operator.getitem, "index_select"}
 _ROOT = re.compile(r"^([LG]\[['\"]\w+['\"]\]|_export_root)(\.|$)")  # Dynamo's names for the root module
 
 
@@ -25,11 +25,25 @@ class Unsupported(Exception):
 
 
 class Weight(NamedTuple):
-    """A weight as a graph has it: whose, its stored shape, and whether the graph transposes it."""
+    """A weight as a graph has it.
+
+    Args:
+        path: its dotted name. shape: as it is stored. transposed: whether the graph swaps its last two dimensions.
+        picks: of a stack of weights, the numbers of those that are used, in order; ``None``: all of them.
+    """
 
     path: str
     shape: torch.Size
     transposed: bool
+    picks: Node | None = None
+
+
+class View(NamedTuple):
+    """What an operand is a view of: a node, which dimensions were swapped, and what picked along the first."""
+
+    node: Node | None
+    swaps: tuple[tuple[int, int], ...]
+    picks: Node | None
 
 
 def argument(node: Node, place: tuple[int, str], default: Any = None) -> Any:
@@ -38,14 +52,48 @@ def argument(node: Node, place: tuple[int, str], default: Any = None) -> Any:
     return node.args[index] if index < len(node.args) else node.kwargs.get(name, default)
 
 
-def stored(operand: Any) -> tuple[Node | None, bool]:
-    """The node that an operand is a view of, and whether the graph transposes that."""
-    node, transposed = node_of(operand), False
-    while node is not None and read_path(node) is None:
-        if node.target not in (_TRANSPOSE_METHODS if node.op == "call_method" else _TRANSPOSES):
+def view_of(operand: Any) -> View:
+    """The read that an operand is a view of, or the node where views end."""
+    node, picks = node_of(operand), None
+    swaps: list[tuple[int, int]] = []
+    while node is not None and read_path(node) is None and node.op in ("call_function", "call_method"):
+        swap, picked = _swap(node), _picked(node)
+        if swap is not None:
+            swaps += [swap] if swap != (0, 0) else []
+        elif picked is not None and picks is None:
+            picks = picked
+        else:
             break
-        node, transposed = node_of(node.args[0]), not transposed
-    return node, transposed
+        node = node_of(node.args[0])
+    return View(node, tuple(swaps), picks)
+
+
+def _swap(node: Node) -> tuple[int, int] | None:
+    """The dimensions that a node swaps, (0, 0) for none; ``None``: it does something else."""
+    if node.target in _TRANSPOSES:
+        return (-2, -1)
+    rest: tuple[Any, ...] = node.args[1:]
+    if node.target in _SWAPS and len(rest) == 2:
+        return rest
+    if node.target in _PERMUTES and rest:
+        order = list(rest[0]) if isinstance(rest[0], list | tuple) else list(rest)
+        least = list(range(len(order)))
+        if order == least:
+            return (0, 0)
+        return (-2, -1) if order == [*least[:-2], least[-1], least[-2]] else None
+    return None
+
+
+def _picked(node: Node) -> Node | None:
+    """What a node picks with along the first dimension; ``None``: it does something else."""
+    if node.target not in _PICKS or len(node.args) < 2:
+        return None
+    index: Any = node.args[1]
+    if node.target in (aten.index.Tensor, operator.getitem):
+        if isinstance(index, list | tuple):
+            index = index[0] if len(index) == 1 else None
+        return node_of(index)
+    return node_of(node.args[2]) if index == 0 and len(node.args) > 2 else None
 
 
 def weight_of(graph_module: GraphModule, operand: Any) -> Weight:
@@ -54,11 +102,15 @@ def weight_of(graph_module: GraphModule, operand: Any) -> Weight:
     Raises:
         Unsupported: it is none that a module has.
     """
-    node, transposed = stored(operand)
-    path = None if node is None else read_path(node)
-    if node is None or path is None:
+    view = view_of(operand)
+    path = None if view.node is None else read_path(view.node)
+    if view.node is None or path is None:
         raise Unsupported("its weight is computed in the graph, not read from a module")
-    return Weight(path, value_of(graph_module, node).shape, transposed)
+    shape = value_of(graph_module, view.node).shape
+    last = {len(shape) - 2, len(shape) - 1}
+    if any({a % len(shape), b % len(shape)} != last for a, b in view.swaps):
+        raise Unsupported("its weight is read with its dimensions in another order")
+    return Weight(path, shape, len(view.swaps) % 2 == 1, view.picks)
 
 
 def read_path(node: Node) -> str | None:

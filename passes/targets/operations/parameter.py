@@ -29,6 +29,8 @@ class ParameterKind(Kind):
 
     family = "parameter"
     is_linear = False
+    is_parameter = True
+    updates_weight = True
     takes_bias = False
     takes_gain = False
 

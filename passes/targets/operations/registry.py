@@ -7,13 +7,14 @@ from typing import Any
 from torch import nn
 
 from fxpeft.passes.targets.kinds import Kind
+from fxpeft.passes.targets.operations.batched import BATCHED, GROUPED
 from fxpeft.passes.targets.operations.conv import CONVOLUTION
 from fxpeft.passes.targets.operations.embedding import EMBEDDING
 from fxpeft.passes.targets.operations.linear import LINEAR
 from fxpeft.passes.targets.operations.spec import OpSpec
 
 #: The last one is asked first: linear takes any module with ``in_features`` and ``out_features``.
-OPERATIONS: list[OpSpec] = [LINEAR, EMBEDDING, CONVOLUTION]
+OPERATIONS: list[OpSpec] = [LINEAR, EMBEDDING, CONVOLUTION, BATCHED, GROUPED]
 
 
 def register_operation(operation: OpSpec) -> None:
@@ -33,7 +34,7 @@ def register_operation(operation: OpSpec) -> None:
 
 def operation_of(call: Any) -> OpSpec | None:
     """The operation that a function or ATen overload is, or ``None``."""
-    return next((operation for operation in OPERATIONS if call in operation.calls), None)
+    return next((operation for operation in OPERATIONS if operation.has(call)), None)
 
 
 def module_operation(module: nn.Module) -> tuple[OpSpec, Kind] | None:
@@ -51,8 +52,8 @@ def operation_of_kind(kind: Kind) -> OpSpec:
 
 
 def operation_named(name: str) -> OpSpec | None:
-    """The operation with a kind of that name, or ``None``."""
-    return next((operation for operation in OPERATIONS if name in names_of(operation)), None)
+    """The operation of modules with a kind of that name, or ``None``."""
+    return next((o for o in OPERATIONS if name in names_of(o) and not o.kind.is_parameter), None)
 
 
 def names_of(operation: OpSpec) -> tuple[str, ...]:
