@@ -194,7 +194,7 @@ def _layouts(
         AdapterError: the tensors can't tell that, or which of a module's stacks they are for.
     """
     layouts: dict[str, bool] = {}
-    forms: dict[Any, str] = {}
+    first: dict[str, str] = {}
     for site, own in plan.sites.items():
         kind = found[site][0].target.kind if site in found else None
         if not isinstance(kind, Batched):
@@ -203,10 +203,10 @@ def _layouts(
         a = tensors.get(method_of(plan.config).key(site, own, "lora_A"))
         if a is None:
             continue
-        other = forms.setdefault((kind.host(site), _form(kind)), site)
+        other = first.setdefault(kind.host(site), site)
         why = None
         if other != site and not exported:
-            why = f"and {other} are alike, and a graph module does not tell in which order their module has them"
+            why = f"and {other}: a graph module does not tell in which order their module has them"
         elif not kind.last and kind.in_features == kind.out_features:
             why = "is square, and the program does not tell whether its module says is_transposed"
         elif not kind.last and a.shape[-1] == kind.out_features:

@@ -1,4 +1,4 @@
-"""Products with stacks of matrices: found on either side, picked or whole; rewritten, unchanged, numerics, users, chains."""
+"""Products with stacks of matrices, on either side, picked or whole: matched, rewritten, unchanged, users, chains."""
 
 from __future__ import annotations
 
