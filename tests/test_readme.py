@@ -20,6 +20,7 @@ from fxpeft.tools.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+QUICKSTART = ROOT / "examples" / "quickstart.py"  # the README's first command
 PAGES = [README, *sorted((ROOT / "examples").glob("*/*.md"))]
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
 FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
@@ -111,6 +112,8 @@ def test_the_readme_is_a_front_door() -> None:
     assert len(text.splitlines()) <= 230
     linked = {(ROOT / link.partition("#")[0]).resolve() for link in LINK.findall(text)}
     assert not [name(page) for page in PAGES[1:] if page not in linked]
+    everywhere = {(page.parent / link).resolve() for page in PAGES for link in LINK.findall(prose(page))} | {QUICKSTART}
+    assert not [name(script) for script in (ROOT / "examples").glob("**/*.py") if script not in everywhere]
 
 
 def test_every_public_name_is_in_some_pages_code() -> None:
