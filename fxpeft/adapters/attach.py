@@ -10,7 +10,7 @@ from torch import nn
 from fxpeft.adapters.state import Adapter, ModelState
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
-from fxpeft.methods.base import SiteAdapter
+from fxpeft.methods.base import SharedPart, SiteAdapter
 from fxpeft.model.fast_path import fused_above, is_fused, switch_off
 from fxpeft.model.wrappers import submodule
 from fxpeft.passes.base import attribute
@@ -32,18 +32,25 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
     """Register the adapter's parameters below the modules they belong to, as ``adapters.<name>``."""
     method, values = method_of(adapter.config), adapter.values
     parameters = adapter.parameter_sites()
+    shared = SharedPart(values.shared, method.shared_trained(adapter.config)) if values.shared else None
+
+    def part_of(site: str) -> SiteAdapter:
+        plan = adapter.plan.sites[site]
+        made = method.part(adapter.config, plan, values.sites[site], strength=adapter.strength)
+        if shared is not None:
+            made.share(shared, hold=site == next(iter(values.sites)))
+        return made
+
     for name in adapter.hosts():
         module = submodule(model, name)
         part: nn.Module = Container()
         if name in values.sites:
-            plan = adapter.plan.sites[name]
-            part = method.part(adapter.config, plan, values.sites[name], strength=adapter.strength)
+            part = part_of(name)
         elif name in values.saved:
             part = bare_copy(module)
             part.load_state_dict(values.saved[name], assign=True)
         for leaf, site in parameters.get(name, {}).items():
-            plan = adapter.plan.sites[site]
-            adapter.parts[site] = method.part(adapter.config, plan, values.sites[site], strength=adapter.strength)
+            adapter.parts[site] = part_of(site)
             part.add_module(leaf, adapter.parts[site])
         adapter.parts[name] = part.train(module.training)
         if "adapters" not in module._modules:

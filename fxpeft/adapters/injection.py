@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fxpeft import checkpoint
 from fxpeft.adapters.installing import check_name, install_adapter, replace_attached
 from fxpeft.adapters.state import Adapter, declared_modules, is_prepared, only_active, state_of
-from fxpeft.adapters.values import fresh_values, placed
+from fxpeft.adapters.values import fresh_values, placed, shared_placement
 from fxpeft.checkpoint import Checkpoint
 from fxpeft.checkpoint.inferred import infer_config, peft_keys, with_sites
 from fxpeft.checkpoint.layouts import in_layout_of
@@ -101,9 +101,9 @@ def load_adapter_state_dict(
     found = Checkpoint("the state_dict", old.config, peft_keys(state_dict))
     values = checkpoint.assign(model, old.plan, found, check_finite=check_finite, declared=declared_modules(model))
     values = placed(model, values, autocast=False)
-    own = old.current().sites
-    for site, parameters in values.sites.items():
-        values.sites[site] = {k: v.to(own[site][k].dtype) if k in own[site] else v for k, v in parameters.items()}
+    own = old.current()
+    for mine, theirs in ((own.shared, values.shared), *((own.sites[s], parts) for s, parts in values.sites.items())):
+        theirs.update({k: v.to(mine[k].dtype) for k, v in theirs.items() if k in mine})
     new = Adapter(old.name, old.plan, values, old.strength)
     if state.serving is not None:
         state.serving.replace(model, state, new, owned=True)
@@ -115,23 +115,15 @@ def load_adapter_state_dict(
 
 def overwrite(adapter: Adapter, values: Values) -> None:
     """Copy values into an adapter's parameters, which an optimiser or a compiled graph may hold."""
-    own = adapter.current()
+    new = values.flat()
     with torch.no_grad():
-        for mine, theirs in ((own.sites, values.sites), (own.saved, values.saved)):
-            for path, parts in mine.items():
-                for key, tensor in parts.items():
-                    tensor.copy_(theirs[path][key])
-        for path, tensor in own.tensors.items():
-            tensor.copy_(values.tensors[path])
+        for place, tensor in adapter.current().flat().items():
+            tensor.copy_(new[place])
 
 
 def _same_parts(adapter: Adapter, values: Values) -> bool:
     """Whether an adapter has parameters for all values: a prompt's encoder, say, is no value of a file."""
-    own = adapter.current()
-    return all(
-        {path: set(parts) for path, parts in mine.items()} == {path: set(parts) for path, parts in theirs.items()}
-        for mine, theirs in ((own.sites, values.sites), (own.saved, values.saved))
-    ) and set(own.tensors) == set(values.tensors)
+    return adapter.current().flat().keys() == values.flat().keys()
 
 
 def _empty_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Values:
@@ -142,6 +134,9 @@ def _empty_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Val
         _, dtype = placement(module, model, autocast, leaf)
         shapes = method.shapes(plan.config, own)
         values.sites[site] = {n: torch.empty(shape, dtype=dtype, device="meta") for n, shape in shapes.items()}
+    shared = method.shared(plan.config, plan.sites)
+    values.shared = {n: torch.empty(shape, dtype=shared_placement(model, plan.sites, autocast)[1], device="meta")
+                     for n, shape in shared.items()}  # fmt: skip
     values.saved = {path: base_state(submodule(model, path)) for path in plan.saved}
     values.tensors = {path: attribute(model, path) for path in (*plan.tensors, *plan.weights)}
     return _nowhere(values)
@@ -149,10 +144,4 @@ def _empty_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Val
 
 def _nowhere(values: Values) -> Values:
     """The same shapes and dtypes on the meta device."""
-
-    def nested(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        return {path: {key: value.detach().to("meta") for key, value in own.items()} for path, own in groups.items()}
-
-    return Values(
-        nested(values.sites), nested(values.saved), {path: v.detach().to("meta") for path, v in values.tensors.items()}
-    )
+    return values.each(lambda tensor: tensor.detach().to("meta"))

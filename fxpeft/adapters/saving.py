@@ -30,11 +30,11 @@ def adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 def _check_whole(adapter: Adapter, current: Values) -> None:
     """Refuse parameters of which this process holds a part only."""
+    own = adapter.values.flat()
     cut = [
-        f"{site}: {name}: expected {list(own[name].shape)}, found {list(value.shape)}"
-        for site, own in adapter.values.sites.items()
-        for name, value in current.sites[site].items()
-        if value.shape != own[name].shape
+        f"{place or field}: {name}: expected {list(own[field, place, name].shape)}, found {list(value.shape)}"
+        for (field, place, name), value in current.flat().items()
+        if field in ("sites", "shared") and value.shape != own[field, place, name].shape
     ]
     if cut:
         raise AdapterError(

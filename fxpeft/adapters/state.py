@@ -88,6 +88,7 @@ class Adapter:
             {s: {n: attribute(held[s], n).detach() for n in names} for s, names in self.values.sites.items()},
             {path: {k: v.detach() for k, v in base_state(self.parts[path]).items()} for path in self.values.saved},
             {p: attribute(self.parts[_owner(p)], p.rpartition(".")[2]).detach() for p in self.values.tensors},
+            {name: attribute(next(iter(held.values())), f"shared.{name}").detach() for name in self.values.shared},
         )
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,11 @@ def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Valu
         values.saved[path] = {key: tensor.detach().clone() for key, tensor in state.items()}
     for path in (*plan.tensors, *plan.weights):
         values.tensors[path] = base_value(model, path).detach().clone()
+    shapes = method.shared(config, plan.sites)
+    if shapes:
+        device, dtype = shared_placement(model, plan.sites, autocast)
+        values.shared = {name: torch.empty(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
+        method.initialise_shared(config, values.shared)
     for site, site_plan in plan.sites.items():
         module, leaf = site_module(model, site)
         device, dtype = placement(module, model, autocast, leaf)
@@ -34,7 +41,7 @@ def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Valu
             continue
         shapes = method.shapes(config, site_plan)
         parameters = {key: torch.empty(shape, device=device, dtype=dtype) for key, shape in shapes.items()}
-        base = Base(module, values.own(site))
+        base = Base(module, values.own(site), shared=values.shared)
         try:
             method.initialise(config, site_plan, parameters, base)
         except PassError as error:
@@ -49,6 +56,13 @@ def complete(values: Values, fresh: Values) -> None:
         for path, parts in first.items():
             own[path] = {key: own.get(path, {}).get(key, value) for key, value in parts.items()}
     values.tensors = {**fresh.tensors, **values.tensors}
+    values.shared = {**fresh.shared, **values.shared}
+
+
+def shared_placement(model: nn.Module, sites: Iterable[str], autocast: bool) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of what all sites share: those of the first one."""
+    module, leaf = site_module(model, next(iter(sites)))
+    return placement(module, model, autocast, leaf)
 
 
 def placed(model: nn.Module, values: Values, *, autocast: bool) -> Values:
@@ -64,6 +78,9 @@ def placed(model: nn.Module, values: Values, *, autocast: bool) -> Values:
         out.saved[path] = {key: _beside(value, own[key], module) for key, value in parts.items()}
     for path, value in values.tensors.items():
         out.tensors[path] = _beside(value, attribute(model, path), submodule(model, path.rpartition(".")[0]))
+    if values.shared:
+        device, _ = shared_placement(model, values.sites, autocast)
+        out.shared = {name: _cast(value, device, autocast) for name, value in values.shared.items()}
     return out
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fxpeft.checkpoint.keys import below_module
+from fxpeft.checkpoint.keys import apart, below_module
 from fxpeft.checkpoint.reading import Checkpoint
 from fxpeft.errors import CheckpointError, listing
 from fxpeft.methods import method_of
-from fxpeft.methods.base import Base
+from fxpeft.methods.base import Base, Method
+from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.values import Values
 from fxpeft.model.walk import base_modules, base_state, base_values, embedding_layer
 from fxpeft.model.wrappers import submodule
@@ -58,9 +60,11 @@ def assign(
             infinity with ``check_finite``; all of them are named.
     """
     method, config = method_of(plan.config), plan.config
-    kept = {key: tensor for key, tensor in found.tensors.items() if ".original_module." not in key}
+    shared, kept = apart(found.tensors, method.shared_keys)
+    kept = {key: tensor for key, tensor in kept.items() if ".original_module." not in key}
     kept = below_module(model, kept, method.prefix)
     left = {_short(key, method.prefix): tensor for key, tensor in kept.items()}
+    left |= _stored_shared(shared, method, config, found.source)
     values = Values()
     missing: list[str] = []
     wrong: list[str] = []
@@ -84,6 +88,9 @@ def assign(
         shapes = {n: s for n, s in method.shapes(config, site_plan).items() if n not in method.frozen(config)}
         taken = {n: take(_short(method.key(site, site_plan, n), method.prefix), s) for n, s in shapes.items()}
         values.sites[site] = {n: t for n, t in taken.items() if t is not None}
+    for name, shape in method.shared(config, plan.sites).items():
+        if name in method.shared_stored(config) and (tensor := take(method.shared_keys[name], shape)) is not None:
+            values.shared[name] = tensor
     for path in plan.saved:
         own = base_state(submodule(model, path))
         taken = {k: take(f"{path}.{k}", v.shape, v.dtype) for k, v in own.items()}
@@ -119,6 +126,19 @@ def assign(
     return values
 
 
+def _stored_shared(
+    shared: dict[str, Tensor], method: Method[Any], config: AdapterConfig, source: str
+) -> dict[str, Tensor]:
+    """What all sites share in a file; what the config says is in none is left out, as in PEFT, and told of."""
+    stored = {method.shared_keys[name] for name in method.shared_stored(config)}
+    if unread := [key for key in shared if key not in stored]:
+        warnings.warn(
+            f"{source}: {', '.join(unread)} are left out: its config says that they follow from the config",
+            stacklevel=5,
+        )  # fmt: skip
+    return {key: tensor for key, tensor in shared.items() if key in stored}
+
+
 def _leave_out(plan: AdapterPlan, left: dict[str, Tensor], source: str) -> None:
     """Drop the tensors of modules that the plan leaves out, and say so."""
     dropped: dict[str, int] = {}
@@ -135,12 +155,17 @@ def _leave_out(plan: AdapterPlan, left: dict[str, Tensor], source: str) -> None:
 def _restore(model: nn.Module, plan: AdapterPlan, values: Values, source: str) -> None:
     """Work out what no file holds, from the base's weights."""
     method, config = method_of(plan.config), plan.config
+    stored = method.shared_stored(config)
+    shared = {n: torch.empty(s) for n, s in method.shared(config, plan.sites).items() if n not in stored}
+    if shared:
+        method.initialise_shared(config, shared)
+        values.shared |= shared
     if not plan.weights and not method.frozen(config):
         return
     for path in plan.weights:
         values.tensors[path] = attribute(model, path).detach().clone()
     for site, site_plan in plan.sites.items():
-        base = Base(submodule(model, site), values.own(site))
+        base = Base(submodule(model, site), values.own(site), shared=values.shared)
         shapes = {n: s for n, s in method.shapes(config, site_plan).items() if n in method.frozen(config)}
         device = attribute(base.module, "weight").device if shapes else None
         values.sites[site] |= {n: torch.empty(shape, device=device, dtype=torch.float32) for n, shape in shapes.items()}

@@ -53,6 +53,13 @@ def _in_file(key: str, names: set[str]) -> str:
     return key
 
 
+def apart(tensors: Mapping[str, Tensor], shared_keys: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors that all sites share, whose keys name no module, and the others."""
+    own = set(shared_keys.values())
+    shared = {key: tensor for key, tensor in tensors.items() if key in own}
+    return shared, {key: tensor for key, tensor in tensors.items() if key not in own}
+
+
 def below_module(model: nn.Module, tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors without ``module.``, which DDP puts before every name, where the model has no such child.
 

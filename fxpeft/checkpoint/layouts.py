@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, WeightTransform
 
-from fxpeft.checkpoint.keys import below_module
+from fxpeft.checkpoint.keys import apart, below_module
 from fxpeft.checkpoint.reading import Checkpoint
 from fxpeft.errors import CheckpointError, listing
 from fxpeft.methods import method_of
@@ -73,6 +73,11 @@ def in_layout_of(
         wrong = f"{Method.prefix}prompt_embeddings" in found.tensors  # as save_pretrained wrote prompts once
         own = {key.removeprefix(Method.prefix): tensor for key, tensor in found.tensors.items()}
         return replace(found, tensors=own) if wrong else found
+    shared, below = apart(found.tensors, method.shared_keys)
+    if shared:
+        rest = replace(found, tensors=below)
+        renamed = in_layout_of(model, rest, key_mapping=key_mapping, conversions=conversions)
+        return found if renamed is rest else replace(renamed, tensors={**renamed.tensors, **shared})
     own = below_module(model, found.tensors, method.prefix)
     found = found if own is found.tensors else replace(found, tensors=own)
     tensors = {_mapped(key.removeprefix(method.prefix), key_mapping): t for key, t in found.tensors.items()}

@@ -42,17 +42,38 @@ class SitePlan:
         return self if strength == 1 else replace(self, scaling=self.scaling * strength)
 
 
+class SharedPart(nn.Module):
+    """What all sites of one adapter share while it is attached: a parameter, or a buffer, for each tensor.
+
+    Args:
+        trained: names of those that are trained; the others are buffers.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], trained: Collection[str] = ()) -> None:
+        super().__init__()
+        _register(self, tensors, tensors.keys() - set(trained))
+
+    def extra_repr(self) -> str:
+        """Names and shapes."""
+        held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        return ", ".join(f"{name}={tuple(value.shape)}" for name, value in held.items())
+
+
 class SiteAdapter(nn.Module):
     """One adapter's parameters at one site, with the scale as a tensor so that changing it recompiles nothing.
 
     Args:
         frozen: those of ``parameters`` that are never trained; they become buffers.
 
+    ``shared`` is what the adapter's sites share, where its method has such. It is a child of the first site's part, and
+    no child of the others, so that it is trained, moved and listed once.
+
     ``scaling`` stays float32 whatever dtype the model is cast to: alpha / rank rounded to bfloat16
     would be off by up to 0.4%. ``running`` says whether the site's forward computes with it, for whoever prints it.
     """
 
     scaling: Tensor
+    shared: SharedPart
     running = False
 
     def __init__(
@@ -66,17 +87,20 @@ class SiteAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.plan = plan
-        for name, value in parameters.items():
-            if name in frozen:
-                self.register_buffer(name, value)
-            else:
-                self.register_parameter(name, nn.Parameter(value))
+        _register(self, parameters, frozen)
         device = next((p.device for p in parameters.values()), None)
         scaling = torch.tensor(plan.scaling * strength, device=device, dtype=torch.float32)
         self.register_buffer("scaling", scaling, persistent=False)
         self.strength = strength
         if dropout:
             self.dropout = nn.Dropout(dropout)
+
+    def share(self, shared: SharedPart, *, hold: bool = False) -> None:
+        """Let the site read what all sites share, or hold it for all of them."""
+        if hold:
+            self.add_module("shared", shared)
+        else:
+            vars(self)["shared"] = shared
 
     def set_strength(self, strength: float) -> None:
         """Multiply the adapter's own scale by ``strength``."""
@@ -94,6 +118,14 @@ class SiteAdapter(nn.Module):
         exact = torch.tensor(self.plan.scaling * self.strength, dtype=torch.float32)
         self.scaling = exact.to(self.scaling.device) if not self.scaling.is_meta else exact.to("meta")
         return self
+
+
+def _register(module: nn.Module, tensors: Mapping[str, Tensor], frozen: Collection[str]) -> None:
+    for name, value in tensors.items():
+        if name in frozen:
+            module.register_buffer(name, value)
+        else:
+            module.register_parameter(name, nn.Parameter(value))
 
 
 class SlotValues(NamedTuple):
@@ -125,16 +157,18 @@ class SlotValues(NamedTuple):
 
 @dataclass(frozen=True)
 class Base:
-    """What a method may read of the base at a site.
+    """What a method may read at a site beside its parameters there.
 
     Args:
         root: the site's module, or a model that has it at ``path``; looked up where a method asks for it.
         own: parameter name -> the adapter's own value for it (``bias``, ``weight``).
+        shared: name -> tensor that all sites of the adapter share; on the device of the first one.
     """
 
     root: nn.Module
     own: Mapping[str, Tensor] = field(default_factory=dict)
     path: str = ""
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def module(self) -> nn.Module:
@@ -187,6 +221,8 @@ class Method(abc.ABC, Generic[C]):
     name: ClassVar[str]
     peft_type: ClassVar[str]
     needs: ClassVar[Mapping[str, Collection[str]]] = {}
+    #: name of what all sites share -> its whole key in PEFT's files
+    shared_keys: ClassVar[Mapping[str, str]] = {}
     config_class: type[C]
     #: the site is the whole model's forward, found by :meth:`PromptMethod.find`; one at a time, without a scale
     whole: ClassVar[bool] = False
@@ -219,6 +255,29 @@ class Method(abc.ABC, Generic[C]):
     @abc.abstractmethod
     def initialise(self, config: C, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
         """Fill fresh parameters in place."""
+
+    def shared(self, config: C, plans: Mapping[str, SitePlan]) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of what all sites of an adapter share, as VeRA's factors; the names of ``shared_keys``.
+
+        They lie on the device of the adapter's first site: on a model that is split over devices, :meth:`rewrite`'s
+        function and :meth:`lower` move them.
+        """
+        return {}
+
+    def initialise_shared(self, config: C, shared: Mapping[str, Tensor]) -> None:
+        """Fill in place what all sites share: all of it for a fresh adapter, else what no file holds.
+
+        It comes before :meth:`initialise` and :meth:`restore`, which may read it (:attr:`Base.shared`).
+        """
+        return
+
+    def shared_trained(self, config: C) -> Collection[str]:
+        """Those of :meth:`shared` that are trained, as VB-LoRA's bank of vectors."""
+        return ()
+
+    def shared_stored(self, config: C) -> Collection[str]:
+        """Those of :meth:`shared` that a checkpoint holds; :meth:`initialise_shared` finds the others again."""
+        return self.shared_keys.keys()
 
     def frozen(self, config: C) -> Collection[str]:
         """Those of :meth:`shapes` that are never trained and in no checkpoint: they follow from the base."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -15,21 +17,38 @@ class Values:
         sites: site -> parameter name -> tensor, in the shapes of the method.
         saved: module -> key of its ``state_dict`` -> the adapter's own copy (``modules_to_save``).
         tensors: dotted parameter name in the base -> the adapter's own value (``bias``, ``weight``).
+        shared: name -> tensor that all sites share (:meth:`~fxpeft.methods.base.Method.shared`).
     """
 
     sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({"shared": {}, **state})  # older pickles have none
 
     def own(self, site: str) -> dict[str, Tensor]:
         """Parameter name -> the adapter's own value of the base's parameters at a site."""
         return {p.rpartition(".")[2]: v for p, v in self.tensors.items() if p.rpartition(".")[0] == site}
 
-    def clone(self, *, sites: bool = True) -> Values:
-        """The same values in memory of their own, with or without those of the sites."""
+    def flat(self) -> dict[tuple[str, str, str], Tensor]:
+        """Every tensor: by which of the fields has it, the place there, and the name at that place."""
+        found = {("sites", site, name): t for site, own in self.sites.items() for name, t in own.items()}
+        found |= {("saved", path, key): t for path, own in self.saved.items() for key, t in own.items()}
+        found |= {("tensors", path, ""): t for path, t in self.tensors.items()}
+        return found | {("shared", "", name): t for name, t in self.shared.items()}
+
+    def each(self, function: Callable[[Tensor], Tensor], *, sites: bool = True) -> Values:
+        """The function of every tensor, at the same places, with or without those of the sites."""
         own = self.sites if sites else {}
         return Values(
-            {site: {k: v.detach().clone() for k, v in parts.items()} for site, parts in own.items()},
-            {path: {k: v.detach().clone() for k, v in parts.items()} for path, parts in self.saved.items()},
-            {path: v.detach().clone() for path, v in self.tensors.items()},
+            {site: {k: function(v) for k, v in parts.items()} for site, parts in own.items()},
+            {path: {k: function(v) for k, v in parts.items()} for path, parts in self.saved.items()},
+            {path: function(v) for path, v in self.tensors.items()},
+            {name: function(v) for name, v in self.shared.items()},
         )
+
+    def clone(self, *, sites: bool = True) -> Values:
+        """The same values in memory of their own, with or without those of the sites."""
+        return self.each(lambda tensor: tensor.detach().clone(), sites=sites)

@@ -43,6 +43,19 @@ class PlanSite:
 
 
 @dataclass(frozen=True)
+class PlanShared:
+    """A tensor that all sites share, there once however many they are.
+
+    Args:
+        parameters: how many numbers it has. extra_bytes: of those.
+    """
+
+    name: str
+    parameters: int
+    extra_bytes: int
+
+
+@dataclass(frozen=True)
 class PlanData:
     """What :class:`fxpeft.Plan` holds.
 
@@ -51,6 +64,7 @@ class PlanData:
         sites: what goes where. skipped: what could be adapted and isn't, and why.
         saved, tensors: modules and single parameters that the adapter brings whole.
         notes: what could not be found out.
+        shared: what all sites share.
     """
 
     model: str
@@ -61,16 +75,17 @@ class PlanData:
     tensors: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     flow: Flow | None = field(default=None, compare=False, repr=False)
+    shared: tuple[PlanShared, ...] = ()
 
     @property
     def parameters(self) -> int:
-        """Parameters of all sites together."""
-        return sum(site.parameters for site in self.sites)
+        """Parameters of all sites together, and of what they share."""
+        return sum(s.parameters for s in self.sites) + sum(s.parameters for s in self.shared)
 
     @property
     def extra_bytes(self) -> int:
         """Bytes of those parameters."""
-        return sum(site.extra_bytes for site in self.sites)
+        return sum(s.extra_bytes for s in self.sites) + sum(s.extra_bytes for s in self.shared)
 
     @property
     def flops(self) -> int:
@@ -81,6 +96,7 @@ class PlanData:
         """The plan as JSON, for :meth:`from_json`."""
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("config", "flow")}
         content["sites"] = [dataclasses.asdict(site) for site in self.sites]
+        content["shared"] = [dataclasses.asdict(tensor) for tensor in self.shared]
         content["skipped"] = [dataclasses.asdict(skip) for skip in self.skipped]
         return json.dumps({"format": FORMAT, **content, "config": self.config.to_dict()}, indent=2)
 
@@ -103,11 +119,12 @@ class PlanData:
             raise AdapterError(f"plan: expected a config, found {values!r}")
         config = config_class(values.get("peft_type"), "plan").from_dict(values, source="plan")
         try:
+            saved, tensors, notes = (tuple(_of_type(v, str) for v in content[n]) for n in ("saved", "tensors", "notes"))
             return cls(
                 _of_type(content["model"], str), config,
                 tuple(_read(PlanSite, site) for site in content["sites"]),
-                tuple(_read(Skip, skip) for skip in content["skipped"]),
-                *(tuple(_of_type(v, str) for v in content[name]) for name in ("saved", "tensors", "notes")),
+                tuple(_read(Skip, skip) for skip in content["skipped"]), saved, tensors, notes,
+                shared=tuple(_read(PlanShared, tensor) for tensor in content.get("shared", ())),
             )  # fmt: skip
         except (KeyError, TypeError) as error:
             raise AdapterError(f"plan: expected what Plan.to_json writes, found {error}") from None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import networkx as nx
 import torch
+from torch import Tensor
 
 from fxpeft.errors import AdapterError
 from fxpeft.methods import method_of
-from fxpeft.methods.base import SiteAdapter
+from fxpeft.methods.base import SharedPart, SiteAdapter
 from fxpeft.passes.draw import Drawing, Picture, colour, drawing_of
 from fxpeft.passes.live import trace_module
 from fxpeft.passes.meta import TARGET
@@ -88,7 +91,8 @@ def _rewritten(plan: PlanData, name: str, kind: Kind) -> tuple[Drawing, dict[str
     method = method_of(plan.config)
     site = method.plan(plan.config, name, kind)
     shapes = method.shapes(plan.config, site)
-    adapter = SiteAdapter(site, {key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+    adapter = SiteAdapter(site, _nowhere(shapes))
+    adapter.share(SharedPart(_nowhere(method.shared(plan.config, {name: site}))))
     rewrite = method.rewrite("default", plan.config, adapter)
     assert isinstance(rewrite, Rewrite)
     with torch.device("meta"):
@@ -97,6 +101,10 @@ def _rewritten(plan: PlanData, name: str, kind: Kind) -> tuple[Drawing, dict[str
     stands_for = {n.name: {"placeholder": "x", "output": "output"}.get(n.op, "base") for n in graph.graph.nodes
                   if n.op in ("placeholder", "output") or TARGET.has(n)}  # fmt: skip
     return drawing_of(graph, new=True), stands_for
+
+
+def _nowhere(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def _rewrite(drawing: Drawing, vertex: str, rewritten: Drawing, stands_for: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from fxpeft.adapters.api import add_adapter
+from fxpeft.adapters.values import shared_placement
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SitePlan
@@ -29,12 +30,12 @@ from fxpeft.passes.targets.names import NameSelector, pattern_value
 from fxpeft.passes.targets.patterns import explain, from_peft
 from fxpeft.passes.targets.roles import roles_of_sites
 from fxpeft.passes.targets.terms import Subject
-from fxpeft.planning.data import PlanData, PlanSite
+from fxpeft.planning.data import PlanData, PlanShared, PlanSite
 from fxpeft.planning.picture import draw_plan
 from fxpeft.planning.table import PlanDiff, diff_plans, plan_text
 from fxpeft.targets.experts import converted
 from fxpeft.targets.resolve import has_pattern, subjects_of
-from fxpeft.targets.sites import make_plan
+from fxpeft.targets.sites import AdapterPlan, make_plan
 
 
 class Plan(PlanData):
@@ -125,8 +126,14 @@ def plan(
     notes += _unused(config, subjects) if subjects else []
     return Plan(
         base_class(model).__name__, dataclasses.replace(found.config), tuple(sites), tuple(skipped), tuple(found.saved),
-        tuple(found.tensors), tuple(notes), flow,
+        tuple(found.tensors), tuple(notes), flow, _shared(model, found),
     )  # fmt: skip
+
+
+def _shared(model: nn.Module, found: AdapterPlan) -> tuple[PlanShared, ...]:
+    shapes = method_of(found.config).shared(found.config, found.sites)
+    size = shared_placement(model, found.sites, autocast=True)[1].itemsize if shapes else 0
+    return tuple(PlanShared(name, math.prod(shape), math.prod(shape) * size) for name, shape in shapes.items())
 
 
 def apply(plan: Plan, model: nn.Module, name: str = "default") -> None:

@@ -95,6 +95,7 @@ def plan_table(plan: PlanData) -> Any:
 def plan_notes(plan: PlanData) -> list[str]:
     """What else the plan says: whole modules, what was left out and why."""
     lines = [f"trained whole: {', '.join(plan.saved)}"] if plan.saved else []
+    lines += [f"shared by all sites: {tensor.name}, {tensor.parameters:,} parameters" for tensor in plan.shared]
     lines += [f"own copies of: {', '.join(collapse(plan.tensors))}"] if plan.tensors else []
     reasons: dict[str, list[str]] = {}
     for skip in plan.skipped:

@@ -15,7 +15,7 @@ from fxpeft import checkpoint
 from fxpeft.adapters.values import fresh_values, placed
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of, slot_needs
-from fxpeft.methods.base import SiteAdapter, SitePlan
+from fxpeft.methods.base import SharedPart, SiteAdapter, SitePlan
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.model.skeleton import skeleton
@@ -112,9 +112,13 @@ def rewrites_of(
         )
     rewrites: Rewrites = {}
     redirects: Redirects = {}
+    shared = SharedPart(values.shared, method.shared_trained(plan.config)).requires_grad_(
+        not plan.config.inference_mode
+    )
     for site, own in plan.sites.items():
         dropout = method.dropout(plan.config, own.kind) if training else 0.0
         part = SiteAdapter(own, values.sites[site], dropout=dropout)
+        part.share(shared)
         for parameter in part.parameters():
             parameter.requires_grad_(not plan.config.inference_mode)
         if training and dropout and exported:

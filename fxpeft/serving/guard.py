@@ -41,8 +41,7 @@ class ModelLock(SwapLock):
                         memo[id(value)] = value
             state = find_state(module)
             for adapter in () if state is None else state.adapters.values():
-                values = adapter.values
-                held = [values.sites, values.saved, values.tensors, {**adapter.lowered}, adapter.prompt]
+                held = [[*adapter.values.flat().values()], {**adapter.lowered}, adapter.prompt]
                 memo.update({id(t): t for t in pytree.tree_leaves(held) if isinstance(t, Tensor)})
             twin: nn.Module = copy.deepcopy(module, memo)
             vars(twin)[LOCK].sealed = True

@@ -154,7 +154,7 @@ def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
     lowered: dict[str, SlotValues] = {}
     problems += prompts_serving.lower(serving.prompts, adapter)
     for site, parameters in sites.items():
-        plan, base = adapter.plan.sites[site], Base(model, values.own(site), site)
+        plan, base = adapter.plan.sites[site], Base(model, values.own(site), site, values.shared)
         try:
             lowered[site] = method.lower(plan.scaled(adapter.strength), parameters, base)
         except PassError as error:

@@ -63,7 +63,7 @@ def convert(
         plan = adapter.plan.sites[site].scaled(adapter.strength)
         own = current.own(site)
         dtype = next(iter(current.sites[site].values())).dtype
-        base = Base(module, own)
+        base = Base(module, own, shared=current.shared)
         try:
             if "weight" in own:
                 raise PassError("the adapter brings its own base weight here; fold it instead")

@@ -9,7 +9,7 @@ forward. Weights keep their memory, so a compiled graph of the bare model goes o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -298,8 +298,11 @@ def _compute(model: nn.Module, adapters: list[Adapter], bare: Mapping[str, Tenso
             weight = product.view(accumulator(writes.get(weight_path, base(weight_path))))
             bias = None if product.bias is None else accumulator(writes.get(bias_path, base(bias_path)))
             own = _Stored(module, weight_view=weight, bias_value=bias)
-            each = [_lowered(adapter, held[adapter.name].sites[site], site, own) for adapter in adapters
-                    if site in held[adapter.name].sites]  # fmt: skip
+            each = [
+                _lowered(adapter, values.sites[site], site, replace(own, shared=values.shared))
+                for adapter in adapters
+                if site in (values := held[adapter.name]).sites
+            ]
             new, shift = _fold_site(module, product, weight, bias, each)
         except PassError as error:
             problems.append(f"{site}: {error}")

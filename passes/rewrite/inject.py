@@ -35,6 +35,8 @@ class Rewrite:
             the program shares with a live model are left alone.
         reads: what ``function`` gets of the target itself, by name: ``weight``, ``[out, in, ...]``
             however it is stored, and ``bias``, which may be ``None``.
+        shared: those of the operands that other sites read too: in a larger program they lie once, at
+            ``container.path``.
     """
 
     name: str
@@ -42,15 +44,16 @@ class Rewrite:
     operands: Mapping[str, Any] = field(default_factory=dict)
     container: str = "adapters"
     reads: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
 
     def signature(self) -> tuple[Any, ...]:
         """What the rewritten graph depends on, the operands' values left out."""
         operands = tuple((path, isinstance(value, nn.Module)) for path, value in self.operands.items())
-        return self.name, self.function, operands, self.container, self.reads
+        return self.name, self.function, operands, self.container, self.reads, self.shared
 
     def path(self, site: str, operand: str) -> str:
         """Where an operand lies, seen from the graph's root."""
-        return join(self.container, site, operand)
+        return join(self.container, "" if operand in self.shared else site, operand)
 
 
 class InjectPass(GraphPass):

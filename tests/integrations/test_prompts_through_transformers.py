@@ -51,6 +51,14 @@ def trainer(model: Any, folder: Path, **arguments: Any) -> Trainer:
     return Trainer(model=model, args=args, train_dataset=rows, eval_dataset=rows[:4])
 
 
+def test_values_are_taken_from_a_state_dict(tmp_path: Path) -> None:
+    model = prompted("prompt tuning")
+    given = {key: value + 1 for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=given)
+    (found,) = load_file(tmp_path / "adapter_model.safetensors").values()
+    torch.testing.assert_close(found, fxpeft.adapter_state_dict(model)["prompt_embeddings"] + 1)
+
+
 @pytest.mark.parametrize("name", LLAMA)
 @pytest.mark.parametrize("plain", [False, True])
 def test_the_file_is_pefts(name: str, plain: bool, tmp_path: Path) -> None:

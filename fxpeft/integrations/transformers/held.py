@@ -58,7 +58,7 @@ def _values_in(adapter: Adapter, state_dict: Mapping[str, Tensor]) -> Values:
     tensors = {plain_name(key): tensor for key, tensor in state_dict.items()}
 
     def take(host: str, key: str) -> Tensor:
-        path = f"{host}.adapters.{adapter.name}.{key}"
+        path = join(host, "adapters", adapter.name, key)
         if path not in tensors:
             raise AdapterError(f"{path}: expected in state_dict, found none; pass the state_dict of this very model")
         return tensors[path].detach()
@@ -72,4 +72,5 @@ def _values_in(adapter: Adapter, state_dict: Mapping[str, Tensor]) -> Values:
         {site: {key: take(*place(site, key)) for key in parts} for site, parts in own.sites.items()},
         {path: {key: take(path, key) for key in parts} for path, parts in own.saved.items()},
         {path: take(path.rpartition(".")[0], path.rpartition(".")[2]) for path in own.tensors},
+        {name: take(*place(next(iter(own.sites)), f"shared.{name}")) for name in own.shared},
     )

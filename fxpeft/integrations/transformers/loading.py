@@ -22,7 +22,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from fxpeft import checkpoint
 from fxpeft.adapters.state import declared_modules, find_state
-from fxpeft.adapters.values import complete, fresh_values, placed
+from fxpeft.adapters.values import complete, fresh_values, placed, shared_placement
 from fxpeft.checkpoint import Checkpoint
 from fxpeft.checkpoint.layouts import in_layout_of
 from fxpeft.errors import AdapterError, CheckpointError, listing
@@ -218,6 +218,9 @@ def fit(
             module, leaf = site_module(model, site)
             _, dtype = placement(module, model, False, leaf)
             values.sites[site] = {name: value.to(dtype) for name, value in parameters.items()}
+        if values.shared:
+            _, dtype = shared_placement(model, values.sites, False)
+            values.shared = {name: value.to(dtype) for name, value in values.shared.items()}
     return Fitted(plan, values, info)
 
 

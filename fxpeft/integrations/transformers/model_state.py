@@ -138,8 +138,7 @@ def swap(model: PreTrainedModel, new: Adapter) -> None:
 
 def _same_places(old: Adapter, new: Adapter) -> bool:
     def shape(values: Values) -> object:
-        nested = [{p: {k: v.shape for k, v in ps.items()} for p, ps in g.items()} for g in (values.sites, values.saved)]
-        return nested, {p: v.shape for p, v in values.tensors.items()}
+        return {place: tensor.shape for place, tensor in values.flat().items()}
 
     # dropout sits in the rewritten graph, so another probability is another graph
     dropout = [getattr(a.config, "lora_dropout", 0.0) for a in (old, new)]
