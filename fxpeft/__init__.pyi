@@ -90,6 +90,12 @@ from fxpeft.errors import (
 from fxpeft.errors import (
     PatternError as PatternError,
 )
+from fxpeft.integrations.peft import (
+    PeftModel as PeftModel,
+)
+from fxpeft.integrations.peft import (
+    get_peft_model as get_peft_model,
+)
 from fxpeft.integrations.transformers import (
     install as install,
 )

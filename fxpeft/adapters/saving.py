@@ -70,6 +70,13 @@ def save_adapter(
     """
     state = state_of(model)
     adapter = state.get(name if name is not None else only_active(state))
+    write_adapter(model, path, adapter, plain=plain, save_embedding_layers=save_embedding_layers)
+
+
+def write_adapter(
+    model: nn.Module, path: str | Path, adapter: Adapter, *, plain: bool | None, save_embedding_layers: SaveEmbeddings
+) -> None:
+    """Write an adapter's files, see :func:`save_adapter`."""
     if plain or (plain is None and has_to_be_plain(unwrap(model), adapter)):
         adapter = as_plain(adapter)
     embeddings = embedding_tensors(unwrap(model), adapter, save_embedding_layers)

@@ -62,18 +62,18 @@ def lock_module(module: nn.Module, lock: Lock) -> None:
     if given_forward(module) is not None and not is_bound(module):
         bind_source(module, CALL_GIVEN)
     vars(module)[LOCK] = lock
-    _move_own(module, type(module))
+    change_class(module, type(module))
 
 
 def unlock_module(module: nn.Module) -> None:
     """The inverse of :func:`lock_module`."""
     del vars(module)[LOCK]
-    _move_own(module, unlocked(type(module)))
+    change_class(module, unlocked(type(module)))
     if getattr(type(module), "_fxpeft_source", None) == CALL_GIVEN:
         _unbind(module)
 
 
-def _move_own(module: nn.Module, cls: type[nn.Module]) -> None:
+def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Give a module another class, with bound methods of the old one that hooks left on the instance."""
     state = vars(module)
     kept = "_old_forward" in state and is_own(module, state["_old_forward"])

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from fxpeft.adapters.saving import adapter_tensors
 from fxpeft.adapters.state import Adapter, ModelState, state_of
@@ -19,14 +18,14 @@ from fxpeft.model.wrappers import plain_name
 from fxpeft.passes.base import join
 
 
-def loaded_state(model: PreTrainedModel) -> ModelState:
+def loaded_state(model: nn.Module) -> ModelState:
     """What a model with adapters holds; ``ValueError`` where it has none, in Transformers' words."""
     if not adapters_of(model):
         raise ValueError("No adapter loaded. Please load an adapter first.")
     return state_of(model)
 
 
-def held_adapter(model: PreTrainedModel, name: str, state_dict: Mapping[str, Tensor] | None) -> Adapter:
+def held_adapter(model: nn.Module, name: str, state_dict: Mapping[str, Tensor] | None) -> Adapter:
     """The adapter of that name, its values taken from ``state_dict`` where that is given.
 
     Raises:
@@ -46,7 +45,7 @@ def without_prefix(adapter: Adapter) -> dict[str, Tensor]:
     return {key.removeprefix(Method.prefix): value for key, value in tensors.items()}
 
 
-def only_active(model: PreTrainedModel) -> str:
+def only_active(model: nn.Module) -> str:
     """The name of the first active adapter; ``ValueError`` where none is active."""
     state = loaded_state(model)
     if not state.active:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from fxpeft import adapters, serving
@@ -22,7 +23,7 @@ logger = logging.getLogger("transformers.integrations.peft")  # Transformers' ow
 LOADED, CONFIGS = "_hf_peft_config_loaded", "peft_config"  # how Transformers asks for adapters
 
 
-def adapters_of(model: PreTrainedModel) -> dict[str, Adapter]:
+def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     """fxpeft's adapters on a model; empty for a bare one."""
     state = find_state(model)
     return {} if state is None else state.adapters

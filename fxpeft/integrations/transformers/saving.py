@@ -66,6 +66,14 @@ def encoder_of(adapter: Adapter) -> dict[str, Tensor]:
     return {key: value.cpu().contiguous() for key, value in parameters.items()} if len(parameters) > 1 else {}
 
 
+def write_encoder(folder: Path, encoder: dict[str, Tensor]) -> None:
+    """Write what :func:`encoder_of` gave beside an adapter's files, or take the one of an earlier save away."""
+    if encoder:
+        replace_files({folder / ENCODER: save_tensors(encoder)})
+    else:
+        (folder / ENCODER).unlink(missing_ok=True)
+
+
 def _save(
     model: PreTrainedModel,
     save_directory: str | os.PathLike[str],
@@ -103,10 +111,7 @@ def _save(
     if push_to_hub:
         target = hf_api().create_repo(repo_id or folder.name, exist_ok=True, token=token, **create).repo_id
         timestamps = model._get_files_timestamps(folder)
-    if encoder:
-        replace_files({folder / ENCODER: save_tensors(encoder)})
-    else:
-        (folder / ENCODER).unlink(missing_ok=True)
+    write_encoder(folder, encoder)
     checkpoint.write(folder, model, adapter.config, tensors)
     if push_to_hub:
         if not (folder / CARD).is_file():  # the user's own text stays

@@ -15,6 +15,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.import_utils import is_peft_available
 
 from fxpeft import checkpoint
+from fxpeft.adapters import active_adapters
 from fxpeft.adapters.injection import overwrite
 from fxpeft.adapters.installing import replace_attached
 from fxpeft.adapters.state import Adapter, declared_modules, state_of
@@ -67,13 +68,15 @@ def _encoder_in(folder: Path, adapter: Adapter, site: str, prompt: Tensor) -> di
     return stored if same else None
 
 
-def _adapted(trainer: Trainer, model: Any, folder: str | Path | None) -> PreTrainedModel | None:
-    """The model whose adapter a checkpoint holds; ``None`` where that is Transformers' business."""
+def _adapted(trainer: Trainer, model: Any, folder: str | Path | None) -> tuple[PreTrainedModel, Path] | None:
+    """The model whose active adapter a checkpoint holds, and where; ``None`` where that is Transformers' business."""
     bare = unwrap(model)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if folder is None or sharded or not isinstance(bare, PreTrainedModel) or not adapters_of(bare):
         return None
-    return bare if (Path(folder) / checkpoint.WEIGHTS).is_file() else None
+    # PEFT's methods save every adapter, those that aren't called default in a folder of their name
+    places = [Path(folder) / name for name in (*active_adapters(bare)[:1], "")]
+    return next(((bare, place) for place in places if (place / checkpoint.WEIGHTS).is_file()), None)
 
 
 def resumes_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,8 +87,8 @@ def resumes_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         adapted = _adapted(self, self.model if model is None else model, resume_from_checkpoint)
         if adapted is None:
             return original(self, resume_from_checkpoint, model)
-        logger.info(f"Loading the adapter from {resume_from_checkpoint}.")
-        return restore(adapted, resume_from_checkpoint)
+        logger.info(f"Loading the adapter from {adapted[1]}.")
+        return restore(*adapted)
 
     return _load_from_checkpoint
 
@@ -97,10 +100,10 @@ def loads_best_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def _load_best_model(self: Trainer) -> Any:
         best = self.state.best_model_checkpoint
         adapted = _adapted(self, self.model, best)
-        if adapted is None or best is None:
+        if adapted is None:
             return original(self)
-        logger.info(f"Loading the best adapter from {best} (score: {self.state.best_metric}).")
-        return restore(adapted, best)
+        logger.info(f"Loading the best adapter from {adapted[1]} (score: {self.state.best_metric}).")
+        return restore(*adapted)
 
     return _load_best_model
 
