@@ -336,6 +336,26 @@ def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:
         bridged.delete_adapter("x")
 
 
+def test_where_it_differs(tmp_path: Path) -> None:
+    """What the guide's table says beside what the script above shows."""
+    model = start(bridge, fxpeft.LoraConfig(**LORA, init_lora_weights="olora"))
+    wanted = model(IDS).logits
+    model.merge_adapter()
+    with pytest.raises(fxpeft.AdapterError, match="would add it twice"):
+        model.set_adapter("default")
+    with pytest.raises(fxpeft.AdapterError, match="can't be switched off"), model.disable_adapter():
+        raise AssertionError("it was entered")
+    model.unmerge_adapter()
+    assert torch.equal(model(IDS).logits, wanted)
+    model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=str(tmp_path / "not there"))
+    theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert theirs.peft_config["default"].init_lora_weights is True
+    torch.testing.assert_close(theirs(IDS).logits, wanted, rtol=0, atol=2e-5)
+    fxpeft.add_adapter(model, fxpeft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "gain")
+    model.set_adapter(["default", "gain"])
+    assert model.active_adapter == ["default", "gain"]
+
+
 def test_a_head_is_trained_and_saved(tmp_path: Path) -> None:
     config = {"r": 3, "lora_alpha": 5, "target_modules": ["query"], "task_type": "SEQ_CLS"}
     model = bridge.get_peft_model(tiny_bert(), fxpeft.LoraConfig(**config))
