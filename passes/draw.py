@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import networkx as nx
 import torch
@@ -38,37 +38,79 @@ def colour(role: str) -> str:
     return COLOURS.get(role) or COLOURS.get(role.partition(".")[0], NEUTRAL)
 
 
-def drawing_of(graph_module: GraphModule, *, new: bool = False) -> Drawing:
+class Seen(NamedTuple):
+    """What a drawing shows of one node, as it was when it was looked at: passes change nodes in place.
+
+    Args:
+        key: its name; of a read, the path. label: its operation's name, or an input's; of a read, with the shape.
+        inputs: the nodes that it takes. first: its first argument where that is a node.
+    """
+
+    node: Node
+    op: str
+    key: str
+    label: str
+    inputs: list[Node]
+    first: Node | None
+    role: str | None
+    site: str | None
+    made: bool
+
+
+Sketch: TypeAlias = list[Seen]
+
+
+def sketch(graph_module: GraphModule) -> Sketch:
+    """All that a drawing of a graph needs, for little: most are never drawn."""
+    seen = []
+    for node in graph_module.graph.nodes:
+        target, key, label = TARGET.get(node), node.name, _name(node)
+        if node.op == "get_attr":
+            key = str(node.target)
+            label = _read(graph_module, key)
+        first = node.args[0] if node.args else None
+        seen.append(Seen(
+            node, node.op, key, label, node.all_input_nodes, first if isinstance(first, Node) else None,
+            ROLE.get(node), None if target is None else target.site, SITE.has(node),
+        ))  # fmt: skip
+    return seen
+
+
+def drawing_of(graph_module: GraphModule | Sketch, *, new: bool = False) -> Drawing:
     """A graph's operations, each with what it reads from the module; casts are left out.
 
     Vertices have ``label``, ``fill``, ``site`` (empty outside of one) and ``new``: made by a rewrite.
+
+    Args:
+        graph_module: the graph, or what :func:`sketch` kept of it.
+        new: show what a rewrite made.
     """
+    seen = sketch(graph_module) if isinstance(graph_module, GraphModule) else graph_module
     drawing: Drawing = nx.DiGraph()
+    by_node = {each.node: each for each in seen}
     stands_for: dict[Node, Node | None] = {}  # a node that isn't drawn is the one it takes its value from
-    for node in graph_module.graph.nodes:
-        if node.op == "get_attr":
+    for each in seen:
+        node = each.node
+        if each.op == "get_attr":
             stands_for[node] = None
             continue
-        inputs = [stands_for.get(n) for n in node.all_input_nodes]
+        inputs = [stands_for.get(n) for n in each.inputs]
         drawn = [n for n in dict.fromkeys(inputs) if n is not None]
-        name = _name(node)
-        if name in _CASTS:
+        if each.label in _CASTS:
             stands_for[node] = drawn[0] if drawn else None
             continue
-        if node.op in ("call_function", "call_method") and not drawn:
+        if each.op in ("call_function", "call_method") and not drawn:
             stands_for[node] = None  # made of parameters alone, as a slot's window is
             continue
         stands_for[node] = node
-        reads = [_read(graph_module, node, r) for r in _reads(node, stands_for)]
-        target = TARGET.get(node)
         drawing.add_node(
-            node.name,
-            label="\n".join([name, *reads]),
-            fill=colour(ROLE.get(node) or "") if target is None or ROLE.has(node) else COLOURS["attention"],
-            site=target.site if target is not None else "",
-            new=SITE.has(node) and new,
+            each.key,
+            label="\n".join([each.label, *_reads(each, by_node, stands_for)]),
+            fill=colour(each.role or "") if each.site is None or each.role is not None else COLOURS["attention"],
+            site=each.site or "",
+            new=each.made and new,
         )
-        drawing.add_edges_from((n.name, node.name) for n in drawn)
+        drawing.add_edges_from((by_node[n].key, each.key) for n in drawn)
     return drawing
 
 
@@ -82,20 +124,20 @@ def _name(node: Node) -> str:
     return str(getattr(node.target, "__name__", node.target)).rpartition(".")[2]
 
 
-def _reads(node: Node, drawn: Mapping[Node, Node | None]) -> list[str]:
-    """Paths of what a node reads, through casts and narrowings of it too."""
-    paths: list[str] = []
-    stack = [n for n in reversed(node.all_input_nodes) if drawn.get(n) is None]
+def _reads(each: Seen, by_node: Mapping[Node, Seen], drawn: Mapping[Node, Node | None]) -> list[str]:
+    """What a node reads of the module, through casts and narrowings of it too."""
+    reads: dict[str, str] = {}
+    stack = [n for n in reversed(each.inputs) if drawn.get(n) is None]
     while stack:
-        read = stack.pop()
+        read = by_node[stack.pop()]
         if read.op == "get_attr":
-            paths.append(str(read.target))
-        else:
-            stack += [n for n in read.args[:1] if isinstance(n, Node)]
-    return list(dict.fromkeys(paths))
+            reads[read.key] = read.label
+        elif read.first is not None:
+            stack.append(read.first)
+    return list(reads.values())
 
 
-def _read(graph_module: GraphModule, node: Node, path: str) -> str:
+def _read(graph_module: GraphModule, path: str) -> str:
     try:
         value = attribute(graph_module, path)
     except AttributeError:

@@ -12,7 +12,7 @@ from typing import Protocol
 from torch.fx import GraphModule
 
 from fxpeft.passes.base import PassError, Report, RewriteResult
-from fxpeft.passes.draw import Drawing, Picture, drawing_of
+from fxpeft.passes.draw import Picture, Sketch, drawing_of, sketch
 from fxpeft.passes.source import check_names
 
 log = logging.getLogger(__name__)
@@ -52,12 +52,12 @@ class Pipeline:
         self.passes = tuple(passes)
         self.dump = None if dump is None else Path(dump)
         self.reports: tuple[Report, ...] = ()
-        self._drawings: tuple[Drawing, Drawing] | None = None
+        self._sketches: tuple[Sketch, Sketch] | None = None
 
     def __call__(self, graph_module: GraphModule) -> GraphModule:
         reports = []
         check_names(graph_module.graph)
-        before = drawing_of(graph_module)
+        before = sketch(graph_module)
         for number, graph_pass in enumerate(self.passes, start=1):
             stem = f"{number:02d}-{graph_pass.name}"
             self._write(f"{stem}-before.py", graph_module)
@@ -79,7 +79,7 @@ class Pipeline:
                 log.debug("nodes of %s: %s", graph_pass.name, changed)
             reports.append(result.report)
         self.reports = tuple(reports)
-        self._drawings = (before, drawing_of(graph_module, new=True))
+        self._sketches = (before, sketch(graph_module))
         return graph_module
 
     def draw(self, path: Path | str | None = None) -> Picture:
@@ -91,9 +91,11 @@ class Pipeline:
         Raises:
             PassError: the pipeline has not been called yet.
         """
-        if self._drawings is None:
+        if self._sketches is None:
             raise PassError("there is nothing to draw: call the pipeline on a graph first")
-        picture = Picture(", ".join(p.name for p in self.passes), *self._drawings)
+        before, after = self._sketches
+        title = ", ".join(p.name for p in self.passes)
+        picture = Picture(title, drawing_of(before), drawing_of(after, new=True))
         if path is not None:
             picture.save(path)
         return picture

@@ -162,7 +162,12 @@ def _value(node: Node) -> Any:
     """What an operator gives for its inputs' values: each node has its own, a view one in its base's memory."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     operator: Any = node.target
-    return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, operator(*args, **kwargs))
+    given = {id(n.meta["val"]) for n in node.all_input_nodes}
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach() if id(tensor) in given else tensor
+
+    return pytree.tree_map_only(torch.Tensor, own, operator(*args, **kwargs))
 
 
 def _symbolic(fake_mode: FakeTensorMode, tensor: torch.Tensor, most: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from graphs import FORMS, IDS, lora, matched
 from torch.fx import GraphModule
 
-from fxpeft.passes import EjectPass, GraphPass, InjectPass, Linear, MatchPass, Pipeline, Report, graph_text
+from fxpeft.passes import EjectPass, GraphPass, InjectPass, Linear, MatchPass, Pipeline, Report, graph_text, pipeline
 from fxpeft.passes.base import RewriteResult, Skip
 
 
@@ -119,3 +119,17 @@ def test_runs_passes_in_order() -> None:
     result = pipeline(graph_module)(IDS)
     assert [r.name for r in pipeline.reports] == ["match", "inject", "eject", "match", "inject"]
     assert not torch.allclose(result, output, atol=0.01)
+
+
+def test_a_drawing_is_made_when_it_is_asked_for_and_shows_that_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    make = pipeline.drawing_of
+    monkeypatch.setattr(pipeline, "drawing_of", lambda *args, **more: drawn.append(1) or make(*args, **more))
+    graph_module = matched(FORMS["functional"]())
+    inject = Pipeline([InjectPass({"up": [lora(Linear(6, 10))]})])
+    inject(graph_module)
+    assert not drawn
+    Pipeline([EjectPass()])(graph_module)
+    labels = [data["label"] for _, data in inject.draw().after.nodes(data=True) if data["new"]]
+    assert "linear\na [4, 6]" in labels  # ejected and deleted since
+    assert len(drawn) == 2

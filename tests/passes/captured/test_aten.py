@@ -13,6 +13,7 @@ from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
 
 from fxpeft.passes import AtenPass, EjectPass, InjectPass, Kind, PassError, Pipeline, RedirectPass, Rewrite
+from fxpeft.passes.captured import aten
 from fxpeft.passes.meta import OPERAND, ORIGIN, SITE, TARGET
 
 #: form -> what its programs keep: all composite operators, or none
@@ -173,3 +174,82 @@ def test_a_rewrite_without_operands_and_one_of_the_same_name() -> None:
 def lora_of(graph_module: GraphModule, site: str) -> Rewrite:
     return lora(next(TARGET.of(n).kind for n in graph_module.graph.nodes
                      if TARGET.has(n) and TARGET.of(n).site == site))  # fmt: skip
+
+
+class Alike(nn.Module):
+    """Four linears of one form in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(5, 5) for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, 5]``."""
+        return self.layers(x).tanh()
+
+
+SITES = [f"layers.{i}" for i in range(4)]
+
+
+def alike(form: str, rewrite: Callable[[int], Rewrite]) -> GraphModule:
+    """A program of four sites of one form, each with its own rewrite."""
+    torch.manual_seed(0)
+    program = torch.export.export(Alike().eval(), (torch.randn(3, 5),))
+    program = program if form == "aten" else program.run_decompositions()
+    graph_module = matched(program.module(), *SITES)
+    return Pipeline([InjectPass({site: [rewrite(i)] for i, site in enumerate(SITES)})])(graph_module)
+
+
+def values(graph_module: GraphModule) -> dict[str, Any]:
+    found = {}
+    for n in graph_module.graph.nodes:
+        value = n.meta.get("val")
+        if isinstance(value, Tensor):
+            found[n.name] = (value.shape, value.stride(), value.dtype, value.requires_grad, n.meta.get("tensor_meta"))
+    return found
+
+
+def drops(kind: Kind, base: Callable[[Tensor], Tensor], x: Tensor, *, a: Tensor, drop: Callable[[Tensor], Any]) -> Any:
+    h = drop(kind.reduce(x, a))
+    return base(x) + kind.reduce(h * x, a) + (h * h).sum()
+
+
+def square(i: int) -> Rewrite:
+    """Rank 5, so that all values have one form; ``h * x`` is not ``h * h``."""
+    drop = nn.Dropout(0.25 * (i % 2)).train(i > 1)
+    return Rewrite("drops", drops, {"mine.a": nn.Parameter(torch.randn(5, 5)), "mine.drop": drop})
+
+
+@pytest.mark.parametrize("form", DECOMPOSITIONS)
+def test_sites_of_one_form_are_traced_once_and_come_out_as_if_each_had_been(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, traced = [], []
+    make = aten.make_fx
+    monkeypatch.setattr(aten, "make_fx", lambda *args, **kwargs: traced.append(1) or make(*args, **kwargs))
+    for key in (aten._key, lambda *args: None):
+        monkeypatch.setattr(aten, "_key", key)
+        graph_module = alike(form, square)
+        lowered(graph_module, form)
+        made.append((str(graph_module.graph), values(graph_module), len(traced)))
+        traced.clear()
+    (text, found, few), (each_text, each_found, many) = made
+    assert text == each_text
+    assert found == each_found
+    assert len(found) > 40
+    # the dropouts differ in p or mode; all else is alike
+    assert many == 4 * 10
+    assert few == 7 + 4
+
+
+@pytest.mark.parametrize("form", DECOMPOSITIONS)
+def test_a_view_lies_in_its_own_sites_memory(form: str) -> None:
+    graph_module = alike(form, lambda i: Rewrite("n", narrowed, {
+        "mine.a": torch.randn(7, 5), "mine.carrier": torch.empty(2, 0)}))  # fmt: skip
+    lowered(graph_module, form)
+    views = [
+        n for n in graph_module.graph.nodes if n.target in (torch.ops.aten.narrow.default, torch.ops.aten.slice.Tensor)
+    ]
+    memory = [n.meta["val"].untyped_storage()._cdata for n in views]
+    assert memory == [n.args[0].meta["val"].untyped_storage()._cdata for n in views]
+    assert len(set(memory)) == 4
