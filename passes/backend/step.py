@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
@@ -97,9 +96,11 @@ def _check(name: str, what: str, before: Sequence[str | None], after: Sequence[s
 def _fill_values(graph_module: GraphModule, name: str) -> None:
     """Give new nodes values, as Dynamo does: torch caches no graph without them, and later passes read them."""
     nodes = graph_module.graph.nodes
-    mode = next((value.fake_mode for n in nodes if isinstance(value := tensor_of(n), FakeTensor)), None)
+    mode = next((m for n in nodes if (m := getattr(tensor_of(n), "fake_mode", None)) is not None), None)
+    if mode is None:
+        return
     for node in nodes:
-        if "example_value" in node.meta or "val" in node.meta or mode is None:
+        if _has_value(node):
             continue
         try:
             with mode:
