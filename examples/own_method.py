@@ -2,7 +2,7 @@
 
     python examples/own_method.py
 
-VeRA (https://arxiv.org/abs/2310.11454) in the form where each site has its own frozen random factors:
+VeRA (https://arxiv.org/abs/2310.11454), whose frozen random factors A and B all sites share, cut to each site's size:
 
     y = base(x) + b * (B (d * (A x)))
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,40 +31,45 @@ from fxpeft.passes.targets.kinds import Kind
 @dataclass
 class OwnConfig(AdapterConfig):
     r: int = 64
-    seed: int = 0  # of the frozen factors, which no checkpoint needs to hold
+    seed: int = 0  # of the frozen factors, so that no file has to hold them
 
     peft_type: ClassVar[str] = "OWN_VERA"
-
-
-def factors(plan: SitePlan, seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(plan.rank, plan.kind.in_features, generator=generator) / math.sqrt(plan.kind.in_features)
-    b = torch.randn(plan.kind.out_features, plan.rank, generator=generator) / math.sqrt(plan.rank)
-    return a, b
 
 
 def own(
     kind: Kind, base: Callable[[Tensor], Tensor], x: Tensor, *, d: Tensor, b: Tensor, A: Tensor, B: Tensor
 ) -> Tensor:
     y = base(x)
-    out: Tensor = (y + kind.expand(kind.scale(kind.reduce(x, A), d), B) * b).type_as(y)
+    h = kind.scale(kind.reduce(x, A[:, : kind.in_features]), d)
+    out: Tensor = (y + kind.expand(h, B[: kind.out_features]) * b).type_as(y)
     return out
-
-
-@dataclass(frozen=True)
-class OwnPlan(SitePlan):
-    seed: int = 0
 
 
 class Own(Method[OwnConfig]):
     name = "own"
     peft_type = "OWN_VERA"
     config_class = OwnConfig
+    shared_keys: ClassVar[Mapping[str, str]] = {"A": "base_model.own_A", "B": "base_model.own_B"}
 
-    def plan(self, config: OwnConfig, site: str, kind: Kind) -> OwnPlan:
+    def plan(self, config: OwnConfig, site: str, kind: Kind) -> SitePlan:
         if kind.name != "linear":
             raise fxpeft.AdapterError(f"{site}: expected a linear layer, found {kind.name}; leave the site out")
-        return OwnPlan(kind, config.r, 1.0, config.seed)
+        return SitePlan(kind, config.r, 1.0)
+
+    def shared(self, config: OwnConfig, plans: Mapping[str, SitePlan]) -> dict[str, tuple[int, ...]]:
+        kinds = [plan.kind for plan in plans.values()]
+        return {
+            "A": (config.r, max(kind.in_features for kind in kinds)),
+            "B": (max(kind.out_features for kind in kinds), config.r),
+        }
+
+    def initialise_shared(self, config: OwnConfig, shared: Mapping[str, Tensor]) -> None:
+        generator = torch.Generator().manual_seed(config.seed)
+        for tensor in shared.values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) / math.sqrt(tensor.shape[1]))
+
+    def shared_stored(self, config: OwnConfig) -> Collection[str]:
+        return ()  # the seed gives them
 
     def shapes(self, config: OwnConfig, plan: SitePlan) -> dict[str, tuple[int, ...]]:
         return {"d": (plan.rank,), "b": (plan.kind.out_features,)}
@@ -77,14 +82,12 @@ class Own(Method[OwnConfig]):
         nn.init.zeros_(parameters["b"])
 
     def rewrite(self, name: str, config: OwnConfig, site: SiteAdapter) -> Rewrite:
-        if not hasattr(site, "A"):
-            for key, value in zip("AB", factors(site.plan, config.seed), strict=True):
-                site.register_buffer(key, value.to(site.d), persistent=False)
-        return Rewrite(f"own:{name}", own, {f"{name}.{key}": getattr(site, key) for key in ("d", "b", "A", "B")})
+        held = {f"{name}.{key}": getattr(site, key) for key in ("d", "b")}
+        shared = {f"{name}.shared.{key}": getattr(site.shared, key) for key in ("A", "B")}
+        return Rewrite(f"own:{name}", own, {**held, **shared}, shared=tuple(shared))
 
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
-        assert isinstance(plan, OwnPlan)
-        a, b = (factor.to(parameters["d"]) for factor in factors(plan, plan.seed))
+        a, b = base.shared["A"][:, : plan.kind.in_features], base.shared["B"][: plan.kind.out_features]
         return SlotValues(a, (b * parameters["b"].unsqueeze(1)).t(), parameters["d"].float())
 
     def scales(self, config: OwnConfig) -> bool:

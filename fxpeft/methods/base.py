@@ -267,7 +267,7 @@ class Method(abc.ABC, Generic[C]):
     def initialise_shared(self, config: C, shared: Mapping[str, Tensor]) -> None:
         """Fill in place what all sites share: all of it for a fresh adapter, else what no file holds.
 
-        It comes before :meth:`initialise` and :meth:`restore`, which may read it (:attr:`Base.shared`).
+        It comes before :meth:`initialise` and :meth:`restore`, which may read it as ``base.shared``.
         """
         return
 
