@@ -322,7 +322,7 @@ def test_an_error_while_writing_leaves_the_weights(monkeypatch: pytest.MonkeyPat
 
                 patch.setattr(Tensor, "copy_", breaks)
             else:
-                calls, switch = [], fxpeft.transform.folding.switch
+                calls, switch = [], fxpeft.transform.writing.switch
 
                 def once(*args: Any, calls: list[int] = calls, switch: Any = switch) -> None:
                     calls.append(1)
@@ -330,7 +330,7 @@ def test_an_error_while_writing_leaves_the_weights(monkeypatch: pytest.MonkeyPat
                         raise MemoryError
                     switch(*args)
 
-                patch.setattr(fxpeft.transform.folding, "switch", once)
+                patch.setattr(fxpeft.transform.writing, "switch", once)
             with pytest.raises(MemoryError):
                 fxpeft.fold(model)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
