@@ -18,8 +18,8 @@ P = TypeVar("P", bound="PlanData")
 
 
 @dataclass(frozen=True)
-class PlanSite:
-    """What goes to one site.
+class PlanRow:
+    """One site's row in a :class:`fxpeft.Plan`: for people, where a ``SitePlan`` is what an adapter is made by.
 
     Args:
         role: what it does in the data flow; empty where that is not known.
@@ -43,8 +43,8 @@ class PlanSite:
 
 
 @dataclass(frozen=True)
-class PlanShared:
-    """A tensor that all sites share, there once however many they are.
+class SharedRow:
+    """The row of a tensor that all sites share, there once however many they are.
 
     Args:
         parameters: how many numbers it has. extra_bytes: of those.
@@ -69,13 +69,13 @@ class PlanData:
 
     model: str
     config: AdapterConfig
-    sites: tuple[PlanSite, ...]
+    sites: tuple[PlanRow, ...]
     skipped: tuple[Skip, ...] = ()
     saved: tuple[str, ...] = ()
     tensors: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     flow: Flow | None = field(default=None, compare=False, repr=False)
-    shared: tuple[PlanShared, ...] = ()
+    shared: tuple[SharedRow, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -122,9 +122,9 @@ class PlanData:
             saved, tensors, notes = (tuple(_of_type(v, str) for v in content[n]) for n in ("saved", "tensors", "notes"))
             return cls(
                 _of_type(content["model"], str), config,
-                tuple(_read(PlanSite, site) for site in content["sites"]),
+                tuple(_read(PlanRow, site) for site in content["sites"]),
                 tuple(_read(Skip, skip) for skip in content["skipped"]), saved, tensors, notes,
-                shared=tuple(_read(PlanShared, tensor) for tensor in content.get("shared", ())),
+                shared=tuple(_read(SharedRow, tensor) for tensor in content.get("shared", ())),
             )  # fmt: skip
         except (KeyError, TypeError) as error:
             raise AdapterError(f"plan: expected what Plan.to_json writes, found {error}") from None

@@ -30,12 +30,14 @@ from fxpeft.passes.targets.names import NameSelector, pattern_value
 from fxpeft.passes.targets.patterns import explain, from_peft
 from fxpeft.passes.targets.roles import roles_of_sites
 from fxpeft.passes.targets.terms import Subject
-from fxpeft.planning.data import PlanData, PlanShared, PlanSite
+from fxpeft.planning.data import PlanData, PlanRow, SharedRow
 from fxpeft.planning.picture import draw_plan
 from fxpeft.planning.table import PlanDiff, diff_plans, plan_text
 from fxpeft.targets.experts import converted
 from fxpeft.targets.resolve import has_pattern, subjects_of
 from fxpeft.targets.sites import AdapterPlan, make_plan
+
+PlanSite = PlanRow  # its name in plans that 0.1.0 pickled
 
 
 class Plan(PlanData):
@@ -107,7 +109,7 @@ def plan(
             own = getattr(found.config, "alpha_pattern", None) or {}
             alpha = pattern_value(own, name, found.config.lora_alpha, "alpha_pattern")
         sites.append(
-            PlanSite(
+            PlanRow(
                 name, ", ".join(known.get(host, ())), site.kind.name, site.kind.in_features, site.kind.out_features,
                 site.rank, alpha, site.scaling, count, count * dtype.itemsize, flops,
             )
@@ -130,10 +132,10 @@ def plan(
     )  # fmt: skip
 
 
-def _shared(model: nn.Module, found: AdapterPlan) -> tuple[PlanShared, ...]:
+def _shared(model: nn.Module, found: AdapterPlan) -> tuple[SharedRow, ...]:
     shapes = method_of(found.config).shared(found.config, found.sites)
     size = shared_placement(model, found.sites, autocast=True)[1].itemsize if shapes else 0
-    return tuple(PlanShared(name, math.prod(shape), math.prod(shape) * size) for name, shape in shapes.items())
+    return tuple(SharedRow(name, math.prod(shape), math.prod(shape) * size) for name, shape in shapes.items())
 
 
 def apply(plan: Plan, model: nn.Module, name: str = "default") -> None:

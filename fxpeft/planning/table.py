@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fxpeft.planning.data import PlanData, PlanSite
+from fxpeft.planning.data import PlanData, PlanRow
 
 
 def collapse(names: Sequence[str]) -> list[str]:
@@ -74,7 +74,7 @@ def plan_table(plan: PlanData) -> Any:
         table.add_column(heading, overflow="fold")
     for heading in ("n", "in", "out", "rank", "alpha", "parameters", "bytes", "flops/token"):
         table.add_column(heading, justify="right")
-    alike: dict[tuple[Any, ...], list[PlanSite]] = {}
+    alike: dict[tuple[Any, ...], list[PlanRow]] = {}
     for site in plan.sites:
         alike.setdefault((re.sub(r"\d+", "#", site.name), *dataclasses.astuple(site)[1:]), []).append(site)
     for sites in alike.values():
@@ -114,8 +114,8 @@ class PlanDiff:
     """
 
     config: dict[str, tuple[Any, Any]]
-    added: tuple[PlanSite, ...]
-    removed: tuple[PlanSite, ...]
+    added: tuple[PlanRow, ...]
+    removed: tuple[PlanRow, ...]
     changed: dict[str, dict[str, tuple[Any, Any]]]
     parameters: tuple[int, int]
 

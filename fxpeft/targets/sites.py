@@ -34,7 +34,7 @@ HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"
 
 @dataclass
 class AdapterPlan:
-    """What one adapter puts where.
+    """What one adapter puts where: what it is made by, and holds. :class:`fxpeft.Plan` is the one for people to read.
 
     Args:
         sites: site name -> rank, scaling and kind there.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -170,7 +171,7 @@ def test_json_keeps_everything() -> None:
         (lambda c: json.dumps({**c, "config": {**c["config"], "r": "x"}}), "plan: LoraConfig.r: expected int"),
         (lambda c: json.dumps({k: v for k, v in c.items() if k != "sites"}), "found 'sites'"),
         (lambda c: json.dumps({**c, "sites": [{**c["sites"][0], "rank": "4"}]}), "found '4' where"),
-        (lambda c: json.dumps({**c, "sites": [{"name": "x"}]}), "where PlanSite was expected"),
+        (lambda c: json.dumps({**c, "sites": [{"name": "x"}]}), "where PlanRow was expected"),
         (lambda c: json.dumps({**c, "notes": [1]}), "found 1 where str was expected"),
     ],
 )
@@ -252,3 +253,14 @@ def test_collapse(names: list[str], expected: list[str]) -> None:
 
 def test_size() -> None:
     assert [size(n) for n in (0, 999, 1234, 5_600_000, 7e9, 8e12)] == ["0", "999", "1.23k", "5.6M", "7G", "8T"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_plan_that_0_1_0_pickled_loads() -> None:
+    """There a plan and its rows were ``fxpeft.planner.Plan`` and ``fxpeft.planner.PlanSite``."""
+    plan = fxpeft.plan(nn.Sequential(nn.Linear(4, 6)), LoraConfig(r=3, lora_alpha=5, target_modules=["0"]))
+    text = pickle.dumps(plan, protocol=0)
+    old = text.replace(b"fxpeft.planning.data\nPlanRow", b"fxpeft.planner\nPlanSite")
+    old = old.replace(b"fxpeft.planning.planner\nPlan", b"fxpeft.planner\nPlan")
+    assert b"fxpeft.planning" not in old
+    assert pickle.loads(old) == plan
