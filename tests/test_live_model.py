@@ -22,6 +22,9 @@ RENAMED = {"enable_adapters": "enable", "disable_adapters": "disable"}  # as a p
 NOT_VERBS = {
     "AdaLoraCallback": "an object of its own, which holds the model while it is trained",
     "RankAllocator": "an object of its own, which holds the model while it is trained",
+    "LiveModel": "the handle itself",
+    "Plan": "data, in which model is the name of one",
+    "get_peft_model": "PEFT's verbs in place of fxpeft's",
 }
 
 
@@ -32,7 +35,7 @@ def verbs() -> dict[str, Any]:
         value = getattr(fxpeft, name)
         if callable(value) and not (isinstance(value, type) and issubclass(value, Exception)):
             first = next(iter(inspect.signature(value).parameters), None)
-            if first == "model" and value is not LiveModel and name not in ("Plan", "get_peft_model", "PeftModel"):
+            if first == "model":
                 found[name] = value
     return found
 

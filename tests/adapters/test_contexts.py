@@ -294,6 +294,33 @@ def test_inside_a_hold_and_around_one() -> None:
     assert fxpeft.active_adapters(model) == ["b", "a"]
 
 
+def test_a_wait_at_the_end_that_is_too_long() -> None:
+    """As any swap it gives up; what the block set stays, whole."""
+    model = live()
+    fxpeft.prepare_hotswap(model, 16, lock_timeout=0.2)
+    entered, left = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with fxpeft.hold(model):
+            entered.set()
+            left.wait()
+
+    thread = threading.Thread(target=hold)
+    block = fxpeft.active(model, "c")
+    block.__enter__()
+    alone = logits(model)
+    thread.start()
+    entered.wait()
+    try:
+        with pytest.raises(fxpeft.LockTimeout):
+            block.__exit__(None, None, None)
+    finally:
+        left.set()
+        thread.join()
+    assert fxpeft.active_adapters(model) == ["c"]
+    assert torch.equal(logits(model), alone)
+
+
 def test_it_goes_back_as_one_change() -> None:
     """Nobody sees half of it: scales of two adapters come and go together."""
     model = prepared()
