@@ -130,10 +130,13 @@ def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
 
 
 def check_together(adapters: list[Adapter]) -> None:
-    """Refuse adapters that each bring their own copy of one module or parameter, and two prompts."""
-    prompts = [a.name for a in adapters if method_of(a.config).whole]
-    if len(prompts) > 1:
-        raise AdapterError(f"only one prompt can be active at a time, found {', '.join(prompts)}")
+    """Refuse adapters that each bring their own copy of one module or parameter, and two that are active alone."""
+    alone: dict[str, list[str]] = {}
+    for adapter in adapters:
+        alone.setdefault(method_of(adapter.config).alone, []).append(adapter.name)
+    for what, names in alone.items():
+        if what and len(names) > 1:
+            raise AdapterError(f"only one {what} can be active at a time, found {', '.join(names)}")
     for attribute_name in ("saved", "tensors"):
         seen: dict[str, str] = {}
         clashes = []

@@ -31,7 +31,7 @@ def embedding_tensors(model: nn.Module, adapter: Adapter, save: SaveEmbeddings =
     if not isinstance(save, bool) and save != "auto":
         raise AdapterError(f"save_embedding_layers: expected True, False or 'auto', found {save!r}")
     method = method_of(adapter.config)
-    if save is False or method.whole:
+    if save is False or not method.targeted:
         return {}
     layers = [embedding_layer(model, side) for side in ("input", "output")]
     names = [name for name, module in base_modules(model) if any(module is layer for layer in layers)]

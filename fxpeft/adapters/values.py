@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from fxpeft.errors import AdapterError
 from fxpeft.methods import method_of
 from fxpeft.methods.base import Base
-from fxpeft.methods.prompts import PromptMethod
 from fxpeft.methods.values import Values
 from fxpeft.model.placement import home, placement
 from fxpeft.model.walk import base_state, base_value, base_values, site_module
@@ -36,17 +35,11 @@ def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Valu
     for site, site_plan in plan.sites.items():
         module, leaf = site_module(model, site)
         device, dtype = placement(module, model, autocast, leaf)
-        if isinstance(method, PromptMethod):
-            values.sites[site] = method.fresh(model, config, site_plan, device)
-            continue
-        shapes = method.shapes(config, site_plan)
-        parameters = {key: torch.empty(shape, device=device, dtype=dtype) for key, shape in shapes.items()}
         base = Base(module, values.own(site), shared=values.shared)
         try:
-            method.initialise(config, site_plan, parameters, base)
+            values.sites[site] = method.fresh(config, site_plan, base, device=device, dtype=dtype)
         except PassError as error:
             raise AdapterError(f"{site}: the base's weight gives no first values: {error}") from None
-        values.sites[site] = parameters
     return values
 
 

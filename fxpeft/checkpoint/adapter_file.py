@@ -42,7 +42,7 @@ class FileSite:
 def site_keys(found: Checkpoint) -> dict[str, dict[str, str]]:
     """Site -> parameter -> key of its tensor."""
     method = method_of(found.config)
-    if method.whole:
+    if not method.targeted:
         return {}
     names = {f".{suffix}": name for kind in kinds() for name, suffix in method.keys(kind).items()}
     sites: dict[str, dict[str, str]] = {}

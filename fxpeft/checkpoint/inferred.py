@@ -18,6 +18,7 @@ from fxpeft.methods.base import Method
 from fxpeft.methods.config import AdapterConfig, matching
 from fxpeft.methods.ia3 import IA3Config
 from fxpeft.methods.lora import LoraConfig
+from fxpeft.methods.registry import bare_keys
 from fxpeft.model.walk import base_modules
 from fxpeft.model.wrappers import unwrap
 from fxpeft.outside import dense
@@ -62,7 +63,8 @@ def peft_keys(state_dict: Mapping[str, Tensor], *, shapes_only: bool = False) ->
         }  # fmt: skip
     found = file_keys(dense(state_dict, source), source)
     check_adapters_own(found, source)
-    return {key if key == "prompt_embeddings" else f"{Method.prefix}{_bare(key)}": t for key, t in found.items()}
+    bare = bare_keys()
+    return {key if key in bare else f"{Method.prefix}{_bare(key)}": tensor for key, tensor in found.items()}
 
 
 @matching()
@@ -72,7 +74,7 @@ def with_sites(config: AdapterConfig, tensors: Mapping[str, Tensor], model: nn.M
     Raises:
         AdapterError: the config targets parameters, whose experts' ranks no key tells apart.
     """
-    if method_of(config).whole:
+    if not method_of(config).targeted:
         return config
     if getattr(config, "target_parameters", None):
         raise AdapterError(

@@ -21,7 +21,6 @@ from fxpeft.checkpoint.keys import apart, below_module
 from fxpeft.checkpoint.reading import Checkpoint
 from fxpeft.errors import CheckpointError, listing
 from fxpeft.methods import method_of
-from fxpeft.methods.base import Method
 from fxpeft.methods.config import AdapterConfig, matching
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.model.walk import base_modules
@@ -69,10 +68,9 @@ def in_layout_of(
         CheckpointError: two keys mean one place, or an expert's tensors don't fit.
     """
     method = method_of(found.config)
-    if method.whole:
-        wrong = f"{Method.prefix}prompt_embeddings" in found.tensors  # as save_pretrained wrote prompts once
-        own = {key.removeprefix(Method.prefix): tensor for key, tensor in found.tensors.items()}
-        return replace(found, tensors=own) if wrong else found
+    if not method.targeted:
+        named = method.stored_keys(found.tensors)
+        return found if named is found.tensors else replace(found, tensors=dict(named))
     shared, below = apart(found.tensors, method.shared_keys)
     if shared:
         rest = replace(found, tensors=below)

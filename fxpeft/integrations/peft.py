@@ -25,7 +25,7 @@ from fxpeft.errors import AdapterError
 from fxpeft.integrations.transformers import loading, model_methods
 from fxpeft.integrations.transformers.held import held_adapter
 from fxpeft.integrations.transformers.model_state import LOADED, PROPERTIES, adapters_of, train_parts
-from fxpeft.integrations.transformers.saving import encoder_of, write_encoder
+from fxpeft.integrations.transformers.saving import unfinished, write_unfinished
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.live import base_class, change_class, generated_class
@@ -169,7 +169,7 @@ class PeftModel(nn.Module, metaclass=_Bridge):
         for name, adapter in held.items() if is_main_process else ():
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
             write_adapter(self, folder, adapter, plain=plain, save_embedding_layers=save_embedding_layers)
-            write_encoder(folder, encoder_of(adapter))
+            write_unfinished(folder, unfinished(adapter))
 
     def add_adapter(self, adapter_name: str, peft_config: object, low_cpu_mem_usage: bool = False) -> None:
         """Add a fresh adapter; unlike :func:`fxpeft.add_adapter` it isn't made the active one.

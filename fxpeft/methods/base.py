@@ -224,9 +224,16 @@ class Method(abc.ABC, Generic[C]):
     #: name of what all sites share -> its whole key in PEFT's files
     shared_keys: ClassVar[Mapping[str, str]] = {}
     config_class: type[C]
-    #: the site is the whole model's forward, found by :meth:`PromptMethod.find`; one at a time, without a scale
-    whole: ClassVar[bool] = False
     prefix: ClassVar[str] = "base_model.model."  # what PEFT puts before a module's name in a checkpoint
+    #: the sites are what ``target_modules`` selects, and keys of files name them; else :meth:`find` has them
+    targeted: ClassVar[bool] = True
+    #: :meth:`rewrite` prepares the inputs of a forward, and doesn't rewrite a target: no place for it in a program
+    feeds: ClassVar[bool] = False
+    #: what an adapter does where :meth:`lower` can't say it, as ``a prompt adds tokens``: it can't be folded or
+    #: converted, and has no slot at its sites
+    unlowered: ClassVar[str] = ""
+    #: what of its kind only one can be active at a time, of all methods that say the same word: ``prompt``
+    alone: ClassVar[str] = ""
 
     def takes(self, config: AdapterConfig) -> bool:
         """Whether a config is this method's: methods may share a ``peft_type``, the first one that takes it has it."""
@@ -239,6 +246,10 @@ class Method(abc.ABC, Generic[C]):
     def resolve(self, config: C, model: nn.Module) -> None:
         """Fill in defaults that depend on the model; ``target_modules`` is done already."""
         return
+
+    def find(self, model: nn.Module, config: C) -> tuple[C, dict[str, SitePlan]]:
+        """The sites of a method that isn't ``targeted``, and the config with the model's numbers filled in."""
+        raise NotImplementedError(f"{self.name}: its sites are what target_modules selects")
 
     @abc.abstractmethod
     def plan(self, config: C, site: str, kind: Kind) -> SitePlan:
@@ -255,6 +266,15 @@ class Method(abc.ABC, Generic[C]):
     @abc.abstractmethod
     def initialise(self, config: C, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
         """Fill fresh parameters in place."""
+
+    def fresh(
+        self, config: C, plan: SitePlan, base: Base, *, device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """A fresh adapter's parameters at one site."""
+        shapes = self.shapes(config, plan)
+        parameters = {name: torch.empty(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
+        self.initialise(config, plan, parameters, base)
+        return parameters
 
     def shared(self, config: C, plans: Mapping[str, SitePlan]) -> dict[str, tuple[int, ...]]:
         """Name -> shape of what all sites of an adapter share, as VeRA's factors; the names of ``shared_keys``.
@@ -319,6 +339,10 @@ class Method(abc.ABC, Generic[C]):
         """A parameter's whole checkpoint key."""
         return f"{self.prefix}{join(plan.kind.host(site), *plan.wrapped * ('base_layer',), self.keys(plan.kind)[name])}"
 
+    def bare_keys(self) -> Collection[str]:
+        """The keys in PEFT's files that name no module."""
+        return self.shared_keys.values()
+
     def keep(self, plan: SitePlan, parameters: Mapping[str, Tensor], lowered: SlotValues) -> dict[str, Tensor]:
         """The parameters in memory that belongs to the adapter: views of ``lowered`` where that is exact."""
         return {name: value.detach().clone() for name, value in parameters.items()}
@@ -326,6 +350,24 @@ class Method(abc.ABC, Generic[C]):
     def stored(self, config: C, site: str, plan: SitePlan, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters as a checkpoint holds them."""
         return dict(parameters)
+
+    def stored_keys(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A file's tensors under the keys of today; of a method that isn't ``targeted``: whose keys name no modules."""
+        return tensors
+
+    def unfinished(self, sites: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What training goes on from and no checkpoint holds, since a checkpoint has what comes out of it."""
+        return {}
+
+    def resume(
+        self,
+        config: C,
+        plans: Mapping[str, SitePlan],
+        unfinished: Mapping[str, Tensor],
+        finished: Mapping[str, Mapping[str, Tensor]],
+    ) -> dict[str, dict[str, Tensor]] | None:
+        """The sites' parameters as :meth:`unfinished` had them; ``None`` where they don't give what is finished."""
+        return None
 
     def penalty(self, config: C, sites: Iterable[SiteAdapter]) -> Tensor | None:
         """A term that is added to the model's loss while the adapter trains; ``None``: there is none."""

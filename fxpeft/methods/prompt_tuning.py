@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxpeft.errors import AdapterError
-from fxpeft.methods.base import SitePlan
+from fxpeft.methods.base import Base, SitePlan
 from fxpeft.methods.prompts import PromptLearningConfig, PromptMethod
 
 
@@ -49,12 +49,12 @@ class PromptTuning(PromptMethod[PromptTuningConfig]):
     config_class = PromptTuningConfig
 
     def fresh(
-        self, model: nn.Module, config: PromptTuningConfig, plan: SitePlan, device: torch.device
+        self, config: PromptTuningConfig, plan: SitePlan, base: Base, *, device: torch.device, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        parameters = super().fresh(model, config, plan, device)
+        parameters = super().fresh(config, plan, base, device=device, dtype=dtype)
         if config.prompt_tuning_init == "RANDOM" or config.inference_mode:
             return parameters
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+        embeddings = base.module.get_input_embeddings()  # type: ignore[operator]
         if config.prompt_tuning_init == "SAMPLE_VOCAB":
             ids = torch.randint(0, embeddings.weight.shape[0], (len(parameters["embedding"]),))
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -30,6 +30,7 @@ WHOLE_MODEL = Kind(0, 0)  # no target: a forward as a whole has no linear algebr
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer")  # PEFT's names, in PEFT's order
 HIDDEN = ("hidden_size", "n_embd", "d_model")
+KEY = "prompt_embeddings"  # PEFT's, whatever the site
 HEADS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
 CLASSES = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
            "ForQuestionAnswering": "QUESTION_ANS"}  # fmt: skip
@@ -150,8 +151,11 @@ class PromptMethod(Method[P]):
     that prompt which is trained: its encoder is gone.
     """
 
-    whole: ClassVar[bool] = True
     prefix: ClassVar[str] = "base_model."
+    targeted: ClassVar[bool] = False
+    feeds: ClassVar[bool] = True
+    unlowered: ClassVar[str] = "a prompt adds tokens"
+    alone: ClassVar[str] = "prompt"
     in_cache: ClassVar[bool] = False
 
     def encoder(self, config: P, plan: PromptPlan) -> nn.Module | None:
@@ -162,8 +166,10 @@ class PromptMethod(Method[P]):
         """Width of the embedding that a fresh encoder reads."""
         return plan.width
 
-    def fresh(self, model: nn.Module, config: P, plan: SitePlan, device: torch.device) -> dict[str, Tensor]:
-        """First values, in float32; under one seed they are PEFT's."""
+    def fresh(
+        self, config: P, plan: SitePlan, base: Base, *, device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """First values, in float32 whatever the base's dtype; under one seed they are PEFT's."""
         assert isinstance(plan, PromptPlan)
         encoded = not config.inference_mode
         width = self.embedding_width(config, plan) if encoded else plan.width
@@ -172,7 +178,7 @@ class PromptMethod(Method[P]):
         encoder = self.encoder(config, plan) if encoded else None
         if encoder is not None:
             parameters |= {f"encoder.{name}": value.detach().float() for name, value in encoder.named_parameters()}
-        self.initialise(config, plan, parameters, Base(model))
+        self.initialise(config, plan, parameters, base)
         return {name: value.to(device) for name, value in parameters.items()}
 
     def part(
@@ -200,11 +206,35 @@ class PromptMethod(Method[P]):
     def stored(self, config: P, site: str, plan: SitePlan, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"embedding": self.prompt(config, plan, parameters)}
 
+    def stored_keys(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if f"{Method.prefix}{KEY}" not in tensors:  # as save_pretrained wrote prompts once
+            return tensors
+        return {key.removeprefix(Method.prefix): tensor for key, tensor in tensors.items()}
+
+    def unfinished(self, sites: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        (parameters,) = sites.values()
+        return dict(parameters) if len(parameters) > 1 else {}
+
+    def resume(
+        self,
+        config: P,
+        plans: Mapping[str, SitePlan],
+        unfinished: Mapping[str, Tensor],
+        finished: Mapping[str, Mapping[str, Tensor]],
+    ) -> dict[str, dict[str, Tensor]] | None:
+        ((site, own),) = finished.items()
+        given, prompt = self.prompt(config, plans[site], unfinished), own["embedding"]
+        same = given.shape == prompt.shape and torch.allclose(given, prompt.cpu().to(given.dtype), atol=1e-3)
+        return {site: dict(unfinished)} if same else None
+
     def key(self, site: str, plan: SitePlan, name: str) -> str:
-        return "prompt_embeddings"
+        return KEY
+
+    def bare_keys(self) -> Collection[str]:
+        return (KEY,)
 
     def keys(self, kind: Kind) -> dict[str, str]:
-        return {"embedding": "prompt_embeddings"}
+        return {"embedding": KEY}
 
     def shapes(self, config: P, plan: SitePlan) -> dict[str, tuple[int, ...]]:
         assert isinstance(plan, PromptPlan)

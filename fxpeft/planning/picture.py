@@ -27,7 +27,7 @@ def draw_plan(plan: PlanData, layer: int) -> Picture:
     """See :meth:`fxpeft.Plan.draw`."""
     if plan.flow is None:
         raise AdapterError("this plan has no data flow to draw: make it with fxpeft.plan(model, config)")
-    if method_of(plan.config).whole:
+    if method_of(plan.config).feeds:
         raise AdapterError(f"{type(plan.config).__name__} rewrites no site, so that there is none to draw")
     prefix, vertices = _layer(plan, plan.flow, layer)
     before = _drawing(plan.flow, vertices, prefix)

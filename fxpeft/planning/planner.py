@@ -102,8 +102,8 @@ def plan(
         _, dtype = placement(modules[host], model, autocast=True, leaf=site.kind.leaf)
         shapes = method.shapes(found.config, site)
         count = sum(map(math.prod, shapes.values()))
-        # a prompt adds tokens, not work per token; a parameter is updated once a call, whatever the tokens
-        flops = 0 if method.whole or site.kind.leaf else _flops(site, shapes.values())
+        # what feeds a forward adds no work per token; a parameter is updated once a call, whatever the tokens
+        flops = 0 if method.feeds or site.kind.leaf else _flops(site, shapes.values())
         alpha = None
         if hasattr(found.config, "lora_alpha"):
             own = getattr(found.config, "alpha_pattern", None) or {}
@@ -114,10 +114,10 @@ def plan(
                 site.rank, alpha, site.scaling, count, count * dtype.itemsize, flops,
             )
         )  # fmt: skip
-    subjects = [] if method.whole else subjects_of(modules, known)
+    subjects = subjects_of(modules, known) if method.targeted else []
     selector = found.config.selector() if subjects else None
     hosts = {site.kind.host(name) for name, site in found.sites.items()}
-    unread = {} if method.whole else {name: why for name in modules if name and (why := idle(name, modules))}
+    unread = {n: why for n in modules if n and (why := idle(n, modules))} if method.targeted else {}
     reasons = {
         subject.name: _why_not(config, selector, subject, modules[subject.name])
         for subject in subjects

@@ -135,7 +135,7 @@ def rewrites_of(
 def _plan(
     model: nn.Module, config: AdapterConfig, skipped: list[str], closed: Mapping[str, str], *, loading: bool = False
 ) -> AdapterPlan:
-    if (method := method_of(config)).whole:
+    if (method := method_of(config)).feeds:
         raise AdapterError(
             f"{method.name} prepares the inputs of a model's forward, and a program has none: add the adapter to the "
             "live model, then capture it"

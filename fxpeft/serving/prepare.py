@@ -147,7 +147,7 @@ def _declare(
     parameters: str | Pattern | Collection[str] | None,
 ) -> tuple[dict[str, Any], frozenset[str], frozenset[str]]:
     """Sites, modules and parameters of the adapters that are there and of those that were declared."""
-    kinds = {s: p.kind for a in adapters if not method_of(a.config).whole for s, p in a.plan.sites.items()}
+    kinds = {s: p.kind for a in adapters if not method_of(a.config).unlowered for s, p in a.plan.sites.items()}
     saved = {path for a in adapters for path in a.values.saved}
     tensors = {path for a in adapters for path in a.values.tensors}
     if targets is None and not parameters and set(methods) <= set(prompts_serving.PROMPT_METHODS):

@@ -87,7 +87,7 @@ def lower(slot: PromptSlot | None, adapter: Adapter) -> list[str]:
     """Finish an adapter's prompt for the slot; returns why it doesn't fit, if so."""
     method = method_of(adapter.config)
     if not isinstance(method, PromptMethod):
-        return []
+        return [f"{method.name}: has no slot: {method.unlowered}"] if method.unlowered else []
     site, plan = next(iter(adapter.plan.sites.items()))
     assert isinstance(plan, PromptPlan)
     name = method.name

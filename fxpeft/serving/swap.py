@@ -139,7 +139,7 @@ def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
             method that the slots were not declared for; all are named.
     """
     method, values = method_of(adapter.config), adapter.values
-    sites = {} if method.whole else values.sites
+    sites = {} if method.unlowered else values.sites
     biases, weights = ([p for p in values.tensors if p.endswith(".bias") is b] for b in (True, False))
     places: list[tuple[str, Iterable[str], Collection[str]]] = [
         ("declare it in targets, or in target_parameters where it is a parameter", sites, serving.kinds),
@@ -149,7 +149,7 @@ def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
     ]
     problems = [f"{n}: has no slot; {how}" for how, own, slots in places for n in own if n not in slots]
     needed = method.declared(adapter.config)
-    if needed not in serving.methods and not method.whole:
+    if needed not in serving.methods and not method.unlowered:
         problems.append(f"its method, {needed}: declare methods={(*serving.methods, needed)}")
     lowered: dict[str, SlotValues] = {}
     problems += prompts_serving.lower(serving.prompts, adapter)
@@ -184,7 +184,7 @@ def settle(adapter: Adapter) -> Adapter:
         own[site] = v._replace(a=a, b=b)
     Copies(pair for site, v in adapter.lowered.items() for pair in zip(own[site][:2], v[:2], strict=True)).run()
     sites = {site: method.keep(adapter.plan.sites[site], values.sites[site], own[site]) for site in own}
-    adapter.values = values.clone() if method.whole else replace(values.clone(sites=False), sites=sites)
+    adapter.values = values.clone() if method.unlowered else replace(values.clone(sites=False), sites=sites)
     adapter.lowered, adapter.copies, adapter.settled = own, None, True
     return adapter
 

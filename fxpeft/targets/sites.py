@@ -17,7 +17,6 @@ from fxpeft.errors import AdapterError, listing, short
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SitePlan
 from fxpeft.methods.config import AdapterConfig, matching
-from fxpeft.methods.prompts import PromptMethod
 from fxpeft.model.reads import idle
 from fxpeft.model.walk import base_modules, base_state, embedding_layer
 from fxpeft.passes.base import PassError, join
@@ -72,7 +71,7 @@ def make_plan(
         AdapterError: no site was found, a pattern matches nothing, or a target can't be rewritten.
     """
     modules, method = dict(base_modules(model)), method_of(config)
-    if isinstance(method, PromptMethod):
+    if not method.targeted:
         config, whole = method.find(model, config)
         config = _with_heads(config, heads)
         return AdapterPlan(config, whole, _saved(modules, config, of_file))

@@ -48,8 +48,8 @@ def convert(
     new_name = f"{name}_lora" if new_name is None else new_name
     check_name(model, new_name)
     state.check_unfolded([name], "it can't be converted")
-    if method_of(adapter.config).whole:
-        raise AdapterError(f"adapter {name!r}: a prompt adds tokens, which no LoRA does")
+    if unlowered := method_of(adapter.config).unlowered:
+        raise AdapterError(f"adapter {name!r}: {unlowered}, which no LoRA does")
     if to != "lora":
         raise AdapterError(f"to: expected 'lora', found {to!r}")
     if rank is not None and rank <= 0:

@@ -328,6 +328,10 @@ def test_values_are_overwritten_and_filled_later() -> None:
     fxpeft.load_adapter_state_dict(model, tensors)
     close(output(model), expected)
     assert all(a is b for a, b in zip(held, shared_in(model).values(), strict=True))
+    seeded = adapted(config(), 7)
+    with pytest.warns(UserWarning, match=r"base_model\.pair_A, base_model\.pair_B are left out"):
+        fxpeft.load_adapter_state_dict(seeded, tensors)
+    close(output(seeded), expected)
     empty = tiny_llama()
     fxpeft.inject(empty, None, config(save_projection=True), empty=True)
     assert all(t.is_meta for t in shared_in(empty).values())

@@ -38,9 +38,9 @@ def held_adapter(model: nn.Module, name: str, state_dict: Mapping[str, Tensor] |
 
 
 def without_prefix(adapter: Adapter) -> dict[str, Tensor]:
-    """An adapter's tensors as Transformers keys them; a prompt's keys have no such prefix, in PEFT neither."""
+    """An adapter's tensors as Transformers keys them; keys with another prefix stay, as those of prompts do in PEFT."""
     tensors = adapter_tensors(adapter)
-    if method_of(adapter.config).whole:
+    if method_of(adapter.config).prefix != Method.prefix:
         return tensors
     return {key.removeprefix(Method.prefix): value for key, value in tensors.items()}
 

@@ -234,7 +234,7 @@ def _named(plan: AdapterPlan, key: str, name: str) -> str:
 
 def check_injectable(config: AdapterConfig) -> None:
     """Refuse prompt learning, as Transformers does: it is no adapter of a model's modules."""
-    if method_of(config).whole:
+    if not method_of(config).targeted:
         raise AdapterError(
             f"{config.peft_type}: Transformers' adapter methods don't take prompt learning; use fxpeft.add_adapter and "
             "fxpeft.load_adapter"

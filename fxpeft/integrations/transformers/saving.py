@@ -26,7 +26,7 @@ from fxpeft.methods import method_of
 from fxpeft.model.wrappers import plain_name
 from fxpeft.passes.live import Container
 
-ENCODER = "prompt_encoder.safetensors"  # a prompt in training, of which PEFT's format has only what comes out
+UNFINISHED = "prompt_encoder.safetensors"  # what comes out of it is all that PEFT's format has
 USED = ("save_directory", "is_main_process", "state_dict", "push_to_hub", "token", "save_peft_format")
 
 
@@ -58,20 +58,18 @@ def base_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     return {plain_name(key): value for key, value in model.state_dict().items() if not key.startswith(own)}
 
 
-def encoder_of(adapter: Adapter) -> dict[str, Tensor]:
-    """The parameters of a prompt that is trained with an encoder, by which training goes on; else empty."""
-    if not method_of(adapter.config).whole:
-        return {}
-    (parameters,) = adapter.current().sites.values()
-    return {key: value.cpu().contiguous() for key, value in parameters.items()} if len(parameters) > 1 else {}
+def unfinished(adapter: Adapter) -> dict[str, Tensor]:
+    """What an adapter's training goes on from beside its files, as a prompt's encoder; else empty."""
+    found = method_of(adapter.config).unfinished(adapter.current().sites)
+    return {key: value.cpu().contiguous() for key, value in found.items()}
 
 
-def write_encoder(folder: Path, encoder: dict[str, Tensor]) -> None:
-    """Write what :func:`encoder_of` gave beside an adapter's files, or take the one of an earlier save away."""
-    if encoder:
-        replace_files({folder / ENCODER: save_tensors(encoder)})
+def write_unfinished(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write what :func:`unfinished` gave beside an adapter's files, or take the file of an earlier save away."""
+    if tensors:
+        replace_files({folder / UNFINISHED: save_tensors(tensors)})
     else:
-        (folder / ENCODER).unlink(missing_ok=True)
+        (folder / UNFINISHED).unlink(missing_ok=True)
 
 
 def _save(
@@ -104,14 +102,14 @@ def _save(
     prefix = method_of(adapter.config).prefix
     for key, tensor in embedding_tensors(model, adapter).items():
         tensors[key if save_peft_format else key.removeprefix(prefix)] = tensor
-    encoder = encoder_of(adapter)
+    more = unfinished(adapter)
     if not model.should_save_on_this_rank(is_main_process):
         return
     folder.mkdir(parents=True, exist_ok=True)
     if push_to_hub:
         target = hf_api().create_repo(repo_id or folder.name, exist_ok=True, token=token, **create).repo_id
         timestamps = model._get_files_timestamps(folder)
-    write_encoder(folder, encoder)
+    write_unfinished(folder, more)
     checkpoint.write(folder, model, adapter.config, tensors)
     if push_to_hub:
         if not (folder / CARD).is_file():  # the user's own text stays

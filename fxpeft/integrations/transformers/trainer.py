@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import HubStrategy
@@ -22,9 +21,9 @@ from fxpeft.adapters.state import Adapter, declared_modules, state_of
 from fxpeft.checkpoint.layouts import in_layout_of
 from fxpeft.integrations.transformers.held import only_active
 from fxpeft.integrations.transformers.model_state import adapters_of, logger
-from fxpeft.integrations.transformers.saving import ENCODER, encoder_of
+from fxpeft.integrations.transformers.saving import UNFINISHED, unfinished
 from fxpeft.methods import method_of
-from fxpeft.methods.prompts import PromptMethod
+from fxpeft.methods.values import Values
 from fxpeft.model.wrappers import unwrap
 
 FILES = (checkpoint.CONFIG, checkpoint.WEIGHTS)
@@ -39,33 +38,29 @@ def restore(model: PreTrainedModel, folder: str | Path) -> None:
     adapter = state_of(model).get(only_active(model))
     found = in_layout_of(model, checkpoint.read(folder))
     values = checkpoint.assign(model, adapter.plan, found, declared=declared_modules(model))
-    encoder = encoder_of(adapter)
-    if encoder:
-        ((site, finished),) = values.sites.items()
-        stored = _encoder_in(Path(folder), adapter, site, finished["embedding"])
-        if stored is None or any(stored[key].shape != value.shape for key, value in encoder.items()):
+    if before := unfinished(adapter):
+        sites = _resumed(Path(folder), adapter, before, values)
+        if sites is None:
             logger.warning(
-                f"{folder} holds the finished prompt of adapter {adapter.name!r} and not the encoder that it comes out "
-                "of: the prompt itself takes its place, and is what is trained from here on."
+                f"{folder} holds the finished {method_of(adapter.config).alone or 'values'} of adapter "
+                f"{adapter.name!r} and not what it comes out of: the finished one takes its place, and is what is "
+                "trained from here on."
             )
             replace_attached(model, state_of(model), Adapter(adapter.name, adapter.plan, values))
             return
-        values.sites[site] = stored
+        values.sites = sites
     overwrite(adapter, values)
 
 
-def _encoder_in(folder: Path, adapter: Adapter, site: str, prompt: Tensor) -> dict[str, Tensor] | None:
-    """A prompt's encoder as :data:`ENCODER` holds it; ``None`` where none is there that gives this very prompt."""
-    path = folder / ENCODER
-    if not path.is_file():
+def _resumed(
+    folder: Path, adapter: Adapter, before: dict[str, Tensor], values: Values
+) -> dict[str, dict[str, Tensor]] | None:
+    """The sites as :data:`UNFINISHED` holds them; ``None`` where none is there that gives these very values."""
+    path = folder / UNFINISHED
+    stored = checkpoint.read_safetensors(path) if path.is_file() else {}
+    if {name: t.shape for name, t in stored.items()} != {name: t.shape for name, t in before.items()}:
         return None
-    stored, method = checkpoint.read_safetensors(path), method_of(adapter.config)
-    assert isinstance(method, PromptMethod)
-    if stored.keys() != adapter.values.sites[site].keys():
-        return None
-    given = method.prompt(adapter.config, adapter.plan.sites[site], stored)
-    same = given.shape == prompt.shape and torch.allclose(given, prompt.cpu().to(given.dtype), atol=1e-3)
-    return stored if same else None
+    return method_of(adapter.config).resume(adapter.config, adapter.plan.sites, stored, values.sites)
 
 
 def _adapted(trainer: Trainer, model: Any, folder: str | Path | None) -> tuple[PreTrainedModel, Path] | None:
