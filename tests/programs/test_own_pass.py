@@ -189,6 +189,7 @@ def compiled_anew(mine: BackendPass | None) -> tuple[Tensor, dict[str, int]]:
     }
 
 
+@pytest.mark.slow
 def test_caches_on_disk_know_the_pass() -> None:
     """The uuid is a part of the key also where the graphs are alike; without one nothing is kept."""
     with fresh_cache():
@@ -212,6 +213,7 @@ def test_caches_on_disk_know_the_pass() -> None:
 # --- the example ---
 
 
+@pytest.mark.slow
 def test_the_example() -> None:
     done = subprocess.run([sys.executable, str(EXAMPLE)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
