@@ -80,12 +80,11 @@ def read_otherwise(graph_module: GraphModule, sites: Collection[str]) -> dict[st
     return found
 
 
-def _readers(node: Node) -> Iterator[Node]:
-    """What computes with a node, past the views of it."""
-    for user in node.users:
-        view = view_of(user)
-        if view.node is node:
-            yield from _readers(user)
+def _readers(read: Node, view: Node | None = None) -> Iterator[Node]:
+    """What computes with what a node reads, past the views of it."""
+    for user in (view or read).users:
+        if view_of(user).node is read:
+            yield from _readers(read, user)
         else:
             yield user
 

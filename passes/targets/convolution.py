@@ -6,33 +6,20 @@ for that rank and no other. A product asks for none, and costs what the rank in 
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import Proxy
+
+from fxpeft.passes.targets.one_node import one_node
 
 FEW = 8  # input channels below which patches are smaller than what the products of a usual rank make
 
 
-def _one_node(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Called on a proxy the function is one node of its graph; on tensors, fake ones too, it is its code."""
-
-    @functools.wraps(function)
-    def call(x: Tensor, *args: Any) -> Tensor:
-        if isinstance(x, Proxy):
-            made: Any = x.tracer.create_proxy("call_function", call, (x, *args), {})
-            return made
-        return function(x, *args)
-
-    return call
-
-
-@_one_node
+@one_node
 def mix(x: Tensor, weight: Tensor, spatial: int) -> Tensor:
     """A convolution with a kernel of ones: ``[..., in, *sizes]`` and ``[out, in]`` to ``[..., out, *sizes]``.
 
@@ -42,7 +29,7 @@ def mix(x: Tensor, weight: Tensor, spatial: int) -> Tensor:
     return _unflatten(torch.matmul(weight, x.flatten(-spatial)), -1, x.shape[-spatial:])
 
 
-@_one_node
+@one_node
 def convolve(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
     """``F.conv1d`` / ``conv2d`` / ``conv3d`` without a bias or groups.
 

@@ -129,6 +129,25 @@ def test_a_folder_of_peft_goes_into_a_program(
     assert fxpeft.rewrite(rewritten, tmp_path) is rewritten
 
 
+def test_a_grouped_product_of_torch_in_bfloat16(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    # the model's own products want widths of 8
+    model = tf.MixtralForCausalLM(tf.MixtralConfig(**{**DECODER, "intermediate_size": 40})).eval().to(torch.bfloat16)
+    peer = saved(model, tmp_path, rank_pattern={"down_proj": 9})
+    program = exported(model)
+    assert "aten._grouped_mm.default" in text(program)
+    rewritten = fxpeft.rewrite(program, tmp_path)
+    found, expected, bare = logits(rewritten.module()), logits(peer), logits(model)
+    assert (expected - bare).abs().max() > 0.5
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
+    assert text(fxpeft.eject(rewritten)) == text(program)
+    assert fxpeft.rewrite(program, Slots([], max_rank=6, parameters=EXPERTS)) is not program
+    with pytest.raises(
+        AdapterError, match=r"a number of ranks that changes .* multiples of 16 bytes; use rank='static'"
+    ):
+        fxpeft.rewrite(program, Slots([], max_rank=6, parameters=EXPERTS, rank="dynamic"))
+
+
 def test_only_some_are_taken_out(tmp_path: Path) -> None:
     model = mixtral()
     saved(model, tmp_path)
@@ -280,6 +299,42 @@ def _fill(buffers: dict[str, Tensor], live: nn.Module, config: LoraConfig) -> No
         a, b = kind.ranks(tensors[f"{place}lora_A"]), kind.rows(tensors[f"{place}lora_B"])
         for name, value in (("a", a), ("b", b), ("d", torch.full((own.rank,), own.scaling))):
             buffers[f"slot.{site}.{name}"].zero_()[: own.rank].copy_(value)
+
+
+class Chosen(Stacks):
+    """An expert for each token, as ``batched_mm`` does it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Takes ``[tokens, size]``."""
+        experts = x.abs().sum(-1).long() % 3
+        h = torch.bmm(self.up.transpose(1, 2)[experts], x.unsqueeze(-1))
+        return torch.bmm(self.down.transpose(1, 2)[experts], torch.tanh(h)).squeeze(-1)
+
+
+@pytest.mark.slow
+def test_compiled_slots_take_every_rank_without_compiling_again() -> None:
+    torch.manual_seed(0)
+    model, x = nn.ModuleDict({"all": Stacks(), "chosen": Chosen()}), torch.randn(6, 5)
+    model.forward = lambda x: model["all"](x) + model["chosen"](x)  # type: ignore[method-assign]
+    program = torch.export.export(model, (x,), strict=False)
+    run = fxpeft.rewrite(program, Slots([], max_rank=20, rank="dynamic", parameters=["up", "down"])).module()
+    buffers = {n.removeprefix("slot."): b for n, b in run.named_buffers()}
+    randomise(buffers.values())
+    compiled = torch.compile(run)
+    for count, rank in enumerate((4, 2, 20, 17)):
+        live = copy.deepcopy(model)
+        for site in ("all.up", "all.down", "chosen.up", "chosen.down"):
+            a, b, d = (buffers[f"{site}.{name}"][:rank] for name in "abd")
+            with torch.no_grad():
+                live.get_parameter(site).add_(torch.einsum("rei,reo,r->eio", a, b, d))
+        carrier = torch.zeros(rank, dtype=torch.uint8)
+        if not count:
+            torch._dynamo.mark_dynamic(carrier, 0)
+        with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=count > 0):
+            found = compiled(x, active_rank=carrier)
+        expected = live["all"](x) + live["chosen"](x)  # type: ignore[operator]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert (expected - model(x)).abs().max() > 0.1
 
 
 # --- refused ---

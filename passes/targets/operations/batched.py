@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxpeft.passes.base import node_of
+from fxpeft.passes.base import PassError, node_of
 from fxpeft.passes.targets.kinds import Kind
+from fxpeft.passes.targets.one_node import one_node
 from fxpeft.passes.targets.operations.parameter import ParameterKind
 from fxpeft.passes.targets.operations.spec import OpSpec, Places
 from fxpeft.passes.targets.reading import Unsupported, Weight, argument, read_path, value_of, view_of
@@ -100,21 +102,40 @@ class Grouped(Batched):
     """Rows ``[tokens, in]``, sorted by expert, times a stack; ``picks`` are the ends of the experts' rows.
 
     Args:
-        product: while a graph is rewritten, the operation itself, which the factors are applied with too.
+        product: while a graph is rewritten, the operation itself, which the factors are applied with too, in the
+            input's dtype: kernels of grouped products take no other.
     """
 
     product: Callable[..., Any] | None = None
 
     def reduce_rows(self, x: Tensor, a: Tensor) -> Tensor:
-        return self._product(x.type_as(a), a.permute(1, 2, 0))
+        return self._product(x, a.permute(1, 2, 0))
 
     def expand_rows(self, h: Tensor, b: Tensor) -> Tensor:
+        if self.product is aten._grouped_mm.default:
+            h, b = aligned(h, -1), aligned(b.type_as(h), 0)
         return self._product(h, b.transpose(0, 1))
 
     def _product(self, x: Tensor, stack: Tensor) -> Tensor:
         assert self.product is not None
-        out: Tensor = self.product(x, stack, self.picks)
+        out: Tensor = self.product(x, stack.type_as(x), offs=self.picks)
         return out
+
+
+@one_node
+def aligned(x: Tensor, ranks: int) -> Tensor:
+    """Zeros after the ranks, along that dimension: torch's grouped product takes rows of a multiple of 16 bytes only.
+
+    Raises:
+        PassError: the number of ranks is symbolic.
+    """
+    missing = -x.shape[ranks] % (16 // x.element_size())
+    if not isinstance(missing, int):
+        raise PassError(
+            "a number of ranks that changes from call to call is nothing for torch's grouped product of experts, whose "
+            "rows are multiples of 16 bytes; use rank='static', or export with experts_implementation='batched_mm'"
+        )
+    return F.pad(x, [0, 0] * (x.ndim - 1 if ranks == 0 else 0) + [0, missing])
 
 
 def _is_stack(graph_module: GraphModule, operand: Any) -> bool:
@@ -205,9 +226,12 @@ BATCHED = OpSpec(
     bind=_bind,
     stub=_stub,
 )
-GROUPED = OpSpec(  # what transformers' grouped_mm exports as, wherever the dtype is not bfloat16
+GROUPED = OpSpec(
     kind=Grouped,
-    calls={"transformers.grouped_mm_fallback.default": Places(bias=None)},
+    calls={
+        aten._grouped_mm.default: Places(weight=(1, "mat2"), bias=None),
+        "transformers.grouped_mm_fallback.default": Places(bias=None),  # in the place of it, but for bfloat16
+    },
     read=_read_grouped,
     bind=_bind_grouped,
     stub=_stub,
