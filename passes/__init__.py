@@ -30,6 +30,8 @@ from fxpeft.passes.targets import (
     Role,
     RolePass,
     Target,
+    Unsupported,
+    Weight,
     declare,
     layers,
     pattern,
@@ -42,6 +44,6 @@ __all__ = [
     "FeedPass", "FoldInactivePass", "GraphPass", "Group", "GroupPass", "InjectPass", "Kind", "LiftPass", "Linear",
     "MatchPass", "NameSelector", "OpSpec", "ParameterKind", "PassError", "Pattern", "PatternError", "Pipeline",
     "Places", "ReadPass", "RedirectPass", "Report", "Rewrite", "RewriteResult", "Role", "RolePass", "Skip",
-    "SlotTensor", "Target", "declare", "forward_text", "graph_text", "layers", "pattern", "register_operation",
-    "role",
+    "SlotTensor", "Target", "Unsupported", "Weight", "declare", "forward_text", "graph_text", "layers", "pattern",
+    "register_operation", "role",
 ]  # fmt: skip

@@ -15,11 +15,12 @@ from fxpeft.passes.targets.operations import (
     register_operation,
 )
 from fxpeft.passes.targets.patterns import layers, pattern, role
+from fxpeft.passes.targets.reading import Unsupported, Weight
 from fxpeft.passes.targets.roles import Role, RolePass, declare
 from fxpeft.passes.targets.terms import Pattern, PatternError, Subject
 
 __all__ = [
     "OPERATIONS", "Conv", "Embedding", "Kind", "Linear", "MatchPass", "NameSelector", "OpSpec", "ParameterKind",
-    "Pattern", "PatternError", "Places", "Role", "RolePass", "Subject", "Target", "declare", "flow_of", "layers",
-    "pattern", "register_operation", "role",
+    "Pattern", "PatternError", "Places", "Role", "RolePass", "Subject", "Target", "Unsupported", "Weight", "declare",
+    "flow_of", "layers", "pattern", "register_operation", "role",
 ]  # fmt: skip

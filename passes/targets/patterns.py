@@ -8,7 +8,7 @@
 | --- | --- |
 | ``name:GLOB`` | the whole name; ``*`` is (a piece of) one part, ``**`` any number of parts, ``{q,v}`` either |
 | ``re:REGEX`` | the whole name; a ``|`` has to stand in parentheses |
-| ``kind:KIND`` | ``linear``, ``embedding``, ``conv``, ``conv1d``, ``conv2d``, ``conv3d`` |
+| ``kind:KIND`` | ``linear``, ``embedding``, ``conv``, ``conv1d``, ``conv2d``, ``conv3d``, ``parameter`` |
 | ``class:CLASS`` | a module of that class or a subclass, and all that lies in one; a glob |
 | ``layers[4:-2]`` | the layer's index, as Python slices it: ``layers[-1]``, ``layers[::2]``, ``layers[0,3]`` |
 | ``in=4096``, ``out<512`` | features; ``=``, ``!=``, ``<``, ``<=``, ``>``, ``>=`` |

@@ -24,13 +24,13 @@ from fxpeft.passes import (
     MatchPass,
     OpSpec,
     Places,
+    Weight,
     pattern,
     register_operation,
 )
 from fxpeft.passes.live import kind_of
 from fxpeft.passes.meta import TARGET
 from fxpeft.passes.targets.operations.registry import kind_names, module_operation, operation_named, operation_of_kind
-from fxpeft.passes.targets.reading import Weight
 
 KINDS = [
     Linear(5, 7),
@@ -104,6 +104,9 @@ class HalvedKind(Kind):
     """Half of a linear."""
 
     name = family = "halved"
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return super().apply(x, weight) / 2
 
     def reduce(self, x: Tensor, a: Tensor) -> Tensor:
         return super().reduce(x, a) / 2
