@@ -55,6 +55,8 @@ class _Bridge(ABCMeta):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
+        *,
+        torch_device: object = None,
         **kwargs: Any,
     ) -> PeftModel:
         """Load an adapter into a model and give it PEFT's methods.
@@ -63,7 +65,8 @@ class _Bridge(ABCMeta):
             model_id: a folder, or an id on the hub.
             is_trainable: train it further; the model is put in evaluation mode otherwise.
             config: takes the place of the file's; one of fxpeft's or of PEFT's.
-            ephemeral_gpu_offload, low_cpu_mem_usage: accepted; nothing is ever held twice.
+            ephemeral_gpu_offload, low_cpu_mem_usage, torch_device: accepted; nothing is ever held twice, and an adapter
+                lives beside its modules.
             kwargs: more arguments of :func:`fxpeft.load_adapter`, ``subfolder``, ``revision`` and ``token`` among them.
 
         Raises:
@@ -339,6 +342,9 @@ def _bridged(base: type[nn.Module]) -> type[nn.Module]:
 def _enter(model: nn.Module) -> PeftModel:
     if not isinstance(model, PeftModel):
         _change_class(model, _bridged(base_class(model)))
+    checkpoints = getattr(model, "is_gradient_checkpointing", False)
+    if checkpoints and not getattr(model, "_require_grads_hooks", None):  # Transformers asks for text models alone
+        model.enable_input_require_grads()  # type: ignore[operator]
     assert isinstance(model, PeftModel)
     return model
 

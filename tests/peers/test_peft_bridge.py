@@ -17,7 +17,14 @@ from picture import assert_same, picture
 from safetensors.torch import load_file
 from tiny import VOCABULARY, randomise, tiny_bert, tiny_llama, token_ids
 from torch import Tensor, nn
-from transformers import BertForSequenceClassification, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    BertForSequenceClassification,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import fxpeft
 from fxpeft.integrations import peft as bridge
@@ -334,6 +341,40 @@ def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:
         bridged(IDS, adapter_names=["default"] * len(IDS))
     with pytest.raises(ValueError, match="not present"):
         bridged.delete_adapter("x")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("first", [False, True], ids=["after", "before"])
+def test_gradient_checkpoints_that_are_switched_on_before_or_after(reentrant: bool, first: bool) -> None:
+    grads = []
+    for library, config in ((bridge, fxpeft.LoraConfig), (peft, peft.LoraConfig)):
+        model = tiny_llama()
+        options = {"use_reentrant": reentrant}
+        if first:
+            model.gradient_checkpointing_enable(options)
+        model = library.get_peft_model(model, config(**LORA))
+        for key, value in sorted(lora(model, "default").items()):
+            randomise([value], seed=sum(map(ord, key)))
+        if not first:
+            model.gradient_checkpointing_enable(options)
+        model.train()(IDS, labels=IDS).loss.backward()
+        grads.append([p.grad for _, p in sorted(model.named_parameters()) if p.requires_grad])
+    assert len(grads[0]) == len(grads[1]) == 8
+    for one, other in zip(*grads, strict=True):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_reentrant_checkpoints_of_a_model_that_takes_no_ids() -> None:
+    sizes = {"hidden_size": 24, "intermediate_size": 36, "image_size": 8, "patch_size": 4, "num_labels": 3}
+    for library, config in ((bridge, fxpeft.LoraConfig), (peft, peft.LoraConfig)):
+        model = ViTForImageClassification(ViTConfig(num_hidden_layers=2, num_attention_heads=4, **sizes))
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model = library.get_peft_model(model, config(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        model.train()(pixel_values=torch.randn(2, 3, 8, 8)).logits.sum().backward()
+        trained = [p.grad for p in model.parameters() if p.requires_grad]
+        assert len(trained) == 4
+        assert all(grad is not None and grad.abs().max() > 0 for grad in trained)
 
 
 def test_where_it_differs(tmp_path: Path) -> None:
