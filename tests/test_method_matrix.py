@@ -109,7 +109,7 @@ CASES = {
         lambda: fxpeft.PromptEncoderConfig(num_virtual_tokens=VIRTUAL, encoder_hidden_size=9), "p_tuning", True
     ),
     "prefix tuning": Case(lambda: fxpeft.PrefixTuningConfig(num_virtual_tokens=VIRTUAL), "prefix_tuning", True),
-    "[your own](examples/own_method.py)": Case(
+    "[VeRA](examples/own_method.py)": Case(
         lambda: OWN.OwnConfig(r=5, target_modules=["first", "second"]), "own"
     ),
 }  # fmt: skip
