@@ -20,7 +20,6 @@ from torch.utils import _pytree as pytree
 from fxpeft.adapters.state import find_state
 from fxpeft.errors import AdapterError, listing
 from fxpeft.files import make_folder, replacing
-from fxpeft.methods import slot_needs
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.model.fingerprint import fingerprint
@@ -32,12 +31,12 @@ from fxpeft.model.wrappers import submodule, unwrap
 from fxpeft.passes.base import PassError
 from fxpeft.passes.live import base_weight, kind_of
 from fxpeft.passes.meta import LIFTED
-from fxpeft.passes.slots.slot import CARRIER, LEAST
+from fxpeft.passes.slots.slot import CARRIER
 from fxpeft.programs.exported import USER
 from fxpeft.programs.inputs import describe, without_gaps
 from fxpeft.programs.rewrites import Slots
 from fxpeft.programs.rewriting import rewrite
-from fxpeft.serving.prompts import PROMPT_METHODS
+from fxpeft.serving.declared import check_slots
 from fxpeft.targets.sites import make_plan
 
 MANIFEST = "fxpeft.json"
@@ -76,9 +75,7 @@ def package(
         AdapterError: the model has adapters, or something is declared that can't be packaged.
     """
     model, path = unwrap(model), Path(path)
-    known = [name for name in slot_needs() if name not in PROMPT_METHODS]
-    if isinstance(methods, str) or any(m not in known for m in methods):
-        raise AdapterError(f"methods: expected a sequence of some of {', '.join(known)}, found {methods!r}")
+    check_slots(methods, max_rank, rank, at_targets=True)
     if path.suffix != ".pt2":
         raise AdapterError(f"path: expected a name that ends in .pt2, found {path}")
     if find_state(model) is not None:
@@ -87,7 +84,7 @@ def package(
         raise AdapterError("the model is in training mode, and a package serves: call model.eval() first")
     if torch._inductor.config.freezing or (options or {}).get("freezing"):
         raise AdapterError("Inductor's freezing folds slots into constants, so swaps would have no effect")
-    sites = _sites(model, targets, max_rank)
+    sites = _sites(model, targets)
     args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
     args, kwargs = without_gaps((args, kwargs))
     with torch.no_grad():
@@ -104,9 +101,7 @@ def package(
     return path
 
 
-def _sites(model: nn.Module, targets: str | Collection[str] | AdapterConfig | None, max_rank: int) -> list[str]:
-    if max_rank < LEAST:
-        raise AdapterError(f"max_rank: expected at least {LEAST}, found {max_rank}")
+def _sites(model: nn.Module, targets: str | Collection[str] | AdapterConfig | None) -> list[str]:
     if isinstance(targets, AdapterConfig):
         if wanted := getattr(targets, "target_parameters", None):
             raise AdapterError(

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from fxpeft import checkpoint
 from fxpeft.adapters.values import fresh_values, placed
 from fxpeft.errors import AdapterError, listing
-from fxpeft.methods import method_of, slot_needs
+from fxpeft.methods import method_of
 from fxpeft.methods.base import SharedPart, SiteAdapter, SitePlan
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.model.skeleton import skeleton
 from fxpeft.passes.meta import TARGET
 from fxpeft.passes.rewrite.inject import Rewrite
-from fxpeft.passes.slots.slot import LEAST, Slot
+from fxpeft.passes.slots.slot import Slot
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.match import Target
 from fxpeft.passes.targets.operations.batched import Batched
@@ -29,6 +29,7 @@ from fxpeft.passes.targets.operations.parameter import ParameterKind
 from fxpeft.passes.targets.patterns import from_peft
 from fxpeft.passes.targets.terms import Subject
 from fxpeft.programs.sites import Found
+from fxpeft.serving.declared import check_slots
 from fxpeft.targets.sites import AdapterPlan, make_plan
 
 Rewrites = dict[str, list[Rewrite]]
@@ -54,17 +55,9 @@ class Slots:
     rank: Literal["static", "dynamic"] = "static"
     parameters: str | Collection[str] | None = None
 
-    def features(self) -> set[str]:
+    def features(self) -> frozenset[str]:
         """The gains and shifts that the methods need."""
-        known = slot_needs()
-        unknown = [m for m in self.methods if m not in known]
-        if unknown or isinstance(self.methods, str):
-            raise AdapterError(f"methods: expected a sequence of some of {', '.join(known)}, found {self.methods!r}")
-        if self.max_rank < LEAST:
-            raise AdapterError(f"max_rank: expected at least {LEAST}, found {self.max_rank}")
-        if self.rank not in ("static", "dynamic"):
-            raise AdapterError(f"rank: expected 'dynamic' or 'static', found {self.rank!r}")
-        return {feature for m in self.methods for feature in known[m]}
+        return check_slots(self.methods, self.max_rank, self.rank, at_targets=True)
 
 
 def rewrites_of(

@@ -15,15 +15,16 @@ from fxpeft.adapters.lock import TIMEOUT
 from fxpeft.adapters.penalty import unwatch_loss
 from fxpeft.adapters.state import Adapter, drop_state, ensure_state, find_state, is_prepared
 from fxpeft.errors import AdapterError
-from fxpeft.methods import method_of, slot_needs
+from fxpeft.methods import method_of
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import PassError
-from fxpeft.passes.slots.slot import LEAST, ActiveRank
+from fxpeft.passes.slots.slot import ActiveRank
 from fxpeft.passes.targets.terms import Pattern
 from fxpeft.serving import prompts as prompts_serving
 from fxpeft.serving.base_loads import watch_loads
 from fxpeft.serving.binding import bind_slots
+from fxpeft.serving.declared import check_slots
 from fxpeft.serving.guard import ModelLock, drain, guard_forwards, unguard_forwards
 from fxpeft.serving.release import leave_slots
 from fxpeft.serving.swap import Serving, activate, check_gains, check_ranks, lower, settle
@@ -74,15 +75,7 @@ def prepare_hotswap(
         LockTimeout: a forward of another thread went on for longer than ``lock_timeout``; nothing was changed.
     """
     model = unwrap(model)
-    known = slot_needs()
-    unknown = [m for m in methods if m not in known]
-    if isinstance(methods, str) or unknown:
-        found = repr(methods) if isinstance(methods, str) else ", ".join(unknown)
-        raise AdapterError(f"methods: expected a sequence of some of {', '.join(known)}, found {found}")
-    if max_rank < LEAST:
-        raise AdapterError(f"max_rank: expected at least {LEAST}, found {max_rank}")
-    if rank not in ("dynamic", "static"):
-        raise AdapterError(f"rank: expected 'dynamic' or 'static', found {rank!r}")
+    check_slots(methods, max_rank, rank)
     if torch._inductor.config.freezing:
         raise AdapterError("torch._inductor.config.freezing folds slots into constants, so swaps would have no effect")
     existing = find_state(model)
@@ -150,7 +143,7 @@ def _declare(
     kinds = {s: p.kind for a in adapters if not method_of(a.config).unlowered for s, p in a.plan.sites.items()}
     saved = {path for a in adapters for path in a.values.saved}
     tensors = {path for a in adapters for path in a.values.tensors}
-    if targets is None and not parameters and set(methods) <= set(prompts_serving.PROMPT_METHODS):
+    if targets is None and not parameters and prompts_serving.prompt_methods().keys() >= set(methods):
         if bias != "none":
             raise AdapterError(f"bias: expected 'none' with {', '.join(methods)}: prompts bring none; found {bias!r}")
         saved.update(saved_modules(model, modules_to_save))

@@ -7,6 +7,7 @@ no prompt at all, is another length: the model then runs its own forward, with a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,10 @@ from fxpeft.model.placement import placement
 from fxpeft.model.wrappers import submodule
 from fxpeft.passes.live import Container, feed_module, is_bound, unbind
 
-PROMPT_METHODS = {method.name: method for method in METHODS if isinstance(method, PromptMethod)}
+
+def prompt_methods() -> dict[str, PromptMethod[Any]]:
+    """The methods that share the slot of a prompt, by name."""
+    return {method.name: method for method in METHODS if isinstance(method, PromptMethod)}
 
 
 class PromptSlot(Container):
@@ -57,10 +61,11 @@ def declare(
         AdapterError: both kinds of prompt, no length, or a model that takes none.
     """
     own = [(site, plan) for a in adapters for site, plan in a.plan.sites.items() if isinstance(plan, PromptPlan)]
-    wanted = [m for m in methods if m in PROMPT_METHODS]
+    known = prompt_methods()
+    wanted = [m for m in methods if m in known]
     if not wanted:
         if num_virtual_tokens is not None:
-            raise AdapterError(f"num_virtual_tokens: only with one of the methods {', '.join(PROMPT_METHODS)}")
+            raise AdapterError(f"num_virtual_tokens: only with one of the methods {', '.join(known)}")
         return own[0] if own else None
     if "prefix_tuning" in wanted and len(wanted) > 1:
         raise AdapterError("methods: prefix_tuning fills the cache, prompts are embeddings; declare one of the two")
@@ -68,7 +73,7 @@ def declare(
         raise AdapterError(f"{wanted[0]}: expected num_virtual_tokens, the length of the prompts to come, found None")
     if num_virtual_tokens is None:
         return own[0]
-    method = PROMPT_METHODS[wanted[0]]
+    method = known[wanted[0]]
     config: PromptLearningConfig = method.config_class(num_virtual_tokens=num_virtual_tokens)
     _, sites = method.find(model, config)
     site, plan = next(iter(sites.items()))

@@ -178,8 +178,9 @@ def check(
     from fxpeft.checkpoint import read
     from fxpeft.checkpoint.assigning import assign
     from fxpeft.checkpoint.layouts import in_layout_of
-    from fxpeft.methods import method_of, slot_needs
+    from fxpeft.methods import method_of
     from fxpeft.model.empty import empty_model
+    from fxpeft.serving.declared import servable
     from fxpeft.serving.swap import lower, serving_of
     from fxpeft.targets.sites import make_plan
 
@@ -191,7 +192,7 @@ def check(
         values = assign(bare, made, found, check_finite=True)
         answer.update(loads=True, sites=len(made.sites))
         declared = method_of(found.config).declared(found.config)
-        if declared in slot_needs():
+        if declared in servable():
             with torch.device("meta"):
                 fxpeft.prepare_hotswap(
                     bare, max_rank, targets=slots, methods=[declared], modules_to_save=list(values.saved),

@@ -194,4 +194,6 @@ def test_what_it_cannot_do_is_said() -> None:
         fxpeft.rewrite(torch.fx.symbolic_trace(Net()), SteerConfig())
     with pytest.raises(fxpeft.AdapterError, match="steer: has no slot: steering adds a vector"):
         fxpeft.prepare_hotswap(net, 4)
+    with pytest.raises(fxpeft.AdapterError, match=r"methods: expected a sequence of some of .*, lora, .*, found steer"):
+        fxpeft.prepare_hotswap(Net(), 4, methods=("lora", "steer"))  # nothing would read it
     torch.testing.assert_close(net(X), steered()(X))

@@ -1,0 +1,39 @@
+"""What slots are declared for: the one place that checks it, for live models, programs and packages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fxpeft.errors import AdapterError
+from fxpeft.methods import METHODS, slot_needs
+from fxpeft.passes.slots.slot import LEAST
+from fxpeft.serving.prompts import prompt_methods
+
+
+def servable(*, at_targets: bool = False) -> dict[str, frozenset[str]]:
+    """What ``methods`` may name -> the gains and shifts that it needs; with ``at_targets`` without prompts."""
+    served = () if at_targets else prompt_methods()
+    unserved = {method.name for method in METHODS if method.unlowered and method.name not in served}
+    return {name: needs for name, needs in slot_needs().items() if name not in unserved}
+
+
+def check_slots(methods: Sequence[str], max_rank: int, rank: str, *, at_targets: bool = False) -> frozenset[str]:
+    """Check what slots are declared for; returns the gains and shifts that they need.
+
+    Args:
+        methods, max_rank, rank: as in :func:`fxpeft.prepare_hotswap`.
+        at_targets: there is no other place for slots, so that no prompt can be served.
+
+    Raises:
+        AdapterError: an unknown method, too few ranks, or another word for the rank.
+    """
+    known = servable(at_targets=at_targets)
+    unknown = [m for m in methods if m not in known]
+    if isinstance(methods, str) or unknown:
+        found = repr(methods) if isinstance(methods, str) else ", ".join(map(str, unknown))
+        raise AdapterError(f"methods: expected a sequence of some of {', '.join(known)}, found {found}")
+    if max_rank < LEAST:
+        raise AdapterError(f"max_rank: expected at least {LEAST}, found {max_rank}")
+    if rank not in ("dynamic", "static"):
+        raise AdapterError(f"rank: expected 'dynamic' or 'static', found {rank!r}")
+    return frozenset[str]().union(*(known[m] for m in methods))
