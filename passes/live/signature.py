@@ -13,6 +13,7 @@ from fxpeft.passes.container import Container
 from fxpeft.passes.live.instance import base_class, given_forward
 from fxpeft.passes.live.locked import LOCK
 from fxpeft.passes.rewrite.feed import LEAF
+from fxpeft.passes.targets.operations.registry import OPERATIONS
 
 _NOT_TRACED = frozenset(
     {
@@ -35,7 +36,8 @@ def signature(module: nn.Module) -> tuple[Any, ...] | None:
     the graph; tensors by type, shape and dtype: a trace only names them.
     """
     try:
-        return _signature(module)
+        # another list of operations reads other targets
+        return tuple(map(id, OPERATIONS)), *_signature(module)
     except Unknown:
         return None
 

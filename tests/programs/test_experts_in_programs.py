@@ -176,12 +176,14 @@ BOTH_STACKS = ["stacks.up", "stacks.down"]
 def captured(model: nn.Module, x: Tensor, form: str) -> Any:
     if form == "functional":
         return torch.fx.symbolic_trace(model)
+    if form == "dynamo":
+        return torch._dynamo.export(model, aten_graph=False)(x).graph_module
     program = torch.export.export(model, (x,))
     return program.module() if form == "module" else program
 
 
 @pytest.mark.parametrize("sizes", [(5, 7, 4), (4, 6, 4)])
-@pytest.mark.parametrize("form", ["exported", "module", "functional"])
+@pytest.mark.parametrize("form", ["exported", "module", "functional", "dynamo"])
 def test_stacks_whose_module_does_not_say_how_they_lie(form: str, sizes: tuple[int, ...], tmp_path: Path) -> None:
     model, x = net(*sizes), torch.randn(6, 6)
     own = BOTH_STACKS if form == "exported" else BOTH_STACKS[:1]
@@ -335,6 +337,28 @@ def test_compiled_slots_take_every_rank_without_compiling_again() -> None:
         expected = live["all"](x) + live["chosen"](x)  # type: ignore[operator]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         assert (expected - model(x)).abs().max() > 0.1
+
+
+class Branching(Net):
+    """The stacks in the bodies of a higher-order operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.into(x)
+        return torch.cond(h.sum() > 0, lambda h: self.stacks(h), lambda h: self.stacks(h) * 2, (h,))  # type: ignore
+
+
+def test_stacks_in_bodies(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Branching().eval(), torch.randn(6, 6)
+    peer = saved(net(), tmp_path, target_parameters=BOTH_STACKS)
+    program = torch.export.export(model, (x,), strict=True)
+    rewritten = fxpeft.rewrite(program, tmp_path)
+    run, into = rewritten.module(), net().into
+    for value in (x, -x):
+        expected = peer(value) * (1 if into(value).sum() > 0 else 2)
+        torch.testing.assert_close(run(value), expected, rtol=0, atol=1e-5)
+        assert (expected - model(value)).abs().max() > 0.1
+    assert text(fxpeft.eject(rewritten)) == text(program)
 
 
 # --- refused ---

@@ -176,6 +176,18 @@ def test_it_has_a_name_and_a_form_on_paper() -> None:
     assert kind_of(module) == HalvedKind(5, 7)
 
 
+def test_what_was_read_before_is_read_anew() -> None:
+    module = Halved(5, 7)
+    module.in_features, module.out_features = 5, 7  # as a quantised linear has them
+    assert kind_of(module) == Linear(5, 7)
+    register_operation(HALVED)
+    try:
+        assert kind_of(module) == HalvedKind(5, 7)
+    finally:
+        OPERATIONS.remove(HALVED)
+    assert kind_of(module) == Linear(5, 7)
+
+
 @pytest.mark.usefixtures("registered")
 def test_what_is_taken_is_refused() -> None:
     register_operation(HALVED)  # twice is once
