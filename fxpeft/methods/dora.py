@@ -110,8 +110,9 @@ class Dora(Lora):
 
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
         ranks = super().lower(plan, parameters, base)
-        magnitude, bias = parameters[MAGNITUDE].float(), base.bias()
-        gain = magnitude.flatten() / self._norms(plan, parameters, base.weight())
+        magnitude, bias = parameters[MAGNITUDE], base.bias()
+        magnitude = magnitude.flatten().to(torch.promote_types(magnitude.dtype, torch.float32))
+        gain = magnitude / self._norms(plan, parameters, base.weight())
         return ranks._replace(g_out=gain, shift=None if bias is None else bias.to(gain) * (1 - gain))
 
     def _norms(self, plan: SitePlan, parameters: Mapping[str, Tensor], weight: Tensor) -> Tensor:

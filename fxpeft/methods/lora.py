@@ -295,7 +295,7 @@ class Lora(Method[LoraConfig]):
         a, b, bias = (parameters.get(name) for name in ("lora_A", "lora_B", "lora_B_bias"))
         assert a is not None
         assert b is not None
-        shift = None if bias is None else bias.float() * plan.scaling
+        shift = None if bias is None else bias.to(torch.promote_types(bias.dtype, torch.float32)) * plan.scaling
         a0, b0 = parameters.get("lora_A0"), parameters.get("lora_B0")
         if a0 is not None and b0 is not None:
             a, b = torch.cat((a, a0.to(a))), torch.cat((b, -b0.to(b)), 1)

@@ -226,10 +226,10 @@ class _Stored(Base):
 
     def weight(self) -> Tensor:
         assert self.weight_view is not None
-        return self.weight_view.float()
+        return self.weight_view
 
     def bias(self) -> Tensor | None:
-        return None if self.bias_value is None else self.bias_value.float()
+        return self.bias_value
 
 
 def _wanted(state: ModelState, names: str | Sequence[str] | None) -> list[str]:
