@@ -7,8 +7,12 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when huggingface_hub is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: the cores run other tests
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+import fxpeft
 
 torch.set_num_threads(1)
 
@@ -16,3 +20,19 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_graphs() -> Iterator[None]:
+    """Dynamo has compiled nothing before, and keeps nothing of the test."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def installed() -> Iterator[None]:
+    """fxpeft in Transformers' place of PEFT; afterwards Transformers is as it was."""
+    fxpeft.install()
+    yield
+    fxpeft.uninstall()

@@ -47,6 +47,12 @@ VISION: dict[str, Any] = {
 MOE: dict[str, Any] = {"num_experts_per_tok": 2, "output_router_logits": False}
 
 
+def mixtral(**fields: Any) -> Any:
+    """Two layers of three experts."""
+    torch.manual_seed(0)
+    return tf.MixtralForCausalLM(tf.MixtralConfig(**DECODER, num_local_experts=3, **MOE, **fields)).eval()
+
+
 def text() -> Inputs:
     return {"input_ids": token_ids(), "labels": token_ids()}
 

@@ -46,7 +46,6 @@ class Row:
     why: str = ""
     wrap: Callable[[Any], Any] = lambda model: model
     after: Callable[[Any], Any] = lambda model: model
-    tolerance: float = 1e-5
 
 
 @torch.no_grad()
@@ -231,7 +230,7 @@ ADAPTERS: dict[str, Row] = {
     ),
     "`target_parameters`: fused experts": by_peft(
         peft.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj"], target_parameters=["experts.down_proj"]),
-        FAMILIES["mixtral"].build, tolerance=1e-4,
+        FAMILIES["mixtral"].build,
     ),
     "IA3": by_peft(
         peft.IA3Config(target_modules=["v_proj", "o_proj", "down_proj"], feedforward_modules=["o_proj", "down_proj"])
@@ -288,8 +287,8 @@ FILES: dict[str, Row] = {
 def _before_4_52(name: str) -> Row:
     family = VISION_LANGUAGE[name]
     config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=list(family.targets))
-    row = by_peft(config, family.build, lambda model: model(**family.inputs()).logits, tolerance=1e-4)
-    return changed(row, keys=lambda key: PREFIX + family.old(key.removeprefix(PREFIX)), tolerance=1e-4)
+    row = by_peft(config, family.build, lambda model: model(**family.inputs()).logits)
+    return changed(row, keys=lambda key: PREFIX + family.old(key.removeprefix(PREFIX)))
 
 
 MODELS: dict[str, Row] = {f"{name}, trained before Transformers 4.52": _before_4_52(name) for name in VISION_LANGUAGE}
@@ -299,7 +298,7 @@ MODELS: dict[str, Row] = {f"{name}, trained before Transformers 4.52": _before_4
 
 
 def _half(dtype: torch.dtype) -> Row:
-    return by_peft(PATTERNS, lambda: tiny_llama(dtype), tolerance=0.02)
+    return by_peft(PATTERNS, lambda: tiny_llama(dtype))
 
 
 def _filled(model: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import peft
 import torch
+from adapter_files import add
 from tiny import randomise
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -94,22 +95,8 @@ def output(model: nn.Module, x: Tensor) -> Tensor:
 def adapted(method: MethodCase, kind: KindCase, seed: int = 0, **changes: Any) -> Net:
     """A net with an adapter whose every tensor is random; gains and magnitudes are around one."""
     net = kind.net()
-    fxpeft.add_adapter(net, method.config(**changes))
-    spread(fxpeft.adapter_state_dict(net), seed)
+    add(net, method.config(**changes), seed=seed)
     return net
-
-
-def spread(tensors: dict[str, Tensor], seed: int = 0) -> None:
-    """Random values for an adapter's tensors."""
-    randomise(tensors.values(), seed)
-    with torch.no_grad():
-        for key, value in tensors.items():
-            if "magnitude" in key or "ia3" in key:
-                value.add_(1)
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=tolerance)
 
 
 MAX_RANK = 8

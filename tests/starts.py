@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import torch
 from tiny import tiny_gpt2, tiny_llama, token_ids
-from torch import Tensor, nn
+from torch import nn
 
 import fxpeft
 from fxpeft import LoraConfig
@@ -56,15 +56,6 @@ def trained(model: nn.Module, seed: int = 0) -> Any:
                 noise = 0.3 * torch.randn(p.shape, generator=generator)
                 p.mul_(1 + noise.abs()) if "magnitude" in name else p.add_(noise)
     return model
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(IDS).logits  # type: ignore[no-any-return]
-
-
-def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * max(1.0, float(wanted.abs().max())))
 
 
 def peft_twin(case: str, init: str, **values: Any) -> Any:

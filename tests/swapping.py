@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from adapter_files import save_each
+from closeness import is_close
 from torch import Tensor, nn
 
 import fxpeft
@@ -48,17 +50,7 @@ def write_adapters(folder: Path) -> dict[str, str]:
         "b": fxpeft.LoraConfig(r=5, lora_alpha=2, target_modules=["up", "2"], rank_pattern={"1.up": 1}),
         "c": fxpeft.LoraConfig(r=2, lora_alpha=7, target_modules=["down"], modules_to_save=["3"]),
     }
-    folders = {}
-    for seed, (name, config) in enumerate(configs.items()):
-        model = net()
-        fxpeft.add_adapter(model, config, name)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for tensor in fxpeft.adapter_state_dict(model, name).values():
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.5)
-        folders[name] = str(folder / name)
-        fxpeft.save_adapter(model, folders[name])
-    return folders
+    return save_each(net, configs, folder)
 
 
 def fresh(folder: str | None) -> Tensor:
@@ -93,7 +85,7 @@ def is_free(model: nn.Module) -> bool:
 
 def close(found: Tensor, *allowed: Tensor) -> bool:
     """Whether an output is one of these."""
-    return any(torch.allclose(found, one, rtol=0, atol=1e-5) for one in allowed)
+    return any(is_close(found, one) for one in allowed)
 
 
 @contextmanager

@@ -13,7 +13,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from method_cases import KINDS, METHODS, close, spread
+from adapter_files import spread
+from closeness import assert_close
+from method_cases import KINDS, METHODS
 from tiny import randomise, tiny_llama, token_ids
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -140,12 +142,12 @@ def files(case: Case, folder: Path) -> str:
     model = case.adapted()
     fxpeft.save_adapter(model, folder / "ours")
     if case.declared == "own":
-        close(case.output(case.loaded(folder / "ours")), case.output(model))
+        assert_close(case.output(case.loaded(folder / "ours")), case.output(model))
         return "its own"
     peer = peft.PeftModel.from_pretrained(case.bare(), str(folder / "ours")).eval()
-    close(case.output(peer), case.output(model))
+    assert_close(case.output(peer), case.output(model))
     peer.save_pretrained(str(folder / "theirs"))
-    close(case.output(case.loaded(folder / "theirs")), case.output(peer))
+    assert_close(case.output(case.loaded(folder / "theirs")), case.output(peer))
     return "yes"
 
 
@@ -161,7 +163,7 @@ def adds_up(case: Case, folder: Path) -> str:
         fxpeft.prepare_hotswap(model, **case.options)
     except AdapterError:
         return "live"
-    close(case.output(model), both)
+    assert_close(case.output(model), both)
     return "yes"
 
 
@@ -173,10 +175,10 @@ def scales(case: Case, folder: Path) -> str:
     half = case.output(model)
     assert (half - first).abs().max() > 0.01
     fxpeft.set_scale(model, "default", 1)
-    close(case.output(model), first)
+    assert_close(case.output(model), first)
     fxpeft.prepare_hotswap(model, **case.options)
     fxpeft.set_scale(model, "default", 0.5)
-    close(case.output(model), half)
+    assert_close(case.output(model), half)
     return "yes"
 
 
@@ -191,9 +193,9 @@ def swaps(case: Case, folder: Path) -> str:
     with torch._dynamo.config.patch(error_on_recompile=True):
         for number in (1, 0):
             fxpeft.hotswap(model, folders[number])
-            close(case.output(compiled), case.output(case.loaded(folders[number])))
+            assert_close(case.output(compiled), case.output(case.loaded(folders[number])))
     fxpeft.disable_adapters(model)
-    close(case.output(compiled), case.output(case.bare()))
+    assert_close(case.output(compiled), case.output(case.bare()))
     return "yes"
 
 
@@ -202,10 +204,10 @@ def folds(case: Case, folder: Path) -> str:
     model = case.adapted()
     wanted, before = case.output(model), {k: v.clone() for k, v in case.bare().state_dict().items()}
     fxpeft.fold(model)
-    close(case.output(model), wanted)
+    assert_close(case.output(model), wanted)
     folded = case.bare()
     folded.load_state_dict({k: v for k, v in model.state_dict().items() if k in before})
-    close(case.output(folded), wanted)
+    assert_close(case.output(folded), wanted)
     fxpeft.unfold(model)
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
     return "yes"
@@ -219,7 +221,7 @@ def blends(case: Case, folder: Path) -> str:
     fxpeft.set_adapter(model, ["a0", "a1"])
     fxpeft.set_scale(model, "a0", 0.7)
     fxpeft.set_scale(model, "a1", -0.4)
-    close(found, case.output(model))
+    assert_close(found, case.output(model))
     return "yes"
 
 
@@ -235,7 +237,7 @@ def converts(case: Case, folder: Path) -> str:
         word = "nearest"
         fxpeft.convert(model, "default", new_name="lora", rank=5)
     assert fxpeft.adapter_config(model, "lora").peft_type == "LORA"
-    close(case.output(model), wanted, 1e-5 if word == "exact" else 1e-4)  # rank 5 is whole: the layers have 5 outputs
+    assert_close(case.output(model), wanted)  # rank 5 is whole: the layers have 5 outputs
     return word
 
 
@@ -258,7 +260,7 @@ def parameters(case: Case, folder: Path) -> str:
         wanted = model(ids).logits
         assert (wanted - bare).abs().max() > 0.01
         fxpeft.fold(model)
-        close(model(ids).logits, wanted)
+        assert_close(model(ids).logits, wanted)
     return "yes"
 
 
@@ -269,7 +271,7 @@ def rewrites(case: Case, folder: Path) -> str:
         case = Case(case.config, case.declared)
     program = torch.export.export(case.bare(), (case.input(),))
     rewritten = fxpeft.rewrite(program, str(saved))
-    close(case.output(rewritten.module()), case.output(case.loaded(saved)))
+    assert_close(case.output(rewritten.module()), case.output(case.loaded(saved)))
     assert str(fxpeft.eject(rewritten).graph) == str(program.graph)
     return "yes"
 
@@ -292,7 +294,7 @@ def packages(case: Case, folder: Path) -> str:
     served = fxpeft.open_package(packaged(folder.parent))
     saved = case.saved(folder / "a")
     served.load_adapter(saved, "a")
-    close(served(X), case.output(case.loaded(saved)))
+    assert_close(served(X), case.output(case.loaded(saved)))
     return "yes"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_files import save_each
 from tiny import randomise, tiny_llama, token_ids
 from torch import Tensor, nn
 
@@ -140,14 +141,11 @@ def test_a_function_that_raises_is_no_graph_break() -> None:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[str]:
-    made = []
-    for i, settings in enumerate(({"r": 2, "target_modules": ["q_proj"]}, {"r": 5, "target_modules": "all-linear"})):
-        model = tiny_llama()
-        fxpeft.add_adapter(model, fxpeft.LoraConfig(lora_alpha=7, **settings))  # type: ignore[arg-type]
-        randomise(fxpeft.adapter_state_dict(model).values(), seed=i)
-        fxpeft.save_adapter(model, tmp_path / str(i))
-        made.append(str(tmp_path / str(i)))
-    return made
+    configs = {
+        "two": fxpeft.LoraConfig(r=2, lora_alpha=7, target_modules=["q_proj"]),
+        "five": fxpeft.LoraConfig(r=5, lora_alpha=7, target_modules="all-linear"),
+    }
+    return [*save_each(tiny_llama, configs, tmp_path).values()]
 
 
 def swaps_clean(folders: list[str], model: nn.Module | None = None, **options: Any) -> SwapReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,12 @@ class Layer(nn.Module):
         return x + self.down(torch.tanh(self.up(x)))
 
 
+def two_linears() -> nn.Module:
+    """Takes ``[..., 5]``, gives ``[..., 3]``."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)).eval()
+
+
 def conv_net() -> ConvNet:
     """The net above."""
     torch.manual_seed(0)
@@ -88,6 +95,13 @@ def conv_net() -> ConvNet:
 def token_ids(batch: int = 2, length: int = 6) -> Tensor:
     """Fixed token ids; padding, 0, is not among them."""
     return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor | None = None) -> Tensor:
+    """Of the fixed token ids, or of these."""
+    found: Tensor = model(token_ids() if ids is None else ids).logits
+    return found
 
 
 @torch.no_grad()

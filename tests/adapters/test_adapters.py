@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import assert_close
 from picture import assert_same, picture
-from tiny import randomise, tiny_bert, tiny_gpt2, tiny_llama, token_ids
+from tiny import logits, randomise, tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -29,11 +30,6 @@ PATTERNS: dict[str, Any] = {
 def add(model: nn.Module, name: str, seed: int, **values: Any) -> None:
     fxpeft.add_adapter(model, LoraConfig(**(values or PATTERNS)), name)
     randomise(fxpeft.adapter_state_dict(model, name).values(), seed, scale=0.2)
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def test_fresh_adapter_changes_nothing_but_names() -> None:
@@ -77,7 +73,7 @@ def test_sum_of_active_adapters_is_the_formula() -> None:
     for names in (["a"], ["b"], ["c"], ["a", "b"], ["c", "a"], ["a", "b", "c"], []):
         fxpeft.set_adapter(net, names)
         assert fxpeft.active_adapters(net) == names
-        torch.testing.assert_close(net(x), expected(*names), rtol=1e-5, atol=1e-6)
+        assert_close(net(x), expected(*names))
     fxpeft.set_adapter(net, ["b", "b"])
     assert fxpeft.active_adapters(net) == ["b"]
 

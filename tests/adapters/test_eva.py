@@ -9,9 +9,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from closeness import assert_close
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from picture import assert_same, picture
-from tiny import VOCABULARY, randomise, tiny_gpt2, tiny_llama, token_ids
+from tiny import VOCABULARY, logits, randomise, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -61,11 +62,6 @@ def started(case: str, **config: Any) -> Any:
     return model
 
 
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(IDS).logits  # type: ignore[no-any-return]
-
-
 @pytest.mark.parametrize(
     ("case", "config"),
     [
@@ -97,14 +93,14 @@ def test_ranks_and_components_are_those_of_peft(case: str, config: dict[str, Any
     assert tensors.keys() == {k for k in theirs_tensors if "embed" not in k and "lm_head" not in k}
     for key, value in tensors.items():
         torch.testing.assert_close(value, theirs_tensors[key], rtol=0, atol=1e-3)  # signs are PEFT's too
-    torch.testing.assert_close(logits(ours), logits(make()), rtol=0, atol=1e-6)
+    assert_close(logits(ours), logits(make()), terms=1)
 
     randomise(p for p in ours.parameters() if p.requires_grad and p.ndim == 2)
     fxpeft.save_adapter(ours, tmp_path)
     again = peft.PeftModel.from_pretrained(make(), str(tmp_path)).eval()
-    torch.testing.assert_close(logits(again), logits(ours), rtol=0, atol=1e-5)
+    assert_close(logits(again), logits(ours))
     fxpeft.prepare_hotswap(ours, 16, methods=("lora", "dora"))
-    torch.testing.assert_close(logits(ours), logits(again), rtol=0, atol=1e-5)
+    assert_close(logits(ours), logits(again))
 
 
 def test_whitening() -> None:
@@ -176,7 +172,7 @@ def test_the_model_is_left_as_it_was(enabled: bool, capsys: pytest.CaptureFixtur
     assert fxpeft.active_adapters(model) == ["other", "default"]
     model.eval()
     fxpeft.enable_adapters(model)
-    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
+    assert_close(logits(model), before, terms=1)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert any(".other." in n for n in trained)
     assert any(".default." in n for n in trained)
@@ -212,7 +208,7 @@ def test_batches_of_any_form(form: str) -> None:
     for key, value in fxpeft.adapter_state_dict(model).items():
         assert torch.equal(value, fxpeft.adapter_state_dict(tuples)[key])
     directions = fxpeft.adapter_state_dict(model)["base_model.model.left.lora_A.weight"]
-    torch.testing.assert_close(directions @ directions.t(), torch.eye(len(directions)), rtol=0, atol=1e-4)
+    assert_close(directions @ directions.t(), torch.eye(len(directions)))
 
 
 def test_positions_that_count_are_the_callers() -> None:
@@ -293,7 +289,7 @@ def test_sites_that_do_not_settle_are_told() -> None:
     with pytest.warns(UserWarning, match=r"(?s)after 1 passes these sites have not settled.*q_proj"):
         fxpeft.initialize_eva(model, texts(2), max_passes=1, progress=False)
     a = fxpeft.adapter_state_dict(model)["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
-    torch.testing.assert_close(a @ a.t(), torch.eye(len(a)), rtol=0, atol=1e-4)
+    assert_close(a @ a.t(), torch.eye(len(a)))
 
 
 def test_a_failed_change_leaves_the_old_adapter(monkeypatch: pytest.MonkeyPatch) -> None:

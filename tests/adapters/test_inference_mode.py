@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import randomise, tiny_llama, token_ids
+from adapter_files import save_each
+from closeness import assert_close
+from tiny import logits, tiny_llama, token_ids
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -24,19 +26,7 @@ MODES = pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    made = {}
-    for seed, (name, config) in enumerate(CONFIGS.items()):
-        model = tiny_llama()
-        fxpeft.add_adapter(model, config, name)
-        randomise(fxpeft.adapter_state_dict(model, name).values(), seed)
-        made[name] = str(tmp_path_factory.mktemp(name))
-        fxpeft.save_adapter(model, made[name])
-    return made
-
-
-def output(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
+    return save_each(tiny_llama, CONFIGS, tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +35,7 @@ def outputs(folders: dict[str, str]) -> dict[str, Tensor]:
     for name, folder in folders.items():
         model = tiny_llama()
         fxpeft.load_adapter(model, folder)
-        found[name] = output(model)
+        found[name] = logits(model)
     return found
 
 
@@ -70,12 +60,12 @@ def test_swaps_outside_of_the_mode_that_slots_were_made_in(
     with torch.inference_mode() if where != "prepare" else nullcontext():
         for name, folder in folders.items():
             fxpeft.load_adapter(model, folder, name)
-            torch.testing.assert_close(output(model), outputs[name], rtol=0, atol=1e-5)
+            assert_close(logits(model), outputs[name])
     check_ordinary(model)
     for name in ("a", "b", "a"):
         fxpeft.set_adapter(model, name)
         assert fxpeft.active_adapters(model) == [name]
-        torch.testing.assert_close(output(model), outputs[name], rtol=0, atol=1e-5)
+        assert_close(logits(model), outputs[name])
 
 
 def test_swaps_inside_and_outside_of_inference_mode_compile_once_each(
@@ -99,7 +89,7 @@ def test_swaps_inside_and_outside_of_inference_mode_compile_once_each(
                 with swap():
                     fxpeft.set_adapter(model, name)
                 with run():
-                    torch.testing.assert_close(compiled(IDS).logits, outputs[name], rtol=0, atol=1e-5)
+                    assert_close(compiled(IDS).logits, outputs[name])
     assert counter.frame_count == graphs
 
 
@@ -112,7 +102,7 @@ def test_moving_slots_inside_of_inference_mode(folders: dict[str, str], outputs:
         model.double()
         model.float()
     fxpeft.set_adapter(model, "a")
-    torch.testing.assert_close(output(model), outputs["a"], rtol=0, atol=1e-5)
+    assert_close(logits(model), outputs["a"])
 
 
 ENTRIES: dict[str, Callable[[nn.Module, dict[str, str]], object]] = {
@@ -141,10 +131,10 @@ def test_what_is_made_in_inference_mode_trains_outside(entry: str, folders: dict
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimiser = torch.optim.SGD(parameters, lr=0.1)
-    before = output(model)
+    before = logits(model)
     model(IDS, labels=IDS).loss.backward()
     optimiser.step()
-    assert not torch.equal(output(model), before)
+    assert not torch.equal(logits(model), before)
 
 
 @MODES
@@ -166,6 +156,6 @@ def test_folding_a_base_of_inference_tensors(folders: dict[str, str], outputs: d
         model = tiny_llama()
         fxpeft.load_adapter(model, folders["a"], "a")
         fxpeft.fold(model)
-        torch.testing.assert_close(model(IDS).logits, outputs["a"], rtol=0, atol=1e-4)
+        assert_close(model(IDS).logits, outputs["a"])
     fxpeft.unfold(model)
-    torch.testing.assert_close(output(model), outputs["a"], rtol=0, atol=1e-5)
+    assert_close(logits(model), outputs["a"])

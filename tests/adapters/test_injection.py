@@ -11,7 +11,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny import conv_net, randomise, tiny_bert, tiny_gpt2, tiny_llama, token_ids
+from closeness import assert_close
+from tiny import conv_net, logits, randomise, tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor, nn
 
 import fxpeft
@@ -25,7 +26,7 @@ def output(model: Any) -> Tensor:
     if not hasattr(model, "config"):
         found: Tensor = model(torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(2)))
         return found
-    return model(IDS).logits  # type: ignore[no-any-return]
+    return logits(model)
 
 
 # name -> model, PEFT's config
@@ -95,13 +96,13 @@ def test_a_state_dict_alone(case: str, keys: str, tmp_path: Path) -> None:
     model = CASES[case][0]()
     fxpeft.inject(model, without_prefix(tensors) if keys == "without prefix" else tensors)
     wanted = output(scaled_to_one(peer))
-    torch.testing.assert_close(output(model), wanted, rtol=0, atol=1e-5)
+    assert_close(output(model), wanted)
     assert (wanted - output(CASES[case][0]())).abs().max() > 1e-3
     fxpeft.save_adapter(model, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         again = peft.PeftModel.from_pretrained(CASES[case][0](), str(tmp_path)).eval()
-    torch.testing.assert_close(output(again), wanted, rtol=0, atol=1e-5)
+    assert_close(output(again), wanted)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -130,7 +131,7 @@ def test_with_a_config_of_which_sites_and_ranks_are_not_used(case: str) -> None:
             for name, parameter in peer.named_parameters():
                 if "lora_B" in name and ("k_proj" in name or "0.mlp.up" in name):
                     parameter.zero_()
-    torch.testing.assert_close(output(model), output(peer), rtol=0, atol=1e-5)
+    assert_close(output(model), output(peer))
     if case != "ia3":
         assert fxpeft.adapter_config(model).lora_alpha == 5
 
@@ -165,7 +166,7 @@ def test_an_empty_adapter_is_filled_later(case: str) -> None:
     assert all(p.is_meta and p.requires_grad for p in own)
     fxpeft.load_adapter_state_dict(model, tensors)
     assert not any(p.is_meta for p in model.parameters())
-    torch.testing.assert_close(output(model), output(scaled_to_one(peer)), rtol=0, atol=1e-5)
+    assert_close(output(model), output(scaled_to_one(peer)))
     assert fxpeft.trainable_parameters(model, show=False).trainable == sum(p.numel() for p in own)
 
 
@@ -212,7 +213,7 @@ def test_onto_a_base_without_memory(case: str, how: str, tmp_path: Path) -> None
         model.get_submodule(owner)._buffers[leaf] = buffer
     assert not unexpected
     assert all(".adapters." in f".{key}" for key in missing)
-    torch.testing.assert_close(output(model.eval()), output(peer), rtol=0, atol=1e-5)
+    assert_close(output(model.eval()), output(peer))
 
 
 def test_new_values_keep_the_parameters_that_an_optimiser_holds() -> None:
@@ -237,9 +238,9 @@ def test_new_values_are_a_swap_on_a_prepared_model() -> None:
     with pytest.raises(AdapterError, match="empty: a slot needs values"):
         fxpeft.inject(model, tensors, config, empty=True)
     fxpeft.inject(model, tensors, config)
-    torch.testing.assert_close(output(model), output(tiny_llama_with(tensors)), rtol=0, atol=1e-5)
+    assert_close(output(model), output(tiny_llama_with(tensors)))
     fxpeft.load_adapter_state_dict(model, doubled, "default")
-    torch.testing.assert_close(output(model), output(tiny_llama_with(doubled)), rtol=0, atol=1e-5)
+    assert_close(output(model), output(tiny_llama_with(doubled)))
 
 
 def wrong(key: str, value: Tensor) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from closeness import assert_close
 from safetensors.torch import load_file
 from tiny import randomise, tiny_llama
 from torch import Tensor, nn
@@ -70,15 +71,15 @@ def test_what_we_save_loads_here_and_in_peft_with_the_new_rows(base: Path, targe
     fresh = resized(base, 2)
     assert not torch.allclose(logits(fresh), wanted)
     theirs = peft.PeftModel.from_pretrained(resized(base, 2), str(tmp_path)).eval()
-    torch.testing.assert_close(logits(theirs), wanted, rtol=1e-4, atol=1e-5)
+    assert_close(logits(theirs), wanted)
     fxpeft.load_adapter(fresh, tmp_path)
-    torch.testing.assert_close(logits(fresh), wanted, rtol=1e-4, atol=1e-5)
+    assert_close(logits(fresh), wanted)
     with fxpeft.disabled(fresh):
         assert torch.equal(logits(fresh), logits(resized(base, 2)))
     fxpeft.save_adapter(fresh, tmp_path / "again")
     again = resized(base, 4)
     fxpeft.load_adapter(again, tmp_path / "again")
-    torch.testing.assert_close(logits(again), wanted, rtol=1e-4, atol=1e-5)
+    assert_close(logits(again), wanted)
     fxpeft.remove(fresh)
     assert torch.equal(logits(fresh), logits(resized(base, 2)))
 
@@ -91,7 +92,7 @@ def test_what_peft_saves_loads_here(base: Path, targets: list[str], tmp_path: Pa
     wanted = logits(peft.PeftModel.from_pretrained(resized(base, 2), str(tmp_path)).eval())
     model = resized(base, 2)
     fxpeft.load_adapter(model, tmp_path)
-    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
+    assert_close(logits(model), wanted)
 
 
 def keys(folder: Path) -> set[str]:
@@ -165,6 +166,6 @@ def test_through_transformers(base: Path, tmp_path: Path) -> None:
         assert keys(tmp_path) == {"lm_head.weight", "model.embed_tokens.weight"}
         again = resized(base, 2)
         again.load_adapter(str(tmp_path))
-        torch.testing.assert_close(logits(again), wanted, rtol=1e-4, atol=1e-5)
+        assert_close(logits(again), wanted)
     finally:
         fxpeft.uninstall()

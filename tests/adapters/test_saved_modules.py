@@ -9,6 +9,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from beside import peft_file
+from closeness import assert_close, is_close
 from tiny import randomise, tiny_bert, tiny_llama, token_ids
 from torch import Tensor, nn
 
@@ -50,31 +52,18 @@ NAMED = {"sequential": ["head"], "list": ["head.0", "head.2"], "dict": ["head.fi
 SAVED = {"sequential": ["head.0", "head.2.0", "head.2.1"], "list": NAMED["list"], "dict": NAMED["dict"]}
 
 
-def peft_file(base: nn.Module, path: Path, saved: list[str], **fields: Any) -> Any:
-    """PEFT's model with random adapter values, saved."""
-    config = peft.LoraConfig(modules_to_save=saved, r=3, lora_alpha=5, **fields)
-    model = peft.get_peft_model(copy.deepcopy(base), config).eval()  # type: ignore[arg-type]
-    randomise((p for p in model.parameters() if p.requires_grad), seed=2)
-    model.save_pretrained(str(path))
-    return model
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, atol=1e-6)
-
-
 @pytest.mark.parametrize("kind", NAMED)
 def test_a_list_of_modules_is_brought_as_peft_brings_it(kind: str, tmp_path: Path) -> None:
     base = headed(kind)
-    theirs = peft_file(base, tmp_path / "peft", NAMED[kind], target_modules=["up"])
+    theirs = peft_file(base, tmp_path / "peft", modules_to_save=NAMED[kind], target_modules=["up"])
     model = copy.deepcopy(base)
     fxpeft.load_adapter(model, tmp_path / "peft", "a")
     expected, before = theirs(X), base(X)
     assert (expected - before).abs().max() > 0.1
-    assert close(model(X), expected)
+    assert is_close(model(X), expected)
     fxpeft.save_adapter(model, tmp_path / "ours")
     back = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours"))  # type: ignore[arg-type]
-    assert close(back(X), expected)
+    assert is_close(back(X), expected)
 
 
 @pytest.mark.parametrize("kind", NAMED)
@@ -103,7 +92,7 @@ def test_a_list_of_modules_neither_grows_nor_needs_a_forward(kind: str, tmp_path
     assert torch.equal(model(X), expected)
     fxpeft.save_adapter(model, tmp_path / "a", "a")
     fxpeft.fold(model)
-    assert close(model(X), expected)
+    assert is_close(model(X), expected)
     check()
     fxpeft.unfold(model)
     assert torch.equal(model(X), expected)
@@ -114,7 +103,7 @@ def test_a_list_of_modules_neither_grows_nor_needs_a_forward(kind: str, tmp_path
     fxpeft.prepare_hotswap(model, 4, targets=["up"], modules_to_save=["head"])
     check()
     fxpeft.load_adapter(model, tmp_path / "a", "a")
-    assert close(model(X), expected)
+    assert is_close(model(X), expected)
     fxpeft.disable_adapters(model)
     assert torch.equal(model(X), base(X))
     check()
@@ -147,7 +136,7 @@ def test_reading_a_saved_weight_gives_the_active_copy() -> None:
     loss.backward()
     grads = {name: p.grad is not None for name, p in model.named_parameters() if "lm_head" in name}
     assert grads == {"lm_head.weight": False, "lm_head.adapters.a.weight": False, "lm_head.adapters.b.weight": True}
-    assert torch.allclose(model(ids).logits, hidden @ model.lm_head.weight.t(), atol=1e-5)
+    assert_close(model(ids).logits, hidden @ model.lm_head.weight.t())
     assert model.lm_head.weight.requires_grad
     own = fxpeft.adapter_state_dict(model, "a")["base_model.model.lm_head.weight"]
     fxpeft.set_adapter(model, "a")
@@ -208,7 +197,7 @@ def test_a_swap_reaches_a_weight_that_is_read_in_compiled_code(tmp_path: Path) -
         bare = compiled(X)
         for name in "ab":
             fxpeft.load_adapter(base, tmp_path / name, name)
-            assert close(compiled(X), expected[name])
+            assert is_close(compiled(X), expected[name])
         fxpeft.disable_adapters(base)
         assert torch.equal(compiled(X), bare)
     assert counted.graphs == 1

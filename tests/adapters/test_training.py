@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from tiny import randomise, tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -48,10 +49,10 @@ def gradients(model: nn.Module, run: Any = None) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def all_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
+        assert_close(found[key], value)
 
 
 @pytest.mark.parametrize("case", MODELS)
@@ -110,7 +111,7 @@ def test_gradient_checkpointing_gives_equal_gradients(reentrant: bool) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
-    assert_close(gradients(model), expected)
+    all_close(gradients(model), expected)
 
 
 def test_gradient_checkpointing_with_dropout_sees_one_mask() -> None:
@@ -119,7 +120,7 @@ def test_gradient_checkpointing_with_dropout_sees_one_mask() -> None:
     expected = gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(3)
-    assert_close(gradients(model), expected)
+    all_close(gradients(model), expected)
     torch.manual_seed(4)
     key = "model.layers.0.mlp.up_proj.adapters.default.lora_B"
     assert not torch.allclose(gradients(model)[key], expected[key])
@@ -219,8 +220,8 @@ def test_compiled_equals_eager_gradients_too(how: str, case: str) -> None:
             layer.compile(backend="aot_eager", fullgraph=True)
     else:
         run = torch.compile(model, backend="aot_eager", fullgraph=how == "full")
-    torch.testing.assert_close(run(IDS).logits, expected, rtol=1e-4, atol=1e-5)
-    assert_close(gradients(model, run), expected_grads)
+    assert_close(run(IDS).logits, expected)
+    all_close(gradients(model, run), expected_grads)
     assert fxpeft.active_adapters(run) == ["default"], "the compiled wrapper is taken too"
 
 
@@ -230,15 +231,15 @@ def test_compiled_follows_switching() -> None:
     run: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
     bare = tiny_llama()(IDS).logits
     on = model(IDS).logits
-    torch.testing.assert_close(run(IDS).logits, on, rtol=1e-4, atol=1e-5)
+    assert_close(run(IDS).logits, on)
     with fxpeft.disabled(run):
-        torch.testing.assert_close(run(IDS).logits, bare, rtol=1e-4, atol=1e-5)
+        assert_close(run(IDS).logits, bare)
     fxpeft.set_scale(run, "default", 0.0)
-    torch.testing.assert_close(run(IDS).logits, bare, rtol=1e-4, atol=1e-5)
+    assert_close(run(IDS).logits, bare)
     fxpeft.set_scale(run, "default", 1.0)
-    torch.testing.assert_close(run(IDS).logits, on, rtol=1e-4, atol=1e-5)
+    assert_close(run(IDS).logits, on)
     fxpeft.remove(run)
-    torch.testing.assert_close(run(IDS).logits, bare, rtol=1e-4, atol=1e-5)
+    assert_close(run(IDS).logits, bare)
 
 
 # --- a real run ---

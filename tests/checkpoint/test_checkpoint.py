@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from closeness import assert_close
 from picture import assert_same, picture
 from safetensors.torch import load_file, save_file
 from tiny import randomise, tiny_llama, token_ids
@@ -216,7 +217,7 @@ def test_files_are_pefts(folder: Path) -> None:
     ours = tiny_llama()
     fxpeft.load_adapter(ours, folder)
     assert not torch.equal(ours(IDS).logits, tiny_llama()(IDS).logits)
-    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-5, atol=1e-6)
+    assert_close(ours(IDS).logits, theirs(IDS).logits)
 
 
 def test_save_writes_what_training_made_of_it(folder: Path) -> None:
@@ -284,7 +285,7 @@ def test_base_embeddings_that_peft_saved(shift: float, wrapped: bool, tmp_path: 
     model = tiny_llama()
     expected = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()(IDS).logits
     fxpeft.load_adapter(model, tmp_path)
-    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-6)
+    assert_close(model(IDS).logits, expected)
     own = tiny_llama()
     path = "model.embed_tokens.weight"
     assert torch.equal(model.state_dict()[path], own.state_dict()[path])  # the attribute is the adapter's, as in PEFT
@@ -296,7 +297,7 @@ def test_base_embeddings_that_peft_saved(shift: float, wrapped: bool, tmp_path: 
     fxpeft.load_adapter(again, tmp_path / "again")
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     reread = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "again").eval()
-    torch.testing.assert_close(reread(IDS).logits, expected, rtol=1e-5, atol=1e-6)
+    assert_close(reread(IDS).logits, expected)
     fxpeft.remove(model)
     assert_same(picture(own, IDS) | {"parameters": 0}, picture(model, IDS) | {"parameters": 0})
 

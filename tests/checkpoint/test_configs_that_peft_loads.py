@@ -12,10 +12,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from closeness import assert_close
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from tiny import randomise, tiny_bert, tiny_llama, token_ids
-from torch import Tensor, nn
+from tiny import logits, randomise, tiny_bert, tiny_llama, token_ids
+from torch import nn
 
 import fxpeft
 from fxpeft import AdapterError, LoraConfig
@@ -46,18 +47,13 @@ def edit(folder: Path, **fields: Any) -> None:
     (folder / CONFIG).write_text(json.dumps({**values, **fields}))
 
 
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(IDS).logits  # type: ignore[no-any-return]
-
-
 def same_as_peft(folder: Path) -> None:
     ours = tiny_llama()
     fxpeft.load_adapter(ours, folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = logits(peft.PeftModel.from_pretrained(tiny_llama(), str(folder)).eval())
-    torch.testing.assert_close(logits(ours), expected, rtol=1e-5, atol=1e-5)
+    assert_close(logits(ours), expected)
     assert (expected - logits(tiny_llama())).abs().max() > 1e-2
 
 
@@ -205,17 +201,17 @@ def test_a_head_in_the_file_goes_into_its_declared_slot(tmp_path: Path, bias: bo
     eager, prepared = tiny_bert(), tiny_bert()
     fxpeft.load_adapter(eager, tmp_path)
     if bias:
-        torch.testing.assert_close(logits(eager), logits(source), rtol=1e-5, atol=1e-6)
+        assert_close(logits(eager), logits(source))
     fxpeft.prepare_hotswap(prepared, 8, targets=["query"], modules_to_save=["classifier"])
     fxpeft.load_adapter(prepared, tmp_path)
-    torch.testing.assert_close(logits(prepared), logits(eager), rtol=1e-5, atol=1e-6)
+    assert_close(logits(prepared), logits(eager))
     assert (logits(eager) - logits(tiny_bert())).abs().max() > 1e-2
     fxpeft.save_adapter(prepared, tmp_path / "again")
     again = tiny_bert()
     fxpeft.load_adapter(again, tmp_path / "again")
-    torch.testing.assert_close(logits(again), logits(eager), rtol=1e-5, atol=1e-6)
+    assert_close(logits(again), logits(eager))
     with fxpeft.disabled(prepared):
-        torch.testing.assert_close(logits(prepared), logits(tiny_bert()), rtol=1e-5, atol=1e-6)
+        assert_close(logits(prepared), logits(tiny_bert()))
 
 
 @pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"]])

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from closeness import assert_close
 from families import DECODER, FAMILIES, MOE
 from safetensors.torch import save_file
-from tiny import randomise, token_ids
+from tiny import logits, randomise
 from torch import Tensor
 
 import fxpeft
@@ -80,28 +81,15 @@ OTHERS = {
 SETTINGS: dict[str, Any] = {"r": 3, "lora_alpha": 7}
 
 
-@pytest.fixture
-def installed() -> Iterator[None]:
-    fxpeft.install()
-    yield
-    fxpeft.uninstall()
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(token_ids()).logits
-    return found
-
-
 def loads_and_saves(folder: Path, experts: Experts, expected: Tensor) -> None:
     """A file gives these outputs, and so does what is saved of it, in ``again``."""
     model = experts.build()
     fxpeft.load_adapter(model, folder)
-    assert torch.allclose(logits(model), expected, atol=1e-4)
+    assert_close(logits(model), expected)
     fxpeft.save_adapter(model, folder / "again")
     again = experts.build()
     fxpeft.load_adapter(again, folder / "again")
-    assert torch.allclose(logits(again), expected, atol=1e-4)
+    assert_close(logits(again), expected)
 
 
 def own(patterns: dict[str, Any], name: str, default: Any) -> Any:
@@ -177,23 +165,23 @@ def test_one_lora_for_each_expert(name: str, case: str, tmp_path: Path, installe
     assert not torch.allclose(expected, logits(experts.build()), atol=1e-2)
     if case in PEFT_TOO:
         theirs = peft.PeftModel.from_pretrained(experts.build(), tmp_path).eval()
-        assert torch.allclose(logits(theirs), expected, atol=1e-4)
+        assert_close(logits(theirs), expected)
     native = experts.build()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fxpeft.load_adapter(native, tmp_path)
-    assert torch.allclose(logits(native), expected, atol=1e-4)
+    assert_close(logits(native), expected)
     through = experts.build()
     info = through.load_adapter(str(tmp_path))
     assert info.missing_keys == info.unexpected_keys == set()
-    assert torch.allclose(logits(through), expected, atol=1e-4)
+    assert_close(logits(through), expected)
     # saved again it has the layout of now, which PEFT reads too
     fxpeft.save_adapter(native, tmp_path / "again")
     again = experts.build()
     fxpeft.load_adapter(again, tmp_path / "again")
-    assert torch.allclose(logits(again), expected, atol=1e-4)
+    assert_close(logits(again), expected)
     theirs = peft.PeftModel.from_pretrained(experts.build(), tmp_path / "again").eval()
-    assert torch.allclose(logits(theirs), expected, atol=1e-4)
+    assert_close(logits(theirs), expected)
 
 
 def test_dense_layers_of_the_same_names(tmp_path: Path) -> None:
@@ -219,7 +207,7 @@ def test_the_router(tmp_path: Path) -> None:
     expected = write(tmp_path, experts, extra=routers, target_modules=["q_proj", "gate", *experts.branches])
     model = experts.build()
     fxpeft.load_adapter(model, tmp_path)
-    assert torch.allclose(logits(model), expected, atol=1e-4)
+    assert_close(logits(model), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -232,7 +220,7 @@ def test_swapped_into_slots(name: str, tmp_path: Path) -> None:
     fxpeft.load_adapter(model, tmp_path / "plain")
     for case in ("ranks and alphas", "plain"):
         fxpeft.hotswap(model, tmp_path / case)
-        assert torch.allclose(logits(model), expected[case], atol=1e-4)
+        assert_close(logits(model), expected[case])
 
 
 def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path, installed: None) -> None:
@@ -276,7 +264,7 @@ def test_a_new_adapter_is_pefts(name: str, way: str, form: str, tmp_path: Path, 
     assert not torch.allclose(logits(model), logits(experts.build()), atol=1e-2)
     fxpeft.save_adapter(model, tmp_path)
     loaded = peft.PeftModel.from_pretrained(experts.build(), tmp_path).eval()
-    assert torch.allclose(logits(loaded), logits(model), atol=1e-4)
+    assert_close(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize("parameters", [r".*layers\.1\.mlp\.gate\.weight", ["layers.1.mlp.gate.weight"]])

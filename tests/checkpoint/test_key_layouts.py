@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from closeness import assert_close
 from families import FAMILIES, first_output
 from safetensors.torch import load_file, save_file
 from tiny import randomise
@@ -53,13 +54,6 @@ def renamed(folder: Path, rename: Callable[[str], str], **fields: Any) -> Path:
     return folder
 
 
-@pytest.fixture
-def installed() -> Iterator[None]:
-    fxpeft.install()
-    yield
-    fxpeft.uninstall()
-
-
 #: layout -> a key's name in it; what the guide's table says
 LAYOUTS: dict[str, Callable[[VisionLanguage, str], str]] = {
     "now": lambda family, key: key,
@@ -79,25 +73,25 @@ def test_both_towers_have_their_adapter(name: str, layout: str, tmp_path: Path, 
     assert not torch.allclose(expected, logits(family.build(), family), atol=1e-2)
     native = family.build()
     fxpeft.load_adapter(native, tmp_path)
-    assert torch.allclose(logits(native, family), expected, atol=1e-5)
+    assert_close(logits(native, family), expected)
     through = family.build()
     info = through.load_adapter(str(tmp_path))
     assert info.missing_keys == info.unexpected_keys == set()
-    assert torch.allclose(logits(through, family), expected, atol=1e-5)
+    assert_close(logits(through, family), expected)
     slots = family.build()
     fxpeft.prepare_hotswap(slots, max_rank=8)
     fxpeft.load_adapter(slots, tmp_path)
     fxpeft.disable_adapters(slots)
     fxpeft.enable_adapters(slots)
     fxpeft.hotswap(slots, tmp_path)
-    assert torch.allclose(logits(slots, family), expected, atol=1e-4)
+    assert_close(logits(slots, family), expected)
     # saved again, it has the names of now and PEFT reads it
     fxpeft.save_adapter(native, tmp_path / "again")
     assert sorted(load_file(tmp_path / "again" / "adapter_model.safetensors")) == sorted(
         f"{PREFIX}{key}" for key in through.get_adapter_state_dict()
     )
     theirs = peft.PeftModel.from_pretrained(family.build(), tmp_path / "again").eval()
-    assert torch.allclose(logits(theirs, family), expected, atol=1e-5)
+    assert_close(logits(theirs, family), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -121,10 +115,10 @@ def test_the_config_has_old_names_too(name: str, form: str, tmp_path: Path) -> N
     renamed(tmp_path, family.old, target_modules=targets, rank_pattern=ranks)
     model = family.build()
     fxpeft.load_adapter(model, tmp_path)
-    assert torch.allclose(logits(model, family), expected, atol=1e-5)
+    assert_close(logits(model, family), expected)
     fxpeft.save_adapter(model, tmp_path / "again")
     theirs = peft.PeftModel.from_pretrained(family.build(), tmp_path / "again").eval()
-    assert torch.allclose(logits(theirs, family), expected, atol=1e-5)
+    assert_close(logits(theirs, family), expected)
 
 
 @pytest.mark.parametrize("name", ["llava", "paligemma"])
@@ -143,7 +137,7 @@ def test_one_tower_by_its_old_name(name: str, fields: dict[str, Any], tmp_path: 
     renamed(tmp_path, family.old, **fields)
     model = family.build()
     fxpeft.load_adapter(model, tmp_path)
-    assert torch.allclose(logits(model, family), expected, atol=1e-5)
+    assert_close(logits(model, family), expected)
 
 
 def test_a_file_that_lacks_a_site_is_still_incomplete(tmp_path: Path) -> None:
@@ -170,7 +164,7 @@ def test_a_whole_module_that_moved(tmp_path: Path) -> None:
     renamed(tmp_path, family.old, modules_to_save=["language_model.lm_head", "multi_modal_projector"])
     model = family.build()
     fxpeft.load_adapter(model, tmp_path)
-    assert torch.allclose(logits(model, family), new, atol=1e-5)
+    assert_close(logits(model, family), new)
 
 
 def test_what_is_left_over_is_an_error_and_a_loud_warning(tmp_path: Path, installed: None) -> None:
@@ -212,15 +206,15 @@ def test_key_mapping(tmp_path: Path, installed: None) -> None:
     renamed(tmp_path / "adapter", own, **base)
     mapping = {r"^talk\.": "language_model.model."}
     loaded = type(family.build()).from_pretrained(str(tmp_path / "adapter"), key_mapping=mapping)
-    assert torch.allclose(logits(loaded, family), expected, atol=1e-5)
+    assert_close(logits(loaded, family), expected)
     native = family.build()
     fxpeft.load_adapter(native, tmp_path / "adapter", key_mapping=mapping)
-    assert torch.allclose(logits(native, family), expected, atol=1e-5)
+    assert_close(logits(native, family), expected)
     slots = family.build()
     fxpeft.prepare_hotswap(slots, max_rank=8)
     fxpeft.load_adapter(slots, tmp_path / "adapter", key_mapping=mapping)
     fxpeft.hotswap(slots, tmp_path / "adapter", key_mapping=mapping)
-    assert torch.allclose(logits(slots, family), expected, atol=1e-4)
+    assert_close(logits(slots, family), expected)
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["tensors alone", "with a config"])
@@ -232,12 +226,12 @@ def test_tensors_in_memory(given: bool, tmp_path: Path) -> None:
     config = fxpeft.LoraConfig(r=3, lora_alpha=3, target_modules=["q_proj", "v_proj"])
     model = family.build()
     fxpeft.inject(model, tensors, config if given else None)
-    assert torch.allclose(logits(model, family), expected, atol=1e-5)
+    assert_close(logits(model, family), expected)
     slots = family.build()
     fxpeft.prepare_hotswap(slots, max_rank=8)
     fxpeft.add_adapter(slots, config)
     fxpeft.hotswap(slots, tensors)
-    assert torch.allclose(logits(slots, family), expected, atol=1e-4)
+    assert_close(logits(slots, family), expected)
 
 
 def test_a_model_whose_blocks_are_compiled(tmp_path: Path) -> None:
@@ -249,7 +243,7 @@ def test_a_model_whose_blocks_are_compiled(tmp_path: Path) -> None:
     for index, layer in enumerate(layers):
         layers[index] = torch.compile(layer, backend="eager")
     fxpeft.load_adapter(model, tmp_path)
-    assert torch.allclose(logits(model, family), expected, atol=1e-5)
+    assert_close(logits(model, family), expected)
 
 
 def test_swapped_by_transformers(tmp_path: Path, installed: None) -> None:
@@ -265,7 +259,7 @@ def test_swapped_by_transformers(tmp_path: Path, installed: None) -> None:
             folder = tmp_path / f"{seed} {slots}"
             shutil.copytree(tmp_path / str(seed), folder)
             model.load_adapter(str(renamed(folder, family.old)), "default", hotswap=True)
-            assert torch.allclose(logits(model, family), expected[seed], atol=1e-4)
+            assert_close(logits(model, family), expected[seed])
 
 
 def test_the_command_line_says_that_it_loads(tmp_path: Path) -> None:
@@ -320,7 +314,7 @@ def test_targets_that_have_other_names_now(tmp_path: Path, installed: None) -> N
     for load in (lambda m: fxpeft.load_adapter(m, tmp_path), lambda m: m.load_adapter(str(tmp_path))):
         model = family.build()
         load(model)
-        assert torch.allclose(outputs(model), expected, atol=1e-5)
+        assert_close(outputs(model), expected)
     fxpeft.save_adapter(model, tmp_path / "again")
     theirs = peft.PeftModel.from_pretrained(family.build(), tmp_path / "again").eval()
-    assert torch.allclose(outputs(theirs), expected, atol=1e-5)
+    assert_close(outputs(theirs), expected)

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from closeness import assert_close
 from layouts import ROWS, Row
 from torch import Tensor
 
@@ -22,17 +23,13 @@ GUIDE = Path(__file__).parents[2] / "examples" / "guides" / "compatibility.md"
 
 @torch.no_grad()
 def output(row: Row, model: Any) -> Tensor:
-    return row.run(model).float()
-
-
-def close(row: Row, found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted.float(), rtol=0, atol=row.tolerance * max(1.0, float(wanted.abs().max())))
+    return row.run(model)
 
 
 def loads(row: Row, folder: Path, wanted: Tensor) -> None:
     model = row.wrap(row.base())
     fxpeft.load_adapter(model, folder)
-    close(row, output(row, row.after(model)), wanted)
+    assert_close(output(row, row.after(model)), wanted)
 
 
 def slots(row: Row, folder: Path, wanted: Tensor) -> None:
@@ -51,11 +48,11 @@ def slots(row: Row, folder: Path, wanted: Tensor) -> None:
         bias=getattr(config, "bias", "none"), **targets,
     )  # fmt: skip
     fxpeft.load_adapter(model, folder)
-    close(row, output(row, model), wanted)
+    assert_close(output(row, model), wanted)
     with fxpeft.disabled(model):
-        close(row, output(row, model), output(row, row.base()))
+        assert_close(output(row, model), output(row, row.base()))
     fxpeft.hotswap(model, folder)
-    close(row, output(row, model), wanted)
+    assert_close(output(row, model), wanted)
 
 
 def transformers(row: Row, folder: Path, wanted: Tensor) -> None:
@@ -66,7 +63,7 @@ def transformers(row: Row, folder: Path, wanted: Tensor) -> None:
         info = model.load_adapter(str(folder))
         assert not info.missing_keys
         assert not info.unexpected_keys
-        close(row, output(row, model), wanted)
+        assert_close(output(row, model), wanted)
     finally:
         fxpeft.uninstall()
 
@@ -76,7 +73,7 @@ def writes(row: Row, folder: Path, wanted: Tensor) -> None:
     model = row.wrap(row.base())
     fxpeft.load_adapter(model, folder)
     fxpeft.save_adapter(model, folder / "again")
-    close(row, output(row, peft.PeftModel.from_pretrained(row.base(), str(folder / "again")).eval()), wanted)
+    assert_close(output(row, peft.PeftModel.from_pretrained(row.base(), str(folder / "again")).eval()), wanted)
 
 
 CHECKS: dict[str, tuple[str, Callable[[Row, Path, Tensor], None]]] = {

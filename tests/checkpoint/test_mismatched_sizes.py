@@ -8,9 +8,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from closeness import assert_close
 from safetensors.torch import load_file, save_file
-from tiny import randomise, tiny_bert, token_ids
-from torch import Tensor
+from tiny import logits, randomise, tiny_bert
 
 import fxpeft
 
@@ -18,12 +18,6 @@ LORA: dict[str, Any] = {
     "r": 3, "lora_alpha": 7, "target_modules": ["query", "value"], "modules_to_save": ["classifier"]
 }  # fmt: skip
 FIRST = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(token_ids()).logits
-    return found
 
 
 @pytest.fixture
@@ -56,7 +50,7 @@ def test_places_of_other_shapes_get_first_values(folder: Path) -> None:
     with pytest.warns(UserWarning, match="ignored because you passed"):
         theirs = peft.PeftModel.from_pretrained(tiny_bert(), folder, ignore_mismatched_sizes=True).eval()
     peft.set_peft_model_state_dict(theirs, {**peft.get_peft_model_state_dict(theirs), FIRST: own[FIRST]})
-    assert torch.allclose(logits(theirs), logits(model), atol=1e-5)
+    assert_close(logits(theirs), logits(model))
 
 
 def test_without_the_word_it_is_an_error(folder: Path) -> None:
@@ -94,4 +88,4 @@ def test_embeddings_of_another_vocabulary(tmp_path: Path) -> None:
     model = tiny_bert()
     with pytest.warns(UserWarning, match=r"word_embeddings\.weight: expected \[40, 24\], found \[47, 24\]"):
         fxpeft.load_adapter(model, tmp_path, ignore_mismatched_sizes=True)
-    assert torch.allclose(logits(model), expected, atol=1e-5)
+    assert_close(logits(model), expected)

@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import randomise, tiny_llama, token_ids
+from tiny import logits, randomise, tiny_llama
 from torch import Tensor, nn
 
 import fxpeft
@@ -74,11 +74,6 @@ def served(prepared: bool) -> nn.Module:
     if not prepared:
         randomise(fxpeft.adapter_state_dict(model).values(), seed=5)
     return model
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(token_ids()).logits
 
 
 @pytest.mark.parametrize("kind", WRONG)

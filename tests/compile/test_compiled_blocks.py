@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import assert_close
 from safetensors.torch import load_file
 from tiny import randomise, tiny_llama, token_ids
 from torch import nn
@@ -14,6 +15,7 @@ from transformers import LlamaForCausalLM
 import fxpeft
 from fxpeft.testing import no_recompiles
 
+pytestmark = pytest.mark.usefixtures("fresh_graphs")
 FULL = "model.layers.1.self_attn.q_proj"
 CONFIG = {"r": 3, "lora_alpha": 7, "target_modules": [FULL, "down_proj"], "rank_pattern": {"layers.0.mlp.down_proj": 2}}
 
@@ -35,11 +37,6 @@ def folder_of(path: Path, seed: int, **values: object) -> tuple[Path, torch.Tens
     return path, model(token_ids()).logits.detach()
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_names_are_those_of_the_uncompiled_model(when: str, tmp_path: Path) -> None:
     path, wanted = folder_of(tmp_path / "plain", 1)
@@ -50,7 +47,7 @@ def test_names_are_those_of_the_uncompiled_model(when: str, tmp_path: Path) -> N
     else:
         fxpeft.load_adapter(model, path)
         compile_blocks(model)
-    torch.testing.assert_close(model(token_ids()).logits, wanted, rtol=1e-5, atol=1e-5)
+    assert_close(model(token_ids()).logits, wanted)
     fxpeft.save_adapter(model, tmp_path / "again")
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "again")]
     assert files[0].keys() == files[1].keys()
@@ -74,17 +71,17 @@ def test_slots_of_compiled_blocks_swap_without_compiling(tmp_path: Path) -> None
     fxpeft.prepare_hotswap(model, 8, targets=["q_proj", "down_proj"])
     fxpeft.load_adapter(model, first[0], "a")
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, first[1], rtol=1e-4, atol=1e-4)
+        assert_close(model(ids).logits, first[1])
         with no_recompiles(warm=True):
             fxpeft.load_adapter(model, second[0], "b")
-            torch.testing.assert_close(model(ids).logits, second[1], rtol=1e-4, atol=1e-4)
+            assert_close(model(ids).logits, second[1])
             fxpeft.set_adapter(model, ["a", "b"])
             model(ids)
             fxpeft.set_adapter(model, "a")
             fxpeft.hotswap(model, second[0])
-            torch.testing.assert_close(model(ids).logits, second[1], rtol=1e-4, atol=1e-4)
+            assert_close(model(ids).logits, second[1])
             fxpeft.disable_adapters(model)
-            torch.testing.assert_close(model(ids).logits, tiny_llama().eval()(ids).logits, rtol=1e-4, atol=1e-4)
+            assert_close(model(ids).logits, tiny_llama().eval()(ids).logits)
     fxpeft.remove(model)
     assert type(model.model.layers[0]._orig_mod.self_attn.q_proj) is nn.Linear
 
@@ -94,4 +91,4 @@ def test_a_head_that_is_saved_whole_may_be_compiled(tmp_path: Path) -> None:
     model = tiny_llama().eval()
     model.lm_head = torch.compile(model.lm_head, backend="eager")
     fxpeft.load_adapter(model, path)
-    torch.testing.assert_close(model(token_ids()).logits, wanted, rtol=1e-5, atol=1e-5)
+    assert_close(model(token_ids()).logits, wanted)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from closeness import assert_close
 from tiny import randomise
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ import fxpeft
 import fxpeft.programs.backend
 from fxpeft.testing import no_recompiles
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("fresh_graphs")]
 MAX_RANK = 6
 
 
@@ -109,13 +109,6 @@ def models(folders: dict[str, Path]) -> dict[str, nn.Module]:
     return {**loaded, "off": net()}
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def prepared(folders: dict[str, Path], dtype: torch.dtype = torch.float32) -> nn.Module:
     model = net(dtype)
     fxpeft.prepare_hotswap(model, MAX_RANK, targets=[n for n in NAMES if n != "plane_depthwise"])
@@ -124,9 +117,7 @@ def prepared(folders: dict[str, Path], dtype: torch.dtype = torch.float32) -> nn
     return model
 
 
-def walk(
-    model: nn.Module, compiled: Any, models: dict[str, nn.Module], given: tuple[Tensor, ...], tolerance: float = 1e-5
-) -> None:
+def walk(model: nn.Module, compiled: Any, models: dict[str, nn.Module], given: tuple[Tensor, ...]) -> None:
     """Through all adapters and none; after each the outputs of every site are those of a model of its own."""
     bare = outputs(models["off"], given)
     for name in (*ADAPTERS, "off", *reversed(ADAPTERS)):
@@ -135,8 +126,7 @@ def walk(
             fxpeft.set_adapter(model, name)
         found, wanted = outputs(compiled, given), outputs(models[name], given)
         for site, value in wanted.items():
-            scale = tolerance * max(1.0, value.abs().max().item())
-            torch.testing.assert_close(found[site].float(), value.float(), rtol=0, atol=scale, msg=f"{name}: {site}")
+            assert_close(found[site], value, message=f"{name}: {site}: ")
         if name != "off":
             aimed = ADAPTERS[name]["target_modules"]
             changed = {n for n in NAMES if (wanted[n].float() - bare[n].float()).abs().max() > 0.01}
@@ -182,7 +172,7 @@ def test_half_precision(folders: dict[str, Path], models: dict[str, nn.Module]) 
     halves = {name: copy.deepcopy(m).to(torch.bfloat16) for name, m in models.items()}
     compiled = torch.compile(model, fullgraph=True)
     with no_recompiles():
-        walk(model, compiled, halves, given, tolerance=2e-2)
+        walk(model, compiled, halves, given)
 
 
 def test_the_smallest_case_that_was_reported() -> None:
@@ -193,7 +183,7 @@ def test_the_smallest_case_that_was_reported() -> None:
     wanted = model(x).detach()
     fxpeft.prepare_hotswap(model, max_rank=16, targets=["0"])
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model)(x), wanted, rtol=0, atol=1e-5)
+        assert_close(torch.compile(model)(x), wanted)
 
 
 def test_an_idle_graph_has_no_trace_of_the_slots(folders: dict[str, Path], models: dict[str, nn.Module]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import randomise, tiny_gpt2, tiny_llama, token_ids
+from adapter_files import save_each
+from closeness import assert_close
+from tiny import tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -34,23 +35,12 @@ def output(model: nn.Module) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {}
-    for seed, (name, config) in enumerate(CONFIGS.items()):
-        model = tiny_llama()
-        fxpeft.add_adapter(model, config)
-        tensors = fxpeft.adapter_state_dict(model)
-        randomise(tensors.values(), seed)
-        for key, value in tensors.items():
-            if "magnitude" in key or "ia3" in key:
-                value.data.add_(1)
-        made[name] = tmp_path_factory.mktemp(name)
-        fxpeft.save_adapter(model, made[name])
-    return made
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return save_each(tiny_llama, CONFIGS, tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="module")
-def fresh(folders: dict[str, Path]) -> dict[str, Tensor]:
+def fresh(folders: dict[str, str]) -> dict[str, Tensor]:
     """Each adapter's output from a model of its own, and the bare model's."""
     outputs = {"off": output(tiny_llama())}
     for name, folder in folders.items():
@@ -62,7 +52,7 @@ def fresh(folders: dict[str, Path]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("rank", ["dynamic", "static"])
-def test_every_method_in_one_graph(rank: Any, folders: dict[str, Path], fresh: dict[str, Tensor]) -> None:
+def test_every_method_in_one_graph(rank: Any, folders: dict[str, str], fresh: dict[str, Tensor]) -> None:
     model = tiny_llama()
     fxpeft.prepare_hotswap(model, 8, targets=TARGETS, methods=tuple(CONFIGS), rank=rank)
     for name, folder in folders.items():
@@ -78,16 +68,16 @@ def test_every_method_in_one_graph(rank: Any, folders: dict[str, Path], fresh: d
             else:
                 fxpeft.enable_adapters(model)
                 fxpeft.set_adapter(model, name)
-            torch.testing.assert_close(output(compiled), fresh[name], rtol=0, atol=1e-5)
+            assert_close(output(compiled), fresh[name])
         fxpeft.hotswap(model, folders["dora"], "lora")  # another method under the same name
-        torch.testing.assert_close(output(compiled), fresh["dora"], rtol=0, atol=1e-5)
+        assert_close(output(compiled), fresh["dora"])
         fxpeft.hotswap(model, folders["ia3"], "lora")
-        torch.testing.assert_close(output(compiled), fresh["ia3"], rtol=0, atol=1e-5)
+        assert_close(output(compiled), fresh["ia3"])
         assert isinstance(fxpeft.adapter_config(model), IA3Config)
     assert counter.frame_count == 1
 
 
-def test_a_method_that_was_not_declared_is_refused(folders: dict[str, Path], fresh: dict[str, Tensor]) -> None:
+def test_a_method_that_was_not_declared_is_refused(folders: dict[str, str], fresh: dict[str, Tensor]) -> None:
     model = tiny_llama()
     fxpeft.prepare_hotswap(model, 8, targets=TARGETS)
     fxpeft.load_adapter(model, folders["lora"])
@@ -96,7 +86,7 @@ def test_a_method_that_was_not_declared_is_refused(folders: dict[str, Path], fre
             fxpeft.load_adapter(model, folders[name], name)
         with pytest.raises(fxpeft.AdapterError, match="nothing was changed"):
             fxpeft.hotswap(model, folders[name])
-    torch.testing.assert_close(output(model), fresh["lora"], rtol=0, atol=1e-5)
+    assert_close(output(model), fresh["lora"])
 
 
 def test_only_declared_methods_leave_a_trace_in_the_graph() -> None:
@@ -112,18 +102,18 @@ def test_only_declared_methods_leave_a_trace_in_the_graph() -> None:
     assert not re.search("g_in", text("dora"))
 
 
-def test_a_gain_cannot_share_a_slot(folders: dict[str, Path], fresh: dict[str, Tensor]) -> None:
+def test_a_gain_cannot_share_a_slot(folders: dict[str, str], fresh: dict[str, Tensor]) -> None:
     model = tiny_llama()
     fxpeft.prepare_hotswap(model, 12, targets=TARGETS, methods=tuple(CONFIGS))
     for name, folder in folders.items():
         fxpeft.load_adapter(model, folder, name)
     with pytest.raises(fxpeft.AdapterError, match=r"v_proj: dora \(dora\) and adalora"):
         fxpeft.set_adapter(model, ["dora", "adalora"])
-    torch.testing.assert_close(output(model), fresh["lora_bias"], rtol=0, atol=1e-5)  # the last one loaded
+    assert_close(output(model), fresh["lora_bias"])  # the last one loaded
     fxpeft.set_adapter(model, ["lora", "adalora"])  # sums of ranks are fine
     both = output(model)
     fxpeft.release_hotswap(model)
-    torch.testing.assert_close(output(model), both, rtol=0, atol=1e-5)
+    assert_close(output(model), both)
 
 
 def test_a_gain_cannot_share_a_bias_that_another_adapter_brings() -> None:
@@ -139,7 +129,7 @@ def test_a_gain_cannot_share_a_bias_that_another_adapter_brings() -> None:
     assert fxpeft.active_adapters(model) == ["dora"]
 
 
-def test_scales(folders: dict[str, Path]) -> None:
+def test_scales(folders: dict[str, str]) -> None:
     for name in ("lora", "dora", "adalora"):
         trained, served = tiny_llama(), tiny_llama()
         fxpeft.load_adapter(trained, folders[name])
@@ -149,7 +139,7 @@ def test_scales(folders: dict[str, Path]) -> None:
         for scale in (0.3, 1.0):
             fxpeft.set_scale(trained, "default", scale)
             fxpeft.set_scale(served, "default", scale)
-            torch.testing.assert_close(output(served), output(trained), rtol=0, atol=1e-5)
+            assert_close(output(served), output(trained))
             assert torch.equal(output(served), full) == (scale == 1)
     fxpeft.load_adapter(served, folders["ia3"], "gains")
     with pytest.raises(fxpeft.AdapterError, match="'gains': ia3 has no scale"):

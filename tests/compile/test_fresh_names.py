@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import randomise, tiny_llama, token_ids
+from closeness import assert_close
+from tiny import randomise, tiny_llama, token_ids, two_linears
 from torch import nn
 
 import fxpeft
@@ -16,13 +17,8 @@ from fxpeft.passes.container import Container
 from fxpeft.passes.live import forward_text
 from fxpeft.testing import count_graphs, no_recompiles
 
+pytestmark = pytest.mark.usefixtures("fresh_graphs")
 CONFIG = {"r": 3, "lora_alpha": 7, "target_modules": ["0", "2"], "rank_pattern": {"2": 2}}
-
-
-def net() -> nn.Module:
-    """Two linears of odd sizes."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)).eval()
 
 
 def add(model: nn.Module, name: str, seed: int) -> None:
@@ -31,13 +27,8 @@ def add(model: nn.Module, name: str, seed: int) -> None:
     randomise(fxpeft.adapter_state_dict(model, name).values(), seed)
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
-
-
 def test_a_live_compiled_model_takes_fresh_names_without_compiling() -> None:
-    model, x = net(), torch.randn(4, 5)
+    model, x = two_linears(), torch.randn(4, 5)
     compiled = torch.compile(model, fullgraph=True)
     add(model, "user-0", 0)
     compiled(x)
@@ -45,12 +36,12 @@ def test_a_live_compiled_model_takes_fresh_names_without_compiling() -> None:
         for number in range(1, 6):
             add(model, f"user-{number}", number)
             fxpeft.delete_adapter(model, f"user-{number - 1}")
-            torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+            assert_close(compiled(x), model(x))
     assert "user" not in forward_text(model[0])
 
 
 def test_compiled_training_reaches_the_named_parameters() -> None:
-    model, x = net(), torch.randn(4, 5)
+    model, x = two_linears(), torch.randn(4, 5)
     add(model, "first", 1)
     add(model, "second", 2)
     fxpeft.set_adapter(model, ["second", "first"])
@@ -62,12 +53,12 @@ def test_compiled_training_reaches_the_named_parameters() -> None:
     for name in names:
         own, other = model.get_parameter(name).grad, eager.get_parameter(name).grad
         assert float(own.abs().max()) > 0
-        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+        assert_close(own, other)
 
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_parameters_have_their_names(strict: bool) -> None:
-    model, x = net(), torch.randn(4, 5)
+    model, x = two_linears(), torch.randn(4, 5)
     add(model, "my-own", 1)
     program = torch.export.export(model, (x,), strict=strict)
     assert {"0.adapters.my-own.lora_A", "2.adapters.my-own.lora_B"} <= set(program.state_dict)
@@ -75,14 +66,14 @@ def test_exported_parameters_have_their_names(strict: bool) -> None:
 
 
 def test_symbolic_trace_names_them_too() -> None:
-    model, x = net(), torch.randn(4, 5)
+    model, x = two_linears(), torch.randn(4, 5)
     add(model, "mine", 1)
     traced = torch.fx.symbolic_trace(model)
     torch.testing.assert_close(traced(x), model(x))
 
 
 def test_two_active_adapters_of_one_site_are_told_apart() -> None:
-    model, x = net(), torch.randn(4, 5)
+    model, x = two_linears(), torch.randn(4, 5)
     add(model, "a", 1)
     alone = {"a": model(x)}
     add(model, "b", 2)
@@ -98,7 +89,7 @@ def test_two_active_adapters_of_one_site_are_told_apart() -> None:
 
 
 def test_an_adapter_that_goes_is_freed() -> None:
-    model = net()
+    model = two_linears()
     add(model, "a", 1)
     part = model.get_submodule("0.adapters.a")
     container = model.get_submodule("0.adapters")
@@ -135,5 +126,5 @@ def test_fresh_names_in_a_compiled_prepared_model(tmp_path: Path) -> None:
                 )
                 randomise(fxpeft.adapter_state_dict(model).values(), number)
                 fxpeft.set_adapter(model, f"user-{number}")
-                torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+                assert_close(compiled(ids).logits, model(ids).logits)
     assert counted.graphs == 0

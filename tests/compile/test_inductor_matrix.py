@@ -9,7 +9,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from method_cases import KINDS, MAX_RANK, METHODS, MethodCase, adapted, close, output, served, spread
+from adapter_files import spread
+from closeness import LONGEST, assert_close
+from method_cases import KINDS, MAX_RANK, METHODS, MethodCase, adapted, output, served
 from torch import Tensor, nn
 
 import fxpeft
@@ -84,18 +86,18 @@ def test_every_swap_of_a_kind_in_one_graph(kind: str, tmp_path: Path) -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         for name, (_, folder) in adapters.items():
             fxpeft.load_adapter(net, folder, name)
-            close(output(graph, x), wanted[name])
+            assert_close(output(graph, x), wanted[name])
         for name in pairs([*adapters, "off"]):
             show(net, name)
-            close(output(graph, x), wanted[name], 1e-6 if name == "off" else 1e-5)
+            assert_close(output(graph, x), wanted[name], terms=1 if name == "off" else LONGEST)
         for name, (_, folder) in adapters.items():  # another method under one name
             fxpeft.hotswap(net, folder, "lora-0")
             show(net, "lora-0")
-            close(output(graph, x), wanted[name])
+            assert_close(output(graph, x), wanted[name])
         fxpeft.hotswap(net, adapters["lora-0"][1], "lora-0")
         sums_and_scales(kind, net, graph, adapters, x)
         show(net, "off")
-        close(output(graph, x), bare, 1e-6)
+        assert_close(output(graph, x), bare, terms=1, size=1.0)
     assert moved.items() <= {name: tensor.data_ptr() for name, tensor in net.named_buffers()}.items()
 
 
@@ -116,14 +118,14 @@ def sums_and_scales(kind: str, net: nn.Module, graph: Any, adapters: dict[str, A
     show(net, chosen[0])
     for model in (own, net):
         fxpeft.set_adapter(model, chosen)
-    close(output(graph, x), output(own, x))
+    assert_close(output(graph, x), output(own, x))
     for model in (own, net):
         fxpeft.set_scale(model, chosen[1], -0.4)
-    close(output(graph, x), output(own, x))
+    assert_close(output(graph, x), output(own, x))
     for rule in ("cat", "svd"):
         for model in (own, net):
             fxpeft.add_weighted_adapter(model, chosen, [0.7, -0.3], rule, combination_type=rule)
-        close(output(graph, x), output(own, x))
+        assert_close(output(graph, x), output(own, x))
 
 
 class All(nn.Module):
@@ -181,4 +183,4 @@ def test_every_swap_in_a_package_of_all_kinds(tmp_path: Path) -> None:
             served.set_adapter(name)
         found = run(served)
         for kind, value in wanted[name].items():
-            torch.testing.assert_close(found[kind], value, rtol=0, atol=1e-5, msg=f"{name} on {kind}")
+            assert_close(found[kind], value, message=f"{name} on {kind}")

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from families import DECODER, MOE
-from torch import Tensor, nn
+from adapter_files import load_each, save
+from closeness import assert_close
+from families import DECODER, MOE, mixtral
+from swap_walks import swap_in_place, walk
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx import GraphModule
 
@@ -31,11 +34,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def mixtral() -> Any:
-    torch.manual_seed(0)
-    return tf.MixtralForCausalLM(tf.MixtralConfig(**DECODER, num_local_experts=3, **MOE)).eval()
-
-
 def qwen3_moe() -> Any:
     torch.manual_seed(0)
     config = tf.Qwen3MoeConfig(**DECODER, num_experts=4, moe_intermediate_size=20, head_dim=8, **MOE)
@@ -54,12 +52,7 @@ def saved(build: Callable[[], Any], factory: pytest.TempPathFactory) -> Saved:
     folders, expected = {}, {"off": build()(ids()).logits.detach()}
     for seed, (name, config) in enumerate(ADAPTERS.items()):
         model = build()
-        fxpeft.add_adapter(model, fxpeft.LoraConfig(**config), name)
-        generator = torch.Generator().manual_seed(seed)
-        for tensor in fxpeft.adapter_state_dict(model).values():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
-        folders[name] = str(factory.mktemp(name))
-        fxpeft.save_adapter(model, folders[name])
+        folders[name] = save(model, fxpeft.LoraConfig(**config), factory.mktemp(name), seed)
         expected[name] = model(ids()).logits.detach()
     return folders, expected
 
@@ -74,20 +67,7 @@ def prepared(folders: dict[str, str], rank: Any = "dynamic") -> Any:
     fxpeft.prepare_hotswap(
         model, MAX_RANK, targets=["q_proj", "v_proj", "o_proj"], target_parameters=[UP, DOWN, GATE], rank=rank
     )
-    for name, folder in folders.items():
-        fxpeft.load_adapter(model, folder, name)
-    return model
-
-
-def walk(model: nn.Module, call: Callable[[], Tensor], expected: dict[str, Tensor]) -> None:
-    """Through every adapter, up and down in rank, off and on again."""
-    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
-        for name in [*ADAPTERS, *reversed(ADAPTERS)]:
-            fxpeft.set_adapter(model, name)
-            torch.testing.assert_close(call(), expected[name], rtol=0, atol=1e-5)
-            fxpeft.disable_adapters(model)
-            torch.testing.assert_close(call(), expected["off"], rtol=0, atol=1e-5)
-            fxpeft.enable_adapters(model)
+    return load_each(model, folders)
 
 
 @pytest.mark.parametrize("way", ["dynamic", "static", "inductor", "batched_mm"])
@@ -99,7 +79,7 @@ def test_one_graph_serves_every_adapter(way: str, experts: Saved) -> None:
         model.set_experts_implementation(way)
     counter = CompileCounterWithBackend("inductor" if way == "inductor" else "aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    walk(model, lambda: compiled(ids()).logits, expected)
+    walk(model, ADAPTERS, lambda: compiled(ids()).logits, expected)
     assert counter.frame_count == 1
 
 
@@ -109,7 +89,7 @@ def test_one_graph_per_layer_kind(experts: Saved) -> None:
     model, counter = prepared(folders), CompileCounterWithBackend("aot_eager")
     for layer in model.model.layers:
         layer.compile(backend=counter, fullgraph=True)
-    walk(model, lambda: model(ids(), use_cache=False).logits, expected)
+    walk(model, ADAPTERS, lambda: model(ids(), use_cache=False).logits, expected)
     assert counter.frame_count == 1  # both layers run the same graph
 
 
@@ -153,18 +133,13 @@ def test_idle_slots_leave_the_graph(experts: Saved) -> None:
     updates = [sum(node.target is torch.baddbmm for node in graph.graph.nodes) for graph in graphs]
     fxpeft.enable_adapters(model)
     assert updates == [0, 6]  # the folded graph, and the one with slots: three parameters in each of two layers
-    walk(model, lambda: compiled(ids()).logits, expected)
+    walk(model, ADAPTERS, lambda: compiled(ids()).logits, expected)
 
 
 def test_no_slot_moves(experts: Saved) -> None:
     folders, _ = experts
     model = prepared(folders)
-    before = {name: buffer.data_ptr() for name, buffer in model.named_buffers()}
-    assert any(name.endswith("slot.gate_up_proj.a") for name in before)
-    for name in ADAPTERS:
-        fxpeft.set_adapter(model, name)
-    fxpeft.hotswap(model, folders["one"], "full")
-    assert {name: buffer.data_ptr() for name, buffer in model.named_buffers()} == before
+    assert any(name.endswith("slot.gate_up_proj.a") for name in swap_in_place(model, ADAPTERS, folders["one"]))
 
 
 def test_training_compiles_once_a_rank(experts: Saved) -> None:
@@ -188,4 +163,4 @@ def test_training_compiles_once_a_rank(experts: Saved) -> None:
     assert found[0].keys() == found[1].keys()
     assert any("down_proj" in name for name in found[0])
     for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+        assert_close(found[1][name], gradient, message=name)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from adapter_files import load_each, save_each
+from closeness import assert_close
+from swap_walks import swap_in_place, walk
+from tiny import tiny_llama
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import fxpeft
 
@@ -32,32 +36,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=64,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def randomise(model: nn.Module, name: str, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for tensor in fxpeft.adapter_state_dict(model, name).values():
-        tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Each adapter, saved by fxpeft from its training layout."""
-    made = {}
-    for seed, (name, config) in enumerate(ADAPTERS.items()):
-        model = tiny_llama()
-        fxpeft.add_adapter(model, fxpeft.LoraConfig(**config), name)
-        randomise(model, name, seed)
-        made[name] = str(tmp_path_factory.mktemp(name))
-        fxpeft.save_adapter(model, made[name])
-    return made
+    configs = {name: fxpeft.LoraConfig(**config) for name, config in ADAPTERS.items()}
+    return save_each(tiny_llama, configs, tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="module")
@@ -80,25 +63,13 @@ def expected(folders: dict[str, str], ids: Tensor) -> dict[str, Tensor]:
 def prepared(folders: dict[str, str], rank: Any = "dynamic") -> LlamaForCausalLM:
     model = tiny_llama()
     fxpeft.prepare_hotswap(model, MAX_RANK, targets=[*ALL, "embed_tokens"], modules_to_save=["lm_head"], rank=rank)
-    for name, folder in folders.items():
-        fxpeft.load_adapter(model, folder, name)
-    return model
+    return load_each(model, folders)
 
 
 @contextmanager
 def never_again() -> Iterator[None]:
     with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
         yield
-
-
-def walk(model: nn.Module, call: Callable[[], Tensor], expected: dict[str, Tensor]) -> None:
-    """Through every adapter, up and down in rank, off and on again."""
-    for name in [*ADAPTERS, *reversed(ADAPTERS)]:
-        fxpeft.set_adapter(model, name)
-        torch.testing.assert_close(call(), expected[name], rtol=0, atol=1e-5)
-        fxpeft.disable_adapters(model)
-        torch.testing.assert_close(call(), expected["off"], rtol=0, atol=1e-5)
-        fxpeft.enable_adapters(model)
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -120,7 +91,7 @@ def test_one_graph_serves_every_adapter(
     with never_again():
         compiled(ids)
         graphs = counter.frame_count
-        walk(model, lambda: compiled(ids).logits, expected)
+        walk(model, ADAPTERS, lambda: compiled(ids).logits, expected)
     # with dynamic=True torch 2.13 calls the backend twice for one graph (it starts over to specialise floats)
     assert counter.frame_count == graphs == (2 if way == "dynamic shapes" else 1)
 
@@ -138,7 +109,7 @@ def test_cuda_graphs_see_every_swap(
         compiled(inputs)
         for name in (*ADAPTERS, *ADAPTERS):  # the second round replays what the first recorded
             fxpeft.set_adapter(model, name)
-            torch.testing.assert_close(compiled(inputs).logits.cpu(), expected[name], rtol=0, atol=1e-4)
+            assert_close(compiled(inputs).logits.cpu(), expected[name])
     assert {n: b.data_ptr() for n, b in model.named_buffers()} == before
 
 
@@ -149,7 +120,7 @@ def test_one_graph_per_layer_kind(folders: dict[str, str], ids: Tensor, expected
     for layer in model.model.layers:
         layer.compile(backend=counter, fullgraph=True)
     with never_again():
-        walk(model, lambda: model(ids, use_cache=False).logits, expected)
+        walk(model, ADAPTERS, lambda: model(ids, use_cache=False).logits, expected)
     assert counter.frame_count == 1  # both layers run the same graph
 
 
@@ -168,7 +139,7 @@ def test_a_second_shape_collides_with_ranks_and_costs_one_graph(
             batch = ids.repeat(1, 2)[:, :length].contiguous()
             for name in ("two", "full", "rslora"):
                 fxpeft.set_adapter(model, name)
-                torch.testing.assert_close(compiled(batch).logits, model(batch).logits, rtol=0, atol=1e-5)
+                assert_close(compiled(batch).logits, model(batch).logits)
     assert counter.frame_count == graphs
 
 
@@ -184,7 +155,7 @@ def test_scales_and_sums(folders: dict[str, str], ids: Tensor) -> None:
             for m in (model, reference):
                 fxpeft.set_scale(m, "two", scale)
                 fxpeft.set_adapter(m, names)
-            torch.testing.assert_close(compiled(ids).logits, reference(ids).logits, rtol=0, atol=1e-5)
+            assert_close(compiled(ids).logits, reference(ids).logits)
 
 
 def test_train_and_eval_need_one_graph_each(folders: dict[str, str], ids: Tensor) -> None:
@@ -226,12 +197,7 @@ def test_generate_with_a_static_cache(folders: dict[str, str], ids: Tensor) -> N
 def test_addresses_never_change(folders: dict[str, str]) -> None:
     """What CUDA graphs rely on."""
     model = prepared(folders)
-    before = {n: b.data_ptr() for n, b in model.named_buffers()}
-    assert any(name.endswith("slot.a") for name in before)
-    for name in ADAPTERS:
-        fxpeft.set_adapter(model, name)
-    fxpeft.hotswap(model, folders["one"], "full")
-    assert {n: b.data_ptr() for n, b in model.named_buffers()} == before
+    assert any(name.endswith("slot.a") for name in swap_in_place(model, ADAPTERS, folders["one"]))
 
 
 def test_the_check_can_fail(folders: dict[str, str], ids: Tensor) -> None:

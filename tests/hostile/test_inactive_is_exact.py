@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from closeness import assert_close
 from tiny import randomise
 from torch import Tensor, nn
 
@@ -94,7 +95,7 @@ def test_ranks_and_sites_that_an_adapter_lacks_add_nothing(rank: Rank) -> None:
             assert wanted[1:].isinf().any()
             assert torch.equal(found.isnan(), wanted.isnan())
             assert torch.equal(found.isinf(), wanted.isinf())
-            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+            assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("rank", ["dynamic", "static"])
@@ -113,7 +114,7 @@ def test_off_is_exact_in_compiled_code_and_one_graph_serves_all(rank: Rank, back
         changed = run(x)
         assert not torch.equal(changed[0], bare[0])
         add(model, "one", LoraConfig(r=1, lora_alpha=5, target_modules=["down"]))
-        torch.testing.assert_close(run(x), model(x), rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert_close(run(x), model(x))
         add(model, "gain", IA3Config(target_modules=["up", "down"], feedforward_modules=["down"]))
         assert not torch.equal(run(x)[0], bare[0])
         for name in ("a", "one", "gain"):

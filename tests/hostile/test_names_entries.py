@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_llama
+from tiny import tiny_llama, two_linears
 from torch import nn
 
 import fxpeft
@@ -26,17 +26,11 @@ EVERY = pytest.mark.parametrize("name", HOSTILE, ids=lambda name: repr(name)[:16
 CONFIG = fxpeft.LoraConfig(r=3, lora_alpha=5, target_modules=["0"], init_lora_weights=False)
 
 
-def net() -> nn.Module:
-    """Two linears of odd sizes."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)).eval()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter's two files."""
     path = tmp_path_factory.mktemp("names") / "a"
-    model = net()
+    model = two_linears()
     fxpeft.add_adapter(model, CONFIG)
     fxpeft.save_adapter(model, path)
     return path
@@ -50,7 +44,7 @@ def test_the_rule(name: Any) -> None:
 
 @pytest.mark.parametrize("name", ["a", "user-1", "3", "_", "A_b-9", "x" * 128, "default", "0-0"])
 def test_what_is_a_name(name: str) -> None:
-    model = net()
+    model = two_linears()
     fxpeft.add_adapter(model, CONFIG, name)
     assert fxpeft.active_adapters(model) == [name]
     model(torch.randn(2, 5))
@@ -63,9 +57,9 @@ ENTRIES: dict[str, Callable[[nn.Module, Path, Any], Any]] = {
     "blend": lambda m, path, name: fxpeft.add_weighted_adapter(m, ["first"], [1.0], name, "cat"),
     "convert": lambda m, path, name: fxpeft.convert(m, "first", new_name="" if name is None else name),
     "apply": lambda m, path, name: fxpeft.apply(fxpeft.plan(m, CONFIG, roles=False), m, name),
-    "rewrite": lambda m, path, name: fxpeft.rewrite(torch.fx.symbolic_trace(net()), CONFIG, name=name),
+    "rewrite": lambda m, path, name: fxpeft.rewrite(torch.fx.symbolic_trace(two_linears()), CONFIG, name=name),
     "rewrite an export": lambda m, path, name: fxpeft.rewrite(
-        torch.export.export(net(), (torch.ones(2, 5),)), CONFIG, name=name
+        torch.export.export(two_linears(), (torch.ones(2, 5),)), CONFIG, name=name
     ),
 }
 
@@ -73,7 +67,7 @@ ENTRIES: dict[str, Callable[[nn.Module, Path, Any], Any]] = {
 @pytest.mark.parametrize("prepared", [False, True], ids=["live", "prepared"])
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_every_entry_refuses(entry: str, prepared: bool, folder: Path) -> None:
-    model, x = net(), torch.randn(2, 5)
+    model, x = two_linears(), torch.randn(2, 5)
     fxpeft.load_adapter(model, folder, "first")
     if prepared:
         fxpeft.prepare_hotswap(model, 8)

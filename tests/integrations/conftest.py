@@ -1,18 +1,10 @@
-"""Every test here runs with fxpeft installed in Transformers, and leaves Transformers as it was."""
+"""Every test here runs with fxpeft installed in Transformers; graphs of an earlier test's model would be recompiles."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
-
-import fxpeft
 
 
 @pytest.fixture(autouse=True)
-def _installed() -> Iterator[None]:
-    torch._dynamo.reset()  # graphs of an earlier test's model would count as recompiles
-    fxpeft.install()
-    yield
-    fxpeft.uninstall()
+def _installed(fresh_graphs: None, installed: None) -> None:
+    """The fixtures of all tests."""

@@ -8,19 +8,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny import randomise, tiny_bert, tiny_llama, token_ids
-from torch import Tensor, nn
+from closeness import assert_close
+from tiny import logits, randomise, tiny_bert, tiny_llama
+from torch import nn
 
 import fxpeft
 
 LORA: dict[str, Any] = {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "down_proj"]}
 IA3: dict[str, Any] = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(token_ids()).logits
-    return found
 
 
 @pytest.fixture
@@ -57,12 +52,12 @@ def test_slots_that_were_declared_for_both_take_it(folders: dict[str, str], meth
     model.load_adapter(folders["ia3"])
     if "lora" in methods:
         model.load_adapter(folders["lora"], "default", hotswap=True)
-        assert torch.allclose(logits(model), logits(loaded(folders["lora"])), atol=1e-5)
+        assert_close(logits(model), logits(loaded(folders["lora"])))
         assert not torch.allclose(logits(model), logits(loaded(folders["ia3"])), atol=1e-2)
         return
     with pytest.raises(ValueError, match="only supported for LoRA"):
         model.load_adapter(folders["lora"], "default", hotswap=True)
-    assert torch.allclose(logits(model), logits(loaded(folders["ia3"])), atol=1e-5)
+    assert_close(logits(model), logits(loaded(folders["ia3"])))
 
 
 CONFIGS: dict[str, Any] = {

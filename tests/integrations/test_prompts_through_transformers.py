@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import randomise, tiny_bert, tiny_llama, token_ids
@@ -70,10 +71,10 @@ def test_the_file_is_pefts(name: str, plain: bool, tmp_path: Path) -> None:
     theirs = PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).eval()
     with torch.no_grad():
         found = theirs(input_ids=token_ids(), attention_mask=torch.ones(2, 6, dtype=torch.long)).logits
-    assert torch.allclose(found, expected, atol=1e-5)
+    assert_close(found, expected)
     fresh = tiny_llama()
     fxpeft.load_adapter(fresh, tmp_path)
-    assert torch.allclose(logits(fresh), expected, atol=1e-5)
+    assert_close(logits(fresh), expected)
 
 
 def test_a_head_beside_the_prompt_has_pefts_keys(tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_a_head_beside_the_prompt_has_pefts_keys(tmp_path: Path) -> None:
     theirs = PeftModel.from_pretrained(tiny_bert(), str(tmp_path)).eval()
     with torch.no_grad():
         found = theirs(input_ids=token_ids(), attention_mask=torch.ones(2, 6, dtype=torch.long)).logits
-    assert torch.allclose(found, expected, atol=1e-5)
+    assert_close(found, expected)
 
 
 def test_a_file_of_before_is_read(tmp_path: Path) -> None:
@@ -101,10 +102,10 @@ def test_a_file_of_before_is_read(tmp_path: Path) -> None:
     save_file({f"base_model.model.{key}": value for key, value in load_file(path).items()}, path)
     fresh = tiny_bert()
     fxpeft.load_adapter(fresh, tmp_path)
-    assert torch.allclose(logits(fresh), logits(model), atol=1e-6)
+    assert_close(logits(fresh), logits(model), terms=1)
     randomise(fxpeft.adapter_state_dict(fresh).values(), seed=4)
     restore(fresh, tmp_path)
-    assert torch.allclose(logits(fresh), logits(model), atol=1e-6)
+    assert_close(logits(fresh), logits(model), terms=1)
 
 
 def test_a_saved_module_below_model_keeps_its_name() -> None:
@@ -124,7 +125,7 @@ def test_resuming_is_training_on(name: str, tmp_path: Path) -> None:
     trained = trainer(resumed, tmp_path / "resumed")
     trained.train(resume_from_checkpoint=True)
     assert trained.state.global_step == 4
-    assert torch.allclose(logits(resumed), logits(whole), atol=1e-5)
+    assert_close(logits(resumed), logits(whole))
 
 
 @pytest.mark.parametrize("name", LLAMA)
@@ -138,7 +139,7 @@ def test_the_best_prompt_is_loaded_at_the_end(name: str, tmp_path: Path) -> None
     best = Path(str(trained.state.best_model_checkpoint))
     fresh = tiny_llama()
     fxpeft.load_adapter(fresh, best)
-    assert torch.allclose(logits(model), logits(fresh), atol=1e-4)
+    assert_close(logits(model), logits(fresh))
     assert trained.evaluate()["eval_loss"] == pytest.approx(trained.state.best_metric, rel=1e-4)
 
 
@@ -156,7 +157,7 @@ def test_a_finished_prompt_takes_the_encoders_place(
     with caplog.at_level("WARNING", "transformers.integrations.peft"):
         restore(model, tmp_path)
     assert "finished prompt" in caplog.text
-    assert torch.allclose(logits(model), logits(source), atol=1e-5)
+    assert_close(logits(model), logits(source))
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 1  # the embedding alone: no layer of the encoder
     assert fxpeft.active_adapters(model) == ["default"]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import randomise, tiny_gpt2, tiny_llama, token_ids
-from torch import Tensor
+from closeness import assert_close
+from tiny import logits, randomise, tiny_gpt2, tiny_llama, token_ids
 from transformers import AutoModelForCausalLM
 
 import fxpeft
@@ -34,11 +34,6 @@ def spread(base: Path, folder: Path, device_map: dict[str, str]) -> Any:
     return AutoModelForCausalLM.from_pretrained(base, device_map=device_map, offload_folder=str(folder / "offload"))
 
 
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(token_ids()).logits
-
-
 @pytest.mark.parametrize("where", MAPS)
 @pytest.mark.parametrize("what", CONFIGS)
 def test_offloaded_base(tmp_path: Path, where: str, what: str) -> None:
@@ -50,11 +45,11 @@ def test_offloaded_base(tmp_path: Path, where: str, what: str) -> None:
     for adapted in (model, whole):
         adapted.add_adapter(fxpeft.LoraConfig(r=4, lora_alpha=10, **CONFIGS[what]))
         # modules_to_save start from the base's own values, which are on disk for one of the two
-        assert torch.allclose(logits(adapted), bare, atol=1e-6)
+        assert_close(logits(adapted), bare, terms=1, size=1.0)
         randomise(adapted.get_adapter_state_dict().values())
     assert {value.device.type for value in model.get_adapter_state_dict().values()} == {"cpu"}
     expected = logits(whole)
-    assert torch.allclose(logits(model), expected, atol=1e-5)
+    assert_close(logits(model), expected)
     for adapted in (model, whole):
         adapted.train()(token_ids(), labels=token_ids()).loss.backward()
     theirs = dict(whole.named_parameters())
@@ -67,14 +62,14 @@ def test_offloaded_base(tmp_path: Path, where: str, what: str) -> None:
     slots.enable_peft_hotswap(target_rank=8)
     for _ in range(2):
         slots.load_adapter(str(tmp_path / "adapter"), "default")
-        assert torch.allclose(logits(slots), expected, atol=1e-5)
+        assert_close(logits(slots), expected)
     slots.disable_adapters()
-    assert torch.allclose(logits(slots), bare, atol=1e-5)
+    assert_close(logits(slots), bare)
     slots.enable_adapters()
     fxpeft.remove(slots)
-    assert torch.allclose(logits(slots), bare, atol=1e-6)
+    assert_close(logits(slots), bare, terms=1, size=1.0)
     loaded = spread(tmp_path / "adapter", tmp_path, MAPS[where])
-    assert torch.allclose(logits(loaded), expected, atol=1e-5)
+    assert_close(logits(loaded), expected)
 
 
 def test_offloaded_biases(tmp_path: Path) -> None:
@@ -86,14 +81,14 @@ def test_offloaded_biases(tmp_path: Path) -> None:
     model = spread(tmp_path / "base", tmp_path, device_map)
     for adapted in (model, whole):
         adapted.add_adapter(fxpeft.LoraConfig(r=2, target_modules=["c_attn"], bias="lora_only"))
-        assert torch.allclose(logits(adapted), bare, atol=1e-6)
+        assert_close(logits(adapted), bare, terms=1, size=1.0)
         randomise(adapted.get_adapter_state_dict().values())
     expected = logits(whole)
-    assert torch.allclose(logits(model), expected, atol=1e-5)
+    assert_close(logits(model), expected)
     fxpeft.prepare_hotswap(model, max_rank=4)
-    assert torch.allclose(logits(model), expected, atol=1e-5)
+    assert_close(logits(model), expected)
     model.disable_adapters()
-    assert torch.allclose(logits(model), bare, atol=1e-5)
+    assert_close(logits(model), bare)
 
 
 def test_one_device_for_all(tmp_path: Path) -> None:

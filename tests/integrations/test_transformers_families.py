@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from families import FAMILIES, Family, first_output
 from tiny import randomise
 from torch import Tensor
@@ -71,7 +72,7 @@ def test_add_train_save_load_swap(name: str, tmp_path: Path) -> None:
     fresh = family.build()
     info = fresh.load_adapter(str(tmp_path / "first"))
     assert info.missing_keys == info.unexpected_keys == set()
-    assert torch.allclose(outputs(fresh, family), first, atol=1e-5)
+    assert_close(outputs(fresh, family), first)
     slotted = family.build()
     if name == "whisper" or family.parameters:
         # whisper's second adapter is in a convolution, and these first ones in experts, which have to be declared
@@ -82,9 +83,9 @@ def test_add_train_save_load_swap(name: str, tmp_path: Path) -> None:
         slotted.load_adapter(str(tmp_path / "second"), "default")
     for folder, expected in (("first", first), ("second", second), ("first", first)):
         slotted.load_adapter(str(tmp_path / folder), "default")
-        assert torch.allclose(outputs(slotted, family), expected, atol=1e-4)
+        assert_close(outputs(slotted, family), expected)
     slotted.disable_adapters()
-    assert torch.allclose(outputs(slotted, family), bare, atol=1e-5)
+    assert_close(outputs(slotted, family), bare)
     slotted.enable_adapters()
     fxpeft.remove(slotted)
     assert torch.equal(outputs(slotted, family), bare)
@@ -111,7 +112,7 @@ def test_compiled_swaps(name: str, tmp_path: Path) -> None:
         graphs = counter.frame_count
         for folder in ("second", "first", "second"):
             model.load_adapter(str(tmp_path / folder), "default")
-            assert torch.allclose(outputs(compiled, family), expected[folder], atol=1e-4)
+            assert_close(outputs(compiled, family), expected[folder])
     assert counter.frame_count == graphs > 0
 
 

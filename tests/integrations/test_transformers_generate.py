@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import randomise, tiny_llama, token_ids
+from adapter_files import save_each
+from tiny import tiny_llama, token_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
@@ -21,14 +22,8 @@ OTHER: dict[str, Any] = {"r": 7, "lora_alpha": 40, "target_modules": ["k_proj", 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    made = []
-    for seed, config in enumerate((CONFIG, OTHER)):
-        model = tiny_llama()
-        fxpeft.add_adapter(model, fxpeft.LoraConfig(**config))
-        randomise(fxpeft.adapter_state_dict(model).values(), seed)
-        made.append(str(tmp_path_factory.mktemp("adapter")))
-        fxpeft.save_adapter(model, made[-1])
-    return made
+    configs = {str(i): fxpeft.LoraConfig(**config) for i, config in enumerate((CONFIG, OTHER))}
+    return [*save_each(tiny_llama, configs, tmp_path_factory.mktemp("adapters")).values()]
 
 
 def merged(folder: str) -> Any:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_files import save_each
+from closeness import assert_close
 from safetensors.torch import load_file, save_file
-from tiny import randomise, tiny_llama, token_ids
+from tiny import logits, randomise, tiny_llama, token_ids
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -34,23 +36,13 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Each adapter with random values, saved; ``half`` is ``patterns`` stored in bfloat16."""
-    made: dict[str, str] = {}
-    for seed, (name, config) in enumerate(ADAPTERS.items()):
-        model = tiny_llama()
-        fxpeft.add_adapter(model, fxpeft.LoraConfig(**config))
-        randomise(fxpeft.adapter_state_dict(model).values(), seed)
-        made[name] = str(tmp_path_factory.mktemp(name))
-        fxpeft.save_adapter(model, made[name])
+    configs = {name: fxpeft.LoraConfig(**config) for name, config in ADAPTERS.items()}
+    made = save_each(tiny_llama, configs, tmp_path_factory.mktemp("adapters"))
     half = tmp_path_factory.mktemp("half")
     (half / "adapter_config.json").write_text((Path(made["patterns"]) / "adapter_config.json").read_text())
     stored = load_file(Path(made["patterns"]) / "adapter_model.safetensors")
     save_file({key: value.bfloat16() for key, value in stored.items()}, half / "adapter_model.safetensors")
     return {**made, "half": str(half)}
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(token_ids()).logits.float()
 
 
 def fresh(folder: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -67,7 +59,7 @@ def test_plain_hotswap_needs_no_preparation(folders: dict[str, str]) -> None:
     for name in ("alpha", "patterns", "one", "first", "rank"):
         info = model.load_adapter(folders[name], adapter_name="default", hotswap=True)
         assert info.missing_keys == info.unexpected_keys == set()
-        assert torch.allclose(logits(model), fresh(folders[name]), atol=1e-5), name
+        assert_close(logits(model), fresh(folders[name]), message=str(name))
         assert model.peft_config["default"].r == ADAPTERS[name]["r"]
     assert model.active_adapters() == ["default"]
     model.delete_adapter("default")
@@ -83,7 +75,7 @@ def test_plain_hotswap_of_the_same_shapes_recompiles_nothing(folders: dict[str, 
         logits(compiled)
         for name in ("alpha", "first", "alpha"):
             model.load_adapter(folders[name], "default", hotswap=True)
-            assert torch.allclose(logits(compiled), fresh(folders[name]), atol=1e-5)
+            assert_close(logits(compiled), fresh(folders[name]))
     assert counter.frame_count == 1
 
 
@@ -190,9 +182,9 @@ def test_first_adapter_brings_its_own_places(folders: dict[str, str], tmp_path: 
     model = tiny_llama()
     model.enable_peft_hotswap(target_rank=8)
     model.load_adapter(str(tmp_path), "default")
-    assert torch.allclose(logits(model), logits(source.eval()), atol=1e-5)
+    assert_close(logits(model), logits(source.eval()))
     model.load_adapter(folders["patterns"], "default")
-    assert torch.allclose(logits(model), fresh(folders["patterns"]), atol=1e-5)
+    assert_close(logits(model), fresh(folders["patterns"]))
 
 
 @pytest.mark.parametrize("check", ["error", "warn", "ignore"])
@@ -216,9 +208,9 @@ def test_check_compiled(folders: dict[str, str], check: Any, late: str, monkeypa
     assert len(warned) == (1 if check == "warn" else 0)
     if late == "compiled":
         model.load_adapter(folders["first"])
-    assert torch.allclose(logits(model), fresh(folders["first"]), atol=1e-5)
+    assert_close(logits(model), fresh(folders["first"]))
     model.load_adapter(folders["patterns"], "default")
-    assert torch.allclose(logits(model), fresh(folders["patterns"]), atol=1e-5)
+    assert_close(logits(model), fresh(folders["patterns"]))
 
 
 def test_wrong_arguments() -> None:
@@ -249,10 +241,10 @@ def test_training_takes_the_slots_out(folders: dict[str, str]) -> None:
     model(token_ids(), labels=token_ids()).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     model.set_adapter("default")
-    assert torch.allclose(logits(model), fresh(folders["first"]), atol=1e-5)
+    assert_close(logits(model), fresh(folders["first"]))
     model.load_adapter(folders["one"], "default")  # frozen again: slots again
     assert is_prepared(model)
-    assert torch.allclose(logits(model), fresh(folders["one"]), atol=1e-5)
+    assert_close(logits(model), fresh(folders["one"]))
 
 
 def test_swapping_in_an_adapter_to_train(folders: dict[str, str]) -> None:
@@ -262,7 +254,7 @@ def test_swapping_in_an_adapter_to_train(folders: dict[str, str]) -> None:
     model.load_adapter(folders["patterns"], "default", is_trainable=True)
     assert not is_prepared(model)
     assert sum(p.requires_grad for p in model.parameters()) == 28
-    assert torch.allclose(logits(model.eval()), fresh(folders["patterns"]), atol=1e-5)
+    assert_close(logits(model.eval()), fresh(folders["patterns"]))
 
 
 def test_setting_an_adapter_keeps_the_slots(folders: dict[str, str]) -> None:

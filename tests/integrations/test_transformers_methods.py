@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import randomise, tiny_bert, tiny_gpt2, tiny_llama, token_ids
-from torch import Tensor
+from closeness import assert_close
+from tiny import logits, randomise, tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -35,11 +35,6 @@ OTHER: dict[str, Any] = {"r": 2, "lora_alpha": 5, "target_modules": ["k_proj", "
 
 def lora(**fields: Any) -> fxpeft.LoraConfig:
     return fxpeft.LoraConfig(**{**CONFIG, **fields})
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(token_ids()).logits
 
 
 def adapted(name: str | None = None, seed: int = 0, **fields: Any) -> Any:
@@ -125,7 +120,7 @@ def test_load_adapter_round_trip(saved: str) -> None:
     info = model.load_adapter(saved, "x")
     assert (info.missing_keys, info.unexpected_keys, info.mismatched_keys, info.error_msgs) == (set(), set(), set(), [])
     assert not model.training  # a frozen adapter puts the model in evaluation mode
-    assert torch.allclose(logits(model), wanted, atol=1e-6)
+    assert_close(logits(model), wanted, terms=1)
     model = tiny_llama().train()
     model.load_adapter(saved, is_trainable=True)
     assert model.training
@@ -138,10 +133,10 @@ def test_load_adapter_from_a_state_dict(prefix: str) -> None:
     tensors = {prefix + key: value for key, value in source.get_adapter_state_dict().items()}
     model = tiny_llama()
     model.load_adapter(peft_config=source.peft_config["default"], adapter_state_dict=tensors, adapter_name="s")
-    assert torch.allclose(logits(model), logits(source), atol=1e-6)
+    assert_close(logits(model), logits(source), terms=1)
     by_dict = tiny_llama()
     by_dict.load_adapter(peft_config=lora().to_dict(), adapter_state_dict=tensors)
-    assert torch.allclose(logits(by_dict), logits(source), atol=1e-6)
+    assert_close(logits(by_dict), logits(source), terms=1)
 
 
 def test_load_reports_missing_and_unexpected_keys(caplog: pytest.LogCaptureFixture) -> None:
@@ -196,10 +191,10 @@ def test_adapter_of_a_head_model_fits_its_body_and_the_reverse() -> None:
     info = body.load_adapter(peft_config=lora(), adapter_state_dict=source.get_adapter_state_dict())
     assert info.missing_keys == info.unexpected_keys == set()
     hidden = source.model(token_ids()).last_hidden_state
-    assert torch.allclose(body(token_ids()).last_hidden_state, hidden, atol=1e-6)
+    assert_close(body(token_ids()).last_hidden_state, hidden, terms=1)
     back = tiny_llama()
     back.load_adapter(peft_config=lora(), adapter_state_dict=body.get_adapter_state_dict())
-    assert torch.allclose(logits(back), logits(source), atol=1e-6)
+    assert_close(logits(back), logits(source), terms=1)
 
 
 def test_adapter_of_an_older_transformers() -> None:
@@ -244,14 +239,14 @@ def test_other_methods(method: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = tiny_llama()
     loaded.load_adapter(str(tmp_path))
-    assert torch.allclose(logits(loaded), expected, atol=1e-5)
+    assert_close(logits(loaded), expected)
     served = tiny_llama()
     served.enable_peft_hotswap(target_rank=8)
     served.load_adapter(str(tmp_path), "default")
-    assert torch.allclose(logits(served), expected, atol=1e-4)
+    assert_close(logits(served), expected)
     if METHODS[method]().peft_type == "LORA":
         served.load_adapter(str(tmp_path), "default", hotswap=True)
-        assert torch.allclose(logits(served), expected, atol=1e-4)
+        assert_close(logits(served), expected)
     else:
         with pytest.raises(ValueError, match="only supported for LoRA"):
             served.load_adapter(str(tmp_path), "default", hotswap=True)
@@ -317,7 +312,7 @@ def test_pickled_weights_are_read_without_running_them(saved: str) -> None:
     torch.save(source.get_adapter_state_dict(), Path(saved) / "adapter_model.bin")
     model = tiny_llama()
     model.load_adapter(saved)
-    assert torch.allclose(logits(model), logits(source), atol=1e-6)
+    assert_close(logits(model), logits(source), terms=1)
     with pytest.raises(OSError, match="Could not download"):
         tiny_llama().load_adapter(saved, use_safetensors=True)
     torch.save({"a": Path()}, Path(saved) / "adapter_model.bin")

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers.utils.hub
+from closeness import assert_close
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file
-from tiny import randomise, tiny_llama, token_ids
-from torch import Tensor
+from tiny import logits, randomise, tiny_llama, token_ids
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 import fxpeft
@@ -24,11 +24,6 @@ CONFIG: dict[str, Any] = {
     "r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 7},
     "alpha_pattern": {"q_proj": 3}, "modules_to_save": ["lm_head"],
 }  # fmt: skip
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(token_ids()).logits
 
 
 @pytest.fixture
@@ -105,7 +100,7 @@ def test_from_pretrained(model: Any, adapter: Path, cls: Any) -> None:
     assert loaded.active_adapters() == ["default"]
     assert not loaded.training
     assert not [n for n, p in loaded.named_parameters() if p.requires_grad]
-    assert torch.allclose(logits(loaded), logits(model.eval()), atol=1e-6)
+    assert_close(logits(loaded), logits(model.eval()), terms=1)
     named, info = cls.from_pretrained(adapter, adapter_name="mine", output_loading_info=True)
     assert named.active_adapters() == ["mine"]
     assert info["missing_keys"] == info["unexpected_keys"] == set()
@@ -133,7 +128,7 @@ def test_subfolder(model: Any, adapter: Path, tmp_path: Path, cls: Any) -> None:
     shutil.move(adapter, tmp_path / "collection" / "first")
     expected = logits(model.eval())
     for kwargs in ({"subfolder": "first"}, {"adapter_kwargs": {"subfolder": "first"}}):
-        assert torch.allclose(logits(cls.from_pretrained(tmp_path / "collection", **kwargs)), expected, atol=1e-6)
+        assert_close(logits(cls.from_pretrained(tmp_path / "collection", **kwargs)), expected, terms=1)
 
 
 def test_a_whole_model_with_an_adapter_in_it(model: Any, adapter: Path, base: Path) -> None:
@@ -143,7 +138,7 @@ def test_a_whole_model_with_an_adapter_in_it(model: Any, adapter: Path, base: Pa
             config["base_model_name_or_path"] = None
             path.write_text(json.dumps(config))
         shutil.copy(path, base)
-    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(base)), logits(model.eval()), atol=1e-6)
+    assert_close(logits(AutoModelForCausalLM.from_pretrained(base)), logits(model.eval()), terms=1)
 
 
 def test_a_config_without_base_says_so(adapter: Path) -> None:
@@ -160,7 +155,7 @@ def test_body_of_the_base(model: Any, adapter: Path) -> None:
     body = AutoModel.from_pretrained(adapter)
     with torch.no_grad():
         expected = model.eval().model(token_ids()).last_hidden_state
-        assert torch.allclose(body(token_ids()).last_hidden_state, expected, atol=1e-6)
+        assert_close(body(token_ids()).last_hidden_state, expected, terms=1)
 
 
 class Hub:
@@ -205,7 +200,7 @@ def hub(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 def test_hub_arguments(model: Any, hub: Hub, cls: Any) -> None:
     expected = logits(model.eval())
     loaded = cls.from_pretrained("org/many", revision="v2", subfolder="adapter", token="secret")
-    assert torch.allclose(logits(loaded), expected, atol=1e-6)
+    assert_close(logits(loaded), expected, terms=1)
     found = {name for repo, name, kwargs in hub.calls if repo == "org/many" and kwargs.get("subfolder") == "adapter"}
     assert found >= FILES
     assert {kw["revision"] for _, name, kw in hub.calls if name in FILES and kw.get("subfolder") == "adapter"} == {"v2"}
@@ -218,7 +213,7 @@ def test_hub_arguments(model: Any, hub: Hub, cls: Any) -> None:
 @pytest.mark.parametrize("cls", [AutoModelForCausalLM, LlamaForCausalLM])
 def test_plain_hub_id(model: Any, hub: Hub, cls: Any) -> None:
     loaded = cls.from_pretrained("org/adapter")
-    assert torch.allclose(logits(loaded), logits(model.eval()), atol=1e-6)
+    assert_close(logits(loaded), logits(model.eval()), terms=1)
     assert {name for repo, name, _ in hub.calls if repo == "org/adapter"} >= FILES
 
 

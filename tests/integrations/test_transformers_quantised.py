@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCABULARY, randomise, token_ids
+from tiny import VOCABULARY, logits, randomise, token_ids
 from torch import Tensor, nn
 from torch._dynamo.exc import RecompileError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
@@ -83,11 +83,6 @@ def dequantised(model: Any, base: str) -> Any:
             value = weight.dequantize()
         plain.get_submodule(name).weight.data = value.float().reshape(plain.get_submodule(name).weight.shape)
     return plain
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(token_ids()).logits.float()
 
 
 @pytest.mark.parametrize("kind", KINDS)

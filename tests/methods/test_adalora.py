@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from closeness import assert_close
 from tiny import randomise, tiny_llama, token_ids
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -50,7 +51,7 @@ def test_loss_has_the_orthogonality_term_of_peft(pair: tuple[Any, Any]) -> None:
     expected.loss.backward()
     a = model.model.layers[0].mlp.down_proj.adapters.default.lora_A.grad
     b = peer.base_model.model.model.layers[0].mlp.down_proj.lora_A["default"].grad
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert_close(a, b)
     fxpeft.disable_adapters(model)
     assert torch.equal(model(input_ids=IDS, labels=IDS).loss, plain)
     fxpeft.remove(model)
@@ -101,12 +102,12 @@ def test_switched_off_ranks_are_not_saved_and_peft_agrees(pair: tuple[Any, Any],
     fxpeft.load_adapter(served, tmp_path)
     for loaded in (peer, again, served):
         with torch.no_grad():
-            torch.testing.assert_close(loaded(IDS).logits, wanted, rtol=0, atol=1e-5)
+            assert_close(loaded(IDS).logits, wanted)
     peer.save_pretrained(str(tmp_path / "theirs"))
     back = tiny_llama()
     fxpeft.load_adapter(back, tmp_path / "theirs")
     with torch.no_grad():
-        torch.testing.assert_close(back(IDS).logits, wanted, rtol=0, atol=1e-5)
+        assert_close(back(IDS).logits, wanted)
 
 
 class Text(Dataset[dict[str, torch.Tensor]]):

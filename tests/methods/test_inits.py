@@ -11,9 +11,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from closeness import assert_close
 from picture import assert_same, picture
-from starts import FROM_BASE, IDS, MODELS, adapted, close, config, logits, peft_twin, trained
-from tiny import conv_net, randomise, tiny_llama
+from starts import FROM_BASE, IDS, MODELS, adapted, config, peft_twin, trained
+from tiny import conv_net, logits, randomise, tiny_llama
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -62,12 +63,12 @@ def test_factors_and_residual_are_those_of_peft(init: str, conv1d: bool, rslora:
         fxpeft.add_adapter(ours, LoraConfig(init_lora_weights=init, **values))
     tensors = fxpeft.adapter_state_dict(ours)
     for side in ("lora_A", "lora_B"):
-        close(tensors[f"base_model.model.line.{side}.weight"], getattr(theirs, side)["default"].weight, 1e-5)
+        assert_close(tensors[f"base_model.model.line.{side}.weight"], getattr(theirs, side)["default"].weight)
     first = ours.line.adapters.default
     assert torch.equal(first.lora_A0, first.lora_A)
     assert torch.equal(first.lora_B0, first.lora_B)
     update = theirs.scaling["default"] * first.lora_B0 @ first.lora_A0
-    close(weight - (update.t() if conv1d else update), theirs.base_layer.weight)
+    assert_close(weight - (update.t() if conv1d else update), theirs.base_layer.weight)
     assert torch.equal(ours.line.weight, weight)
     assert float(update.abs().max()) > 0.1
 
@@ -78,9 +79,9 @@ def test_orthogonal_factors_are_those_of_peft() -> None:
     theirs.orthogonal_init("default")
     torch.manual_seed(4)
     a, b = inits.orthogonal(4, 9, 5)
-    close(a, theirs.lora_A["default"].weight, 1e-6)
-    close(b, theirs.lora_B["default"].weight, 1e-6)
-    close(b @ a, torch.zeros(5, 9), 1e-6)
+    assert_close(a, theirs.lora_A["default"].weight, terms=1)
+    assert_close(b, theirs.lora_B["default"].weight, terms=1)
+    assert_close(b @ a, torch.zeros(5, 9), terms=1, size=1.0)
     assert min(float(a.abs().max()), float(b.abs().max())) > 0.05
 
 
@@ -95,7 +96,7 @@ def test_output_at_the_start_is_the_bases(case: str, dora: bool, init: str) -> N
     before = {k: v.clone() for k, v in bare.state_dict().items()}
     model = adapted(case, init, use_dora=dora)
     exact = not dora and init in (*FROM_BASE, "eva")
-    close(logits(model), logits(bare), 0 if exact else 1e-6)
+    assert_close(logits(model), logits(bare), terms=0 if exact else 1)
     own = {k: v for k, v in model.state_dict().items() if "adapters" not in k}
     assert own.keys() == before.keys()
     assert all(torch.equal(own[k], v) for k, v in before.items())
@@ -171,7 +172,7 @@ def test_function_and_gradients_are_those_of_peft(case: str, init: str, dora: bo
             for n, p in model.named_parameters() if p.grad is not None
         }  # fmt: skip
         found[name] = out.detach(), grads
-    close(found["ours"][0], found["theirs"][0])
+    assert_close(found["ours"][0], found["theirs"][0])
     mine = {
         re.sub(r"embed_tokens\.lora_([AB])", r"embed_tokens.lora_embedding_\1", k): v
         for k, v in found["ours"][1].items()
@@ -242,12 +243,12 @@ def test_slot_equals_the_training_subgraph(case: str, init: str, dora: bool) -> 
     fxpeft.prepare_hotswap(model, 12, methods=("lora", "dora"))
     for scale, value in wanted.items():
         fxpeft.set_scale(model, "default", scale)
-        close(logits(model), value)
+        assert_close(logits(model), value)
     with fxpeft.disabled(model):
-        close(logits(model), logits(MODELS[case][0]()), 0)
+        assert_close(logits(model), logits(MODELS[case][0]()), terms=0)
     fxpeft.set_scale(model, "default", 1.0)
     fxpeft.release_hotswap(model)
-    close(logits(model), wanted[1.0], 1e-6)
+    assert_close(logits(model), wanted[1.0], terms=1)
     found = model.state_dict()
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[k], v) for k, v in tensors.items())

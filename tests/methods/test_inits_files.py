@@ -8,9 +8,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from closeness import assert_close
 from safetensors.torch import load_file
-from starts import FROM_BASE, MODELS, adapted, close, logits, peft_twin, trained
-from tiny import tiny_llama
+from starts import FROM_BASE, MODELS, adapted, peft_twin, trained
+from tiny import logits, tiny_llama
 
 import fxpeft
 from fxpeft import AdapterError
@@ -30,14 +31,14 @@ def test_files_both_ways_with_peft(case: str, init: str, dora: bool, tmp_path: P
     bare = logits(model)
     assert float((wanted - bare).abs().max()) > 1e-3
     fxpeft.load_adapter(model, tmp_path / "theirs")
-    close(logits(model), wanted)
+    assert_close(logits(model), wanted)
     fxpeft.save_adapter(model, tmp_path / "ours")
     stored, kept = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("theirs", "ours"))
     whole = init == "orthogonal"  # where the base's weight stays whole, targeted embeddings are saved as PEFT does
     assert kept.keys() == {k for k in stored if (whole or "base_layer" not in k) and "lm_head" not in k}
     again = peft.PeftModel.from_pretrained(MODELS[case][0](), str(tmp_path / "ours")).eval()
     assert again.peft_config["default"].init_lora_weights == init
-    close(logits(again), wanted)
+    assert_close(logits(again), wanted)
     fxpeft.remove(model)
     assert torch.equal(logits(model), bare)
 
@@ -52,11 +53,11 @@ def test_plain_file_needs_only_the_untouched_base(case: str, init: str, rslora: 
     theirs = peft.PeftModel.from_pretrained(MODELS[case][0](), str(tmp_path)).eval()
     assert theirs.peft_config["default"].init_lora_weights is True
     assert theirs.peft_config["default"].r == 8
-    close(logits(theirs), wanted)
+    assert_close(logits(theirs), wanted)
     other = MODELS[case][0]()
     fxpeft.load_adapter(other, tmp_path)
-    close(logits(other), wanted)
-    close(logits(model), wanted, 0)  # saving changed nothing
+    assert_close(logits(other), wanted)
+    assert_close(logits(model), wanted, terms=0)  # saving changed nothing
     assert fxpeft.adapter_config(model).init_lora_weights == init  # type: ignore[attr-defined]
 
 
@@ -67,14 +68,14 @@ def test_plain_dora_file(prepared: bool, tmp_path: Path) -> None:
     if prepared:
         fxpeft.prepare_hotswap(model, 12, methods=("dora",))
     fxpeft.save_adapter(model, tmp_path, plain=True)
-    close(logits(peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).eval()), wanted)
+    assert_close(logits(peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).eval()), wanted)
 
 
 @pytest.mark.parametrize(("case", "init"), [("llama", "pissa_niter_2"), ("gpt2", "pissa_niter_2"), ("gpt2", "olora")])
 def test_a_start_that_peft_could_not_find_again_is_saved_plainly(case: str, init: str, tmp_path: Path) -> None:
     model = trained(adapted(case, init))
     fxpeft.save_adapter(model, tmp_path)
-    close(logits(peft.PeftModel.from_pretrained(MODELS[case][0](), str(tmp_path)).eval()), logits(model))
+    assert_close(logits(peft.PeftModel.from_pretrained(MODELS[case][0](), str(tmp_path)).eval()), logits(model))
 
 
 def test_a_random_start_that_is_gone_is_told(tmp_path: Path) -> None:
@@ -92,7 +93,7 @@ def test_plain_file_of_another_start(init: Any, tmp_path: Path) -> None:
     fxpeft.save_adapter(model, tmp_path, plain=True)
     other = tiny_llama()
     fxpeft.load_adapter(other, tmp_path)
-    close(logits(other), logits(model), 0)
+    assert_close(logits(other), logits(model), terms=0)
     found = fxpeft.adapter_config(other)
     assert (found.init_lora_weights, found.r) == (True, 4)  # type: ignore[attr-defined]
 

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from closeness import assert_close
 from tiny import VOCABULARY, randomise, tiny_llama, token_ids
 from transformers import (
     DebertaV2Config,
@@ -86,7 +87,7 @@ def test_a_prefix_of_layers_that_are_not_alike(projection: bool, tmp_path: Path)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     inputs["attention_mask"][1, :2] = 0
     found, wanted = run(model, **inputs), run(peer, **inputs)
-    torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-5, atol=1e-5)
+    assert_close(found.logits, wanted.logits)
     bare = run(gemma4(), **inputs)
     assert (found.logits - bare.logits).abs().max() > 1e-2
     found.loss.backward()
@@ -94,17 +95,17 @@ def test_a_prefix_of_layers_that_are_not_alike(projection: bool, tmp_path: Path)
     own, theirs = ([p.grad for p in m.parameters() if p.requires_grad] for m in (model, peer))
     for ours, other in zip(own, theirs, strict=True):
         assert other.abs().max() > 0
-        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-6)
+        assert_close(ours, other)
     randomise((p for p in peer.parameters() if p.requires_grad), seed=3, scale=0.7)
     peer.save_pretrained(tmp_path / "peft")
     with torch.no_grad():
         wanted = run(peer, **inputs).logits
         model = gemma4()
         fxpeft.load_adapter(model, tmp_path / "peft")
-        torch.testing.assert_close(run(model, **inputs).logits, wanted, rtol=1e-5, atol=1e-5)
+        assert_close(run(model, **inputs).logits, wanted)
         fxpeft.save_adapter(model, tmp_path / "fxpeft")
         again = peft.PeftModel.from_pretrained(gemma4(), tmp_path / "fxpeft").eval()
-        torch.testing.assert_close(run(again, **inputs).logits, wanted, rtol=1e-5, atol=1e-5)
+        assert_close(run(again, **inputs).logits, wanted)
 
 
 def test_generate_and_serve_layers_that_are_not_alike(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from closeness import assert_close
 from prompt_cases import CONFIGS, IDS, VIRTUAL, logits, prompted, saved
 from safetensors.torch import load_file, save_file
 from tiny import conv_net, randomise, tiny_gpt2, tiny_llama
@@ -95,7 +96,7 @@ def test_a_prompt_together_with_lora() -> None:
         embeddings = torch.cat((model.adapters.soft.embedding.expand(2, -1, -1), model.model.embed_tokens(IDS)), 1)
         wanted = model(inputs_embeds=embeddings).logits
     fxpeft.set_adapter(model, ["soft", "low"])
-    torch.testing.assert_close(logits(model), wanted, atol=1e-6, rtol=1e-6)
+    assert_close(logits(model), wanted, terms=1)
     assert not torch.allclose(logits(model), logits(prompted("prompt")), atol=1e-3)
 
 
@@ -194,7 +195,7 @@ def test_a_trainer_lowers_the_loss(name: str, tmp_path: Path) -> None:
     trained = logits(model.eval())
     fxpeft.remove(model)
     fxpeft.load_adapter(model, tmp_path / "adapter")
-    torch.testing.assert_close(logits(model), trained, atol=1e-5, rtol=1e-5)
+    assert_close(logits(model), trained)
 
 
 def test_a_trainer_of_half_precision_leaves_nothing(tmp_path: Path) -> None:
@@ -219,7 +220,7 @@ def test_a_loaded_prompt_is_trained_without_its_encoder(name: str, tmp_path: Pat
     model = tiny_llama()
     fxpeft.load_adapter(model, folder, trainable=True)
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["adapters.default.embedding"]
-    torch.testing.assert_close(logits(model), logits(prompted(name)), atol=1e-5, rtol=1e-5)
+    assert_close(logits(model), logits(prompted(name)))
     model(IDS, labels=IDS).loss.backward()
     assert model.adapters.default.embedding.grad.abs().sum() > 0
 
@@ -275,7 +276,7 @@ def test_a_loop_of_ones_own(name: str, static: bool, argument: str) -> None:
             mask = torch.ones(2, end, dtype=torch.long)
             parts.append(model(IDS[:, end - 1 : end], attention_mask=mask, **{argument: cache}).logits)
     assert int(cache.get_seq_length()) == 6 + VIRTUAL
-    torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=1e-5, rtol=1e-5)
+    assert_close(torch.cat(parts, 1), wanted)
 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
@@ -455,7 +456,7 @@ def test_generate_from_a_state(beams: int) -> None:
 
     (tokens, scores), (others, wanted) = generated(), generated(use_cache=False)
     assert torch.equal(tokens, others)
-    torch.testing.assert_close(scores, wanted, atol=1e-5, rtol=1e-5)
+    assert_close(scores, wanted)
     with fxpeft.disabled(model):
         assert not torch.allclose(generated()[1][0], scores[0], atol=1e-3)
 
@@ -467,7 +468,7 @@ def test_a_loop_of_ones_own_from_a_state() -> None:
     with torch.no_grad():
         parts = [model(IDS[:, :4], **{name: cache}, use_cache=True).logits[:, -4:]]
         parts += [model(IDS[:, i : i + 1], **{name: cache}, use_cache=True).logits for i in (4, 5)]
-    torch.testing.assert_close(torch.cat(parts, 1), logits(model)[:, -6:], atol=1e-5, rtol=1e-5)
+    assert_close(torch.cat(parts, 1), logits(model)[:, -6:])
 
 
 def test_files_that_do_not_fit(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
+from beside import peft_file, peft_reads
+from closeness import assert_close
 from tiny import randomise
 from torch import Tensor, nn
 
@@ -72,60 +73,53 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def peft_file(base: nn.Module, path: Path, what: str) -> Any:
-    """PEFT's model with random adapter values, saved and loaded again."""
-    config = peft.LoraConfig(r=3, lora_alpha=5, **CONFIGS[what])
-    model = peft.get_peft_model(copy.deepcopy(base), config).eval()  # type: ignore[arg-type]
-    randomise((p for p in model.parameters() if p.requires_grad), seed=2)
-    model.save_pretrained(str(path))
-    return peft.PeftModel.from_pretrained(copy.deepcopy(base), str(path)).eval()  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("cls", [nn.TransformerEncoderLayer, OwnLayer])
 @pytest.mark.parametrize("what", CONFIGS)
 @torch.no_grad()
 def test_adapters_take_part_in_eval(what: str, cls: type[nn.TransformerEncoderLayer], tmp_path: Path) -> None:
     base = encoder(cls)
-    theirs, model = peft_file(base, tmp_path, what), copy.deepcopy(base)
+    peft_file(base, tmp_path, **CONFIGS[what])
+    theirs, model = peft_reads(base, tmp_path), copy.deepcopy(base)
     with slow_path():
         expected = theirs(X)
         kept = theirs(X, PADDED)[~PADDED]
     if what == "self_attn":  # PEFT is right with the fast path on, too
-        assert torch.allclose(theirs(X), expected, atol=1e-5)
+        assert_close(theirs(X), expected)
     assert (expected - base(X)).abs().max() > 0.05
     fxpeft.load_adapter(model, tmp_path, "a")
-    assert torch.allclose(model(X), expected, atol=1e-5)
-    assert torch.allclose(model(X, PADDED)[~PADDED], kept, atol=1e-5)
+    assert_close(model(X), expected)
+    assert_close(model(X, PADDED)[~PADDED], kept)
     with fxpeft.disabled(model):  # the bare model runs as it always did, padding included
         assert torch.equal(model(X), base(X))
         assert torch.equal(model(X, PADDED), base(X, PADDED))
     fxpeft.fold(model)
-    assert torch.allclose(model(X), expected, atol=1e-5)
+    assert_close(model(X), expected)
     fxpeft.unfold(model)
-    assert torch.allclose(model(X), expected, atol=1e-5)
+    assert_close(model(X), expected)
     other = copy.deepcopy(model)
     fxpeft.delete_adapter(model, "a")
     assert torch.equal(model(X, PADDED), base(X, PADDED))
     assert type(model.encoder.layers[0]) is cls
     assert type(model.encoder) is nn.TransformerEncoder
-    assert torch.allclose(other(X), expected, atol=1e-5)
+    assert_close(other(X), expected)
 
 
 @pytest.mark.parametrize("what", CONFIGS)
 @torch.no_grad()
 def test_slots_take_part_in_eval(what: str, tmp_path: Path) -> None:
     base = encoder()
-    theirs, model = peft_file(base, tmp_path, what), copy.deepcopy(base)
+    peft_file(base, tmp_path, **CONFIGS[what])
+    theirs, model = peft_reads(base, tmp_path), copy.deepcopy(base)
     with slow_path():
         expected, kept = theirs(X), theirs(X, PADDED)[~PADDED]
     fields = dict(CONFIGS[what])
     fxpeft.prepare_hotswap(model, 8, targets=fields.pop("target_modules"), **fields)
-    assert torch.allclose(model(X), base(X), atol=1e-5)
+    assert_close(model(X), base(X))
     fxpeft.load_adapter(model, tmp_path, "a")
-    assert torch.allclose(model(X), expected, atol=1e-5)
-    assert torch.allclose(model(X, PADDED)[~PADDED], kept, atol=1e-5)
+    assert_close(model(X), expected)
+    assert_close(model(X, PADDED)[~PADDED], kept)
     fxpeft.release_hotswap(model)
-    assert torch.allclose(model(X), expected, atol=1e-5)
+    assert_close(model(X), expected)
     fxpeft.remove(model)
     assert torch.equal(model(X, PADDED), base(X, PADDED))
     assert type(model.encoder.layers[1]) is nn.TransformerEncoderLayer
@@ -138,7 +132,7 @@ def test_a_layer_as_the_whole_model() -> None:
     randomise(fxpeft.adapter_state_dict(model).values())
     trained = model(X).detach()
     with torch.no_grad():
-        assert torch.allclose(model(X), trained, atol=1e-6)
+        assert_close(model(X), trained, terms=1)
         assert (model(X) - base(X)).abs().max() > 0.05
 
 
@@ -147,7 +141,8 @@ def test_a_layer_as_the_whole_model() -> None:
 def test_compiled_slots(what: str, tmp_path: Path) -> None:
     torch._dynamo.reset()
     base = encoder()
-    theirs = peft_file(base, tmp_path, what)
+    peft_file(base, tmp_path, **CONFIGS[what])
+    theirs = peft_reads(base, tmp_path)
     fields = dict(CONFIGS[what])
     fxpeft.prepare_hotswap(base, 8, targets=fields.pop("target_modules"), **fields)
     compiled = torch.compile(base)
@@ -156,7 +151,7 @@ def test_compiled_slots(what: str, tmp_path: Path) -> None:
             expected, bare = theirs(X), theirs.base_model.model
             with theirs.disable_adapter():
                 without = bare(X)
-        assert torch.allclose(compiled(X), without, atol=1e-5)
+        assert_close(compiled(X), without)
         fxpeft.load_adapter(base, tmp_path, "a")
-        assert torch.allclose(compiled(X), expected, atol=1e-5)
+        assert_close(compiled(X), expected)
     assert counted.graphs == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -13,6 +12,8 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from beside import peft_file, peft_reads
+from closeness import assert_close
 from families import DECODER, FAMILIES
 from safetensors.torch import load_file
 from tiny import randomise, token_ids
@@ -222,15 +223,6 @@ FILES: dict[str, tuple[Callable[[], Any], dict[str, Tensor], Any, list[str]]] = 
 }
 
 
-def peft_file(base: nn.Module, path: Path, targets: Any) -> Any:
-    """PEFT's model with random adapter values, saved and loaded again."""
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets)
-    model = peft.get_peft_model(copy.deepcopy(base), config).eval()  # type: ignore[arg-type]
-    randomise((p for p in model.parameters() if p.requires_grad), seed=2)
-    model.save_pretrained(str(path))
-    return peft.PeftModel.from_pretrained(copy.deepcopy(base), str(path)).eval()  # type: ignore[arg-type]
-
-
 def run(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         return model(**inputs)[0]  # type: ignore[no-any-return]
@@ -258,12 +250,13 @@ def bring(model: Any, folder: Path, way: str) -> None:
 def test_a_file_of_pefts_loads_without_what_does_nothing(which: str, way: str, tmp_path: Path) -> None:
     make, inputs, targets, dead = FILES[which]
     model = make()
-    theirs = peft_file(model, tmp_path / "peft", targets)
+    peft_file(model, tmp_path / "peft", target_modules=targets)
+    theirs = peft_reads(model, tmp_path / "peft")
     expected = run(theirs, inputs)
     assert (expected - run(model, inputs)).abs().max() > 1e-3
     with pytest.warns(UserWarning, match=rf"left out\n.*{dead[0]}: 2 tensors; .* without calling it"):
         bring(model, tmp_path / "peft", way)
-    assert torch.allclose(run(model, inputs), expected, atol=1e-5)
+    assert_close(run(model, inputs), expected)
     assert not any("dt_proj" in key or "head.attention" in key for key in fxpeft.adapter_state_dict(model))
     # what is written then says itself what was left out: nobody warns again, and PEFT has the same outputs
     fxpeft.save_adapter(model, tmp_path / "ours")
@@ -271,14 +264,14 @@ def test_a_file_of_pefts_loads_without_what_does_nothing(which: str, way: str, t
         warnings.filterwarnings("error", message=".*left out")
         again = make()
         fxpeft.load_adapter(again, tmp_path / "ours")
-    assert torch.allclose(run(again, inputs), expected, atol=1e-5)
+    assert_close(run(again, inputs), expected)
     back = peft.PeftModel.from_pretrained(make(), str(tmp_path / "ours")).eval()
-    assert torch.allclose(run(back, inputs), expected, atol=1e-5)
+    assert_close(run(back, inputs), expected)
 
 
 def test_tensors_of_an_excluded_module_are_left_out_as_asked(tmp_path: Path) -> None:
     base = siglip()
-    peft_file(base, tmp_path, ["q_proj", "out_proj"])
+    peft_file(base, tmp_path, target_modules=["q_proj", "out_proj"])
     path = tmp_path / "adapter_config.json"
     excluded = {"exclude_modules": ["layers.1.self_attn.out_proj", "head.attention.out_proj"]}
     path.write_text(json.dumps(json.loads(path.read_text()) | excluded))

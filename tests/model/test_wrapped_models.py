@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
-from tiny import randomise, tiny_llama, token_ids
+from tiny import randomise, tiny_llama, token_ids, two_linears
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -44,12 +44,6 @@ def _no_accelerator() -> Iterator[None]:
         state._reset_state() if state is not AcceleratorState else state._reset_state(True)
 
 
-def net() -> nn.Module:
-    """Two linears of odd sizes."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)).eval()
-
-
 def compiled(model: nn.Module) -> nn.Module:
     """The wrapper of ``torch.compile``; graphs run as they are."""
     return torch.compile(model, backend="eager")
@@ -76,7 +70,7 @@ EVERY = pytest.mark.parametrize("wrapper", WRAPPERS)
 
 @EVERY
 def test_an_adapter_that_was_there_before(wrapper: str, tmp_path: Path) -> None:
-    model, x = net(), torch.randn(2, 5)
+    model, x = two_linears(), torch.randn(2, 5)
     fxpeft.add_adapter(model, fxpeft.LoraConfig(**CONFIG), "mine")
     randomise(fxpeft.adapter_state_dict(model).values(), 1)
     fxpeft.save_adapter(model, tmp_path / "plain")
@@ -97,11 +91,11 @@ def test_an_adapter_that_was_there_before(wrapper: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrapper", [w for w in WRAPPERS if "fsdp" not in w])  # whose parameters are one by then
 def test_an_adapter_that_comes_after(wrapper: str, tmp_path: Path) -> None:
-    model, x = net(), torch.randn(2, 5)
+    model, x = two_linears(), torch.randn(2, 5)
     fxpeft.add_adapter(model, fxpeft.LoraConfig(**CONFIG))
     randomise(fxpeft.adapter_state_dict(model).values(), 1)
     fxpeft.save_adapter(model, tmp_path)
-    wrapped = WRAPPERS[wrapper](net())
+    wrapped = WRAPPERS[wrapper](two_linears())
     fxpeft.load_adapter(wrapped, tmp_path)
     torch.testing.assert_close(unwrap(wrapped)(x).float(), model(x), rtol=1e-2, atol=1e-1)
     assert "0" in fxpeft.plan(wrapped, fxpeft.LoraConfig(target_modules="kind:linear"), roles=False).sites[0].name
@@ -117,7 +111,7 @@ def test_an_adapter_that_comes_after(wrapper: str, tmp_path: Path) -> None:
 
 
 def test_fsdp1_trains_what_an_adapter_brings_whole() -> None:
-    model, x = net().train(), torch.randn(2, 5)
+    model, x = two_linears().train(), torch.randn(2, 5)
     config = {"r": 3, "target_modules": ["0"], "bias": "lora_only", "modules_to_save": ["2"]}
     fxpeft.add_adapter(model, fxpeft.LoraConfig(**config))
     randomise(fxpeft.adapter_state_dict(model).values(), 1)
@@ -133,7 +127,7 @@ def test_fsdp1_trains_what_an_adapter_brings_whole() -> None:
 
 
 def test_accelerate_trains_and_saves(tmp_path: Path) -> None:
-    model, x = net().train(), torch.randn(2, 5)
+    model, x = two_linears().train(), torch.randn(2, 5)
     fxpeft.add_adapter(model, fxpeft.LoraConfig(**CONFIG))
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     accelerator = Accelerator(cpu=True)
@@ -141,15 +135,15 @@ def test_accelerate_trains_and_saves(tmp_path: Path) -> None:
     accelerator.backward(prepared(x).pow(2).sum())
     optimiser.step()
     fxpeft.save_adapter(prepared, tmp_path)
-    fresh = net()
+    fresh = two_linears()
     fxpeft.load_adapter(fresh, tmp_path)
     torch.testing.assert_close(fresh(x), model(x))
-    assert not torch.allclose(fresh(x), net()(x), atol=1e-3)
+    assert not torch.allclose(fresh(x), two_linears()(x), atol=1e-3)
 
 
 def test_sharded_parameters_say_what_to_do(tmp_path: Path) -> None:
     """One process holds all of them; a shard of two is what is left of the first."""
-    model = net()
+    model = two_linears()
     fxpeft.add_adapter(model, fxpeft.LoraConfig(**CONFIG))
     part = model.get_submodule("0.adapters.default")
     part.lora_A.data = part.lora_A.data.flatten()[:8]

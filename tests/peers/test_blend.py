@@ -11,7 +11,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny import conv_net, randomise, tiny_bert, tiny_gpt2, tiny_llama, token_ids
+from closeness import assert_close
+from tiny import conv_net, logits, randomise, tiny_bert, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 
 import fxpeft
@@ -33,15 +34,6 @@ MIXED = {
 }
 WEIGHTS = [0.7, -1.3]
 Pair = tuple[peft.PeftModel, nn.Module]
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model(token_ids()).logits
-
-
-def close(found: Tensor, wanted: Tensor, tolerance: float = 2e-5) -> None:
-    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * max(1.0, float(wanted.abs().max())))
 
 
 def pair(configs: dict[str, dict[str, Any]], folder: Path, build: Callable[[], nn.Module] = tiny_llama) -> Pair:
@@ -113,11 +105,11 @@ def test_combines_as_peft(rule: str, models: Any, tmp_path: Path, monkeypatch: p
         torch.manual_seed(5)
         fxpeft.add_weighted_adapter(model, ["a", "b"], WEIGHTS, "c", **values)
         assert fxpeft.active_adapters(model) == ["c"]
-        close(logits(model), wanted)
+        assert_close(logits(model), wanted)
         fxpeft.save_adapter(model, tmp_path, "c")
         fxpeft.delete_adapter(model, "c")
     again = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).eval()
-    close(logits(again), wanted)
+    assert_close(logits(again), wanted)
 
 
 @pytest.mark.parametrize("rule", ["svd", "cat", "ties_svd", "magnitude_prune_svd"])
@@ -130,7 +122,7 @@ def test_embeddings_and_conv1d_combine_as_peft(rule: str, tmp_path: Path) -> Non
     values = {"combination_type": rule} | ({} if rule in ("svd", "cat") else {"density": 0.5})
     wanted = blended(theirs, **values)
     fxpeft.add_weighted_adapter(model, ["a", "b"], WEIGHTS, "c", **values)
-    close(logits(model), wanted)
+    assert_close(logits(model), wanted)
     assert float((wanted - logits(tiny_gpt2())).abs().max()) > 0.1
 
 
@@ -164,7 +156,7 @@ def test_cat_and_svd_are_the_weighted_sum(rslora: bool, tmp_path: Path) -> None:
     for rule, rank, wanted in (("cat", None, exact), ("svd", 6, exact), ("svd", 2, low_rank(exact, 2))):
         name = f"{rule}{rank}"
         fxpeft.add_weighted_adapter(model, ["a", "b"], WEIGHTS, name, rule, rank)
-        close(update(model, name, site), wanted, 1e-5)
+        assert_close(update(model, name, site), wanted)
         assert not fxpeft.adapter_config(model, name).use_rslora
     theirs.add_weighted_adapter(["a", "b"], [0.7, -0.65], "c", "cat")
     ratio = theirs.get_submodule(f"base_model.model.{site}").get_delta_weight("c").norm() / exact.norm()
@@ -186,10 +178,10 @@ def test_what_only_one_adapter_has(tmp_path: Path) -> None:
     fxpeft.set_adapter(model, ["a", "b"])
     wanted = logits(model)
     fxpeft.add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "c", "cat")
-    close(logits(model), wanted, 1e-6)
+    assert_close(logits(model), wanted, terms=1)
     fxpeft.save_adapter(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(tiny_bert(), str(tmp_path)).eval()
-    close(logits(theirs), wanted, 1e-6)
+    assert_close(logits(theirs), wanted, terms=1)
 
 
 CONVS = {"target_modules": ["line", "plane", "grouped", "space"]}
@@ -211,7 +203,7 @@ def test_convolutions_of_every_kind_combine() -> None:
         fxpeft.set_scale(model, "b", 1)
         fxpeft.add_weighted_adapter(model, ["a", "b"], [0.5, -2], "c", rule, svd_rank=6)
         with torch.no_grad():
-            close(model(x), wanted)
+            assert_close(model(x), wanted)
 
 
 def test_more_ranks_than_a_layer_has_are_zero(tmp_path: Path) -> None:
@@ -222,10 +214,10 @@ def test_more_ranks_than_a_layer_has_are_zero(tmp_path: Path) -> None:
     site = "model.layers.0.self_attn.q_proj"
     exact = 0.7 * update(model, "a", site) - 1.3 * update(model, "b", site)
     fxpeft.add_weighted_adapter(model, ["a", "b"], WEIGHTS, "c", "svd", 40)
-    close(update(model, "c", site), exact, 1e-5)
+    assert_close(update(model, "c", site), exact)
     for rule in ("svd", "magnitude_prune_svd"):
         fxpeft.add_weighted_adapter(model, ["a", "b"], WEIGHTS, rule, rule, 40, 1.0, density=1.0)
-        close(update(model, rule, site), exact, 1e-5)
+        assert_close(update(model, rule, site), exact)
 
 
 def test_one_adapter_is_combined_as_asked(tmp_path: Path) -> None:
@@ -233,12 +225,12 @@ def test_one_adapter_is_combined_as_asked(tmp_path: Path) -> None:
     site = "model.layers.0.self_attn.q_proj"
     exact = update(model, "a", site)
     fxpeft.add_weighted_adapter(model, ["a"], [-2.0], "minus", "linear")
-    close(update(model, "minus", site), -2 * exact, 1e-5)
+    assert_close(update(model, "minus", site), -2 * exact)
     fxpeft.add_weighted_adapter(model, ["a"], [1.0], "small", "svd", 1)
-    close(update(model, "small", site), low_rank(exact, 1), 1e-5)
+    assert_close(update(model, "small", site), low_rank(exact, 1))
     fxpeft.add_weighted_adapter(model, ["a"], [1.0], "pruned", "magnitude_prune_svd", 32, density=0.25)
     kept = exact.abs() >= exact.abs().flatten().sort(descending=True).values[exact.numel() // 4 - 1]
-    close(update(model, "pruned", site), exact * kept, 1e-5)
+    assert_close(update(model, "pruned", site), exact * kept)
 
 
 def test_dare_draws_from_the_generator_that_is_given(tmp_path: Path) -> None:
@@ -262,7 +254,7 @@ def test_half_precision_is_computed_in_float32(tmp_path: Path) -> None:
         fxpeft.add_weighted_adapter(model, ["a", "b"], WEIGHTS, "c", "ties_svd", density=0.5)
         assert {t.dtype for t in fxpeft.adapter_state_dict(model).values()} == {dtype}
         outputs.append(logits(model).float())
-    close(outputs[1], outputs[0], 5e-2)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=5e-2 * max(1.0, float(outputs[0].abs().max())))
 
 
 def test_refused(tmp_path: Path) -> None:
@@ -351,11 +343,11 @@ def test_converts_exactly(case: Any, tmp_path: Path) -> None:
     fxpeft.set_scale(model, "a", 1.5)
     wanted = logits(model)
     fxpeft.convert(model, "a", new_name="live")
-    close(logits(model), wanted)
+    assert_close(logits(model), wanted)
     fxpeft.prepare_hotswap(model, 8, methods=("lora", "lora_bias", "adalora"))
     fxpeft.convert(model, "a")
     assert fxpeft.active_adapters(model) == ["a_lora"]
-    close(logits(model), wanted)
+    assert_close(logits(model), wanted)
     found = fxpeft.adapter_config(model)
     assert (found.peft_type, found.use_rslora, found.task_type) == ("LORA", False, config.task_type)
     if isinstance(config, AdaLoraConfig):
@@ -364,7 +356,7 @@ def test_converts_exactly(case: Any, tmp_path: Path) -> None:
         assert sorted(ranks.values()) != [4] * len(ranks)
     fxpeft.save_adapter(model, tmp_path, "a_lora")
     theirs = peft.PeftModel.from_pretrained(build(), str(tmp_path)).eval()
-    close(logits(theirs), wanted)
+    assert_close(logits(theirs), wanted)
 
 
 def test_a_gain_needs_fold_or_a_rank(tmp_path: Path) -> None:
@@ -383,11 +375,11 @@ def test_a_gain_needs_fold_or_a_rank(tmp_path: Path) -> None:
         exact = update(model, name, path)
         with pytest.warns(UserWarning, match=rf"'{name}_lora' approximates '{name}' at rank 4: .*off by up to"):
             fxpeft.convert(model, name, rank=4)
-        close(update(model, f"{name}_lora", path), low_rank(exact, 4), 1e-6)
+        assert_close(update(model, f"{name}_lora", path), low_rank(exact, 4), terms=1)
         fxpeft.convert(model, name, new_name=f"{name}_full", rank=99)  # as many as the layer has: exact
-        close(logits(model), wanted, 1e-5)
+        assert_close(logits(model), wanted)
         fxpeft.save_adapter(model, tmp_path / name)
-        close(logits(peft.PeftModel.from_pretrained(tiny_bert(), str(tmp_path / name)).eval()), wanted, 1e-5)
+        assert_close(logits(peft.PeftModel.from_pretrained(tiny_bert(), str(tmp_path / name)).eval()), wanted)
 
 
 def test_a_lora_made_smaller_is_the_nearest(tmp_path: Path) -> None:
@@ -396,7 +388,7 @@ def test_a_lora_made_smaller_is_the_nearest(tmp_path: Path) -> None:
     exact = update(model, "a", site)
     with pytest.warns(UserWarning, match="off by up to"):
         fxpeft.convert(model, "a", new_name="small", rank=2)
-    close(update(model, "small", site), low_rank(exact, 2), 1e-6)
+    assert_close(update(model, "small", site), low_rank(exact, 2), terms=1)
 
 
 def test_conversions_that_are_refused() -> None:
@@ -415,4 +407,4 @@ def test_conversions_that_are_refused() -> None:
             with pytest.raises(AdapterError, match=message):
                 fxpeft.convert(model, "a", **values)
         fxpeft.convert(model, "a")
-        close(model(x), wanted)
+        assert_close(model(x), wanted)

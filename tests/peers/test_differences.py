@@ -8,20 +8,15 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny import randomise, tiny_gpt2, tiny_llama, token_ids
-from torch import Tensor, nn
+from closeness import assert_close
+from tiny import logits, randomise, tiny_gpt2, tiny_llama
+from torch import nn
 
 import fxpeft
 from fxpeft import AdapterError, LoraConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 BIASED: dict[str, Any] = {"r": 3, "lora_alpha": 7, "bias": "all"}
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    found: Tensor = model(token_ids()).logits
-    return found
 
 
 def test_several_adapters_with_biases() -> None:
@@ -40,7 +35,7 @@ def test_several_adapters_with_biases() -> None:
         missing = peft.set_peft_model_state_dict(alone, ours)
         assert not missing.unexpected_keys
         fxpeft.set_adapter(model, name)
-        torch.testing.assert_close(logits(model), logits(alone), rtol=0, atol=1e-5)
+        assert_close(logits(model), logits(alone))
         assert (logits(model) - logits(tiny_gpt2())).abs().max() > 0.1, seed
     before = logits(model)
     with pytest.raises(AdapterError, match="can't be active together, each brings its own"):
@@ -118,7 +113,7 @@ def test_ranks_of_a_state_dict() -> None:
         peft.set_peft_model_state_dict(other, tensors)
     model = tiny_llama()
     fxpeft.inject(model, tensors, LoraConfig(r=5, lora_alpha=6, target_modules=["q_proj"]))
-    torch.testing.assert_close(logits(model), logits(peer), rtol=0, atol=1e-5)
+    assert_close(logits(model), logits(peer))
     peer.base_model.set_requires_grad("nobody")
     with pytest.raises(AdapterError, match="no adapter named 'nobody'"):
         fxpeft.set_requires_grad(model, "nobody")

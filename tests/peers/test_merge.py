@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from closeness import assert_close
 from tiny import conv_net, randomise, tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor, nn
 
@@ -106,12 +107,6 @@ def output(model: nn.Module) -> Tensor:
     )
 
 
-def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
-    """Equal to within the tolerance times the largest value."""
-    assert found.dtype == wanted.dtype
-    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
-
-
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in model.state_dict().items() if ".adapters." not in k and ".slot." not in k}
 
@@ -136,10 +131,10 @@ def test_folds_to_what_peft_merges_to(case: Case, tmp_path: Path) -> None:
         fxpeft.fold(model)
         assert fxpeft.folded_adapters(model) == ["a"]
         assert fxpeft.active_adapters(model) == []
-        close(output(model), running)
-        close(output(model), unmerged)
+        assert_close(output(model), running)
+        assert_close(output(model), unmerged)
         for key, value in merged.state_dict().items():
-            close(weights(model)[key], value)
+            assert_close(weights(model)[key], value)
         assert places == {n: p.data_ptr() for n, p in model.named_parameters() if n in places}
         fxpeft.unfold(model)
         assert all(torch.equal(v, bare[k]) for k, v in weights(model).items())
@@ -148,7 +143,7 @@ def test_folds_to_what_peft_merges_to(case: Case, tmp_path: Path) -> None:
     plain = fxpeft.merge_and_unload(model)
     assert plain is model
     assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in merged.named_modules()]
-    close(output(model), output(merged))
+    assert_close(output(model), output(merged))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -185,7 +180,7 @@ def test_convolutions_whose_update_is_no_change_of_the_weight_are_refused(tmp_pa
     with pytest.raises(fxpeft.AdapterError, match=r"line: the update pads with zeros.*circular"):
         fxpeft.fold(model)
     with torch.no_grad():
-        close(model(x), unmerged)
+        assert_close(model(x), unmerged)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -204,6 +199,6 @@ def test_dora_above_a_lora_is_pefts(dropout: float, tmp_path: Path) -> None:
     for name in configs:
         fxpeft.load_adapter(model, tmp_path / name, name)
     fxpeft.set_adapter(model, ["a", "b"])
-    close(output(model), output(theirs))
+    assert_close(output(model), output(theirs))
     fxpeft.fold(model)
-    close(output(model), output(theirs))
+    assert_close(output(model), output(theirs))

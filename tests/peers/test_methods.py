@@ -11,7 +11,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from method_cases import KINDS, METHODS, KindCase, MethodCase, adapted, close, output, served
+from closeness import assert_close
+from method_cases import KINDS, METHODS, KindCase, MethodCase, adapted, output, served
 from tiny import randomise, tiny_bert, tiny_gpt2, tiny_llama
 from torch import nn
 
@@ -39,7 +40,7 @@ def trains(method: MethodCase, kind: KindCase, folder: Path) -> None:
             own = parameters[tensor.data_ptr()].grad
             assert own is not None
             assert grad.abs().max() > 0
-            torch.testing.assert_close(own, grad, rtol=1e-4, atol=1e-6)
+            assert_close(own, grad)
         net.zero_grad()
     base = {n: p.detach().clone() for n, p in net.named_parameters() if not p.requires_grad}
     optimiser = torch.optim.Adam((p for p in net.parameters() if p.requires_grad), lr=0.03)
@@ -57,16 +58,14 @@ def trains(method: MethodCase, kind: KindCase, folder: Path) -> None:
 
 def serves(method: MethodCase, kind: KindCase, folder: Path) -> None:
     """The slot computes what the training subgraph does, in float32 and bfloat16, at any rank mode."""
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+    for dtype in (torch.float32, torch.bfloat16):
         for rank in ("dynamic", "static"):
             net, x = adapted(method, kind).to(dtype), kind.input()
             x = x.to(dtype) if x.is_floating_point() else x
             bare, trained = output(kind.net().to(dtype), x), output(net, x)
             assert (trained.float() - bare.float()).abs().max() > 0.05
             fxpeft.prepare_hotswap(net, 8, methods=(method.declared,), rank=rank)  # type: ignore[arg-type]
-            # bfloat16 has 8 bits: one unit of the largest value is beyond 1e-2
-            scale = max(1.0, trained.float().abs().max().item()) if dtype is torch.bfloat16 else 1.0
-            close(output(net, x), trained, tolerance * scale)
+            assert_close(output(net, x), trained)
             fxpeft.disable_adapters(net)
             assert torch.equal(output(net, x), bare)
 
@@ -91,9 +90,9 @@ def swaps(method: MethodCase, kind: KindCase, folder: Path) -> None:
             fxpeft.load_adapter(net, folder / str(i), f"a{i}")
         for i in (0, 1, 0):
             fxpeft.set_adapter(net, f"a{i}")
-            close(output(graph, x), output(nets[i], x))
+            assert_close(output(graph, x), output(nets[i], x))
         fxpeft.disable_adapters(net)
-        close(output(graph, x), output(kind.net(), x), 1e-6)
+        assert_close(output(graph, x), output(kind.net(), x), terms=1)
         fxpeft.enable_adapters(net)
         for i in (0, 1):
             fxpeft.delete_adapter(net, f"a{i}")
@@ -104,11 +103,11 @@ def folds(method: MethodCase, kind: KindCase, folder: Path) -> None:
     net, x = adapted(method, kind), kind.input()
     wanted, weights = output(net, x), {n: p.clone() for n, p in kind.net().named_parameters()}
     fxpeft.fold(net)
-    close(output(net, x), wanted)
+    assert_close(output(net, x), wanted)
     assert not torch.equal(net.first.weight, weights["first.weight"])
     fxpeft.unfold(net)
     assert all(torch.equal(net.get_parameter(n), p) for n, p in weights.items())
-    close(output(net, x), wanted)
+    assert_close(output(net, x), wanted)
 
 
 def reads(method: MethodCase, kind: KindCase, folder: Path) -> None:
@@ -122,7 +121,7 @@ def reads(method: MethodCase, kind: KindCase, folder: Path) -> None:
     peer.save_pretrained(str(folder))
     net, x = kind.net(), kind.input()
     fxpeft.load_adapter(net, folder)
-    close(output(net, x), output(peer, x))
+    assert_close(output(net, x), output(peer, x))
     assert (output(net, x) - output(kind.net(), x)).abs().max() > 0.01
 
 
@@ -131,7 +130,7 @@ def writes(method: MethodCase, kind: KindCase, folder: Path) -> None:
     net, x = adapted(method, kind), kind.input()
     fxpeft.save_adapter(net, folder)
     peer = peft.PeftModel.from_pretrained(kind.net(), str(folder)).eval()
-    close(output(peer, x), output(net, x))
+    assert_close(output(peer, x), output(net, x))
 
 
 CHECKS = {"T": trains, "S": serves, "H": swaps, "F": folds, "R": reads, "W": writes}
@@ -167,7 +166,7 @@ def test_dora_with_dropout_trains_as_in_peft(kind: str, tmp_path: Path) -> None:
     for model in (net, peer):
         torch.manual_seed(5)
         found.append(model(x))
-    close(*found)
+    assert_close(*found)
     assert not torch.allclose(found[0], output(net.eval(), x), atol=1e-3)
 
 

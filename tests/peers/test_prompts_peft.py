@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from closeness import assert_close
 from safetensors.torch import load_file
 from tiny import VOCABULARY, randomise, tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor, nn
@@ -118,11 +119,6 @@ def both(model: PreTrainedModel, name: str, task: str = "CAUSAL_LM", **options: 
     return model, peer.eval()
 
 
-def close(ours: Tensor, theirs: Tensor) -> None:
-    assert ours.shape == theirs.shape
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-
-
 def quiet(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """PEFT warns about position ids in every step of generate."""
     with warnings.catch_warnings():
@@ -138,8 +134,8 @@ def test_logits_loss_and_gradients(base: str, name: str) -> None:
     inputs = padded()
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     found, wanted = model(**inputs, labels=labels), peer(**inputs, labels=labels)
-    close(found.logits, wanted.logits)
-    close(found.loss, wanted.loss)
+    assert_close(found.logits, wanted.logits)
+    assert_close(found.loss, wanted.loss)
     found.loss.backward()
     wanted.loss.backward()
     own = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
@@ -148,7 +144,7 @@ def test_logits_loss_and_gradients(base: str, name: str) -> None:
     for (ours, grad), other in zip(own.items(), theirs.values(), strict=True):
         assert grad is not None, ours
         assert grad.abs().max() > 0, ours
-        close(grad, other)
+        assert_close(grad, other)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -161,11 +157,11 @@ def test_checkpoints_both_ways(base: str, name: str, tmp_path: Path) -> None:
     fxpeft.load_adapter(model, tmp_path / "peft", "theirs")
     with torch.no_grad():
         wanted = peer(**inputs).logits
-        close(model(**inputs).logits, wanted)
+        assert_close(model(**inputs).logits, wanted)
     fxpeft.save_adapter(model, tmp_path / "fxpeft")
     again = peft.PeftModel.from_pretrained(CAUSAL[base](), tmp_path / "fxpeft").eval()
     with torch.no_grad():
-        close(again(**inputs).logits, wanted)
+        assert_close(again(**inputs).logits, wanted)
     theirs, ours = (json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("peft", "fxpeft"))
     assert {k: v for k, v in ours.items() if k != "peft_version"} == {
         k: v for k, v in theirs.items() if k != "peft_version"
@@ -209,8 +205,8 @@ def test_an_encoder_decoder(name: str, tmp_path: Path) -> None:
         randomise(adapter.parameters(), seed=2, scale=0.8)
     inputs, labels = padded(), token_ids(3, 4)
     found, wanted = model(**inputs, labels=labels), peer(**inputs, labels=labels)
-    close(found.logits, wanted.logits)
-    close(found.loss, wanted.loss)
+    assert_close(found.logits, wanted.logits)
+    assert_close(found.loss, wanted.loss)
     assert not torch.equal(found.logits, model(**inputs, labels=labels.flip(0)).logits)
     for options in ({}, {"num_beams": 2}):
         options = {"do_sample": False, "max_new_tokens": 5, **options}
@@ -223,10 +219,10 @@ def test_an_encoder_decoder(name: str, tmp_path: Path) -> None:
             assert not torch.equal(model.generate(**inputs, **options), tokens)
     fxpeft.save_adapter(model, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(peer.base_model), tmp_path / "ours").eval()
-    close(again(**inputs, labels=labels).logits, wanted.logits)
+    assert_close(again(**inputs, labels=labels).logits, wanted.logits)
     peer.save_pretrained(tmp_path / "theirs")
     fxpeft.load_adapter(model, tmp_path / "theirs", "theirs")
-    close(model(**inputs, labels=labels).logits, wanted.logits)
+    assert_close(model(**inputs, labels=labels).logits, wanted.logits)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -238,10 +234,12 @@ def test_a_classifier(name: str, tmp_path: Path) -> None:
     inputs["token_type_ids"] = torch.tensor([[0, 0, 0, 1, 1, 1]] * 3)
     labels = torch.tensor([0, 2, 1])
     found, wanted = model(**inputs, labels=labels), peer(**inputs, labels=labels)
-    close(found.logits, wanted.logits)
+    assert_close(found.logits, wanted.logits)
     found.loss.backward()
     wanted.loss.backward()
-    close(model.classifier.adapters.default.weight.grad, peer.base_model.classifier.modules_to_save.default.weight.grad)
+    assert_close(
+        model.classifier.adapters.default.weight.grad, peer.base_model.classifier.modules_to_save.default.weight.grad
+    )
     with fxpeft.disabled(model), torch.no_grad():
         assert not torch.allclose(model(**inputs).logits, found.logits, atol=1e-4)
     randomise((p for p in peer.parameters() if p.requires_grad), seed=4)
@@ -251,8 +249,8 @@ def test_a_classifier(name: str, tmp_path: Path) -> None:
     again = peft.PeftModel.from_pretrained(tiny_bert(), tmp_path / "ours").eval()
     with torch.no_grad():
         wanted = peer(**inputs).logits
-        close(model(**inputs).logits, wanted)
-        close(again(**inputs).logits, wanted)
+        assert_close(model(**inputs).logits, wanted)
+        assert_close(again(**inputs).logits, wanted)
     ours, theirs = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("ours", "theirs"))
     assert ours.keys() == theirs.keys() >= {"prompt_embeddings", "base_model.classifier.weight"}
 
@@ -271,7 +269,7 @@ def test_other_tasks(task: str, name: str) -> None:
     tensors = [v for v in found.values() if isinstance(v, Tensor)]
     others = [v for v in wanted.values() if isinstance(v, Tensor)]
     for ours, theirs in zip(tensors, others, strict=True):
-        close(ours, theirs)
+        assert_close(ours, theirs)
 
 
 def test_labels_of_tokens_are_extended() -> None:
@@ -291,7 +289,7 @@ def test_the_last_token_of_a_decoder_that_classifies(name: str) -> None:
     config.pad_token_id, config.num_labels = 0, 3
     model, peer = both(LlamaForSequenceClassification(config).eval(), name, "SEQ_CLS")
     inputs = padded()
-    close(model(**inputs).logits, peer(**inputs).logits)
+    assert_close(model(**inputs).logits, peer(**inputs).logits)
 
 
 def test_a_sampled_and_a_written_prompt_begin_as_pefts(tmp_path: Path) -> None:

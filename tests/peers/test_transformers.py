@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from closeness import assert_close
 from families import FAMILIES, first_output
 from tiny import randomise, tiny_llama, token_ids
 from torch import Tensor
@@ -73,19 +74,19 @@ def test_the_same_program(family: str, tmp_path: Path) -> None:
     fxpeft.install()
     ours = program(fxpeft.LoraConfig, tmp_path / "ours", family)
     for step, (mine, their) in enumerate(zip(ours, theirs, strict=True)):
-        assert torch.allclose(mine, their, atol=1e-5), step
+        assert_close(mine, their, message=str(step))
     # PEFT's own config objects are taken too
     for mine, their in zip(program(peft.LoraConfig, tmp_path / "taken", family), theirs, strict=True):
-        assert torch.allclose(mine, their, atol=1e-5)
+        assert_close(mine, their)
     # files, both ways
     model = FAMILIES[family].build()
     model.load_adapter(str(tmp_path / "theirs" / "a"))
-    assert torch.allclose(output(model, family), theirs[0], atol=1e-5)
+    assert_close(output(model, family), theirs[0])
     fxpeft.uninstall()
     model = FAMILIES[family].build()
     info = model.load_adapter(str(tmp_path / "ours" / "a"))
     assert not info.missing_keys
-    assert torch.allclose(output(model, family), theirs[0], atol=1e-5)
+    assert_close(output(model, family), theirs[0])
 
 
 def test_peft_model_loads_what_save_pretrained_wrote(tmp_path: Path) -> None:
@@ -98,9 +99,9 @@ def test_peft_model_loads_what_save_pretrained_wrote(tmp_path: Path) -> None:
     expected = model.eval()(token_ids()).logits
     fxpeft.uninstall()
     wrapped = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    assert torch.allclose(wrapped(token_ids()).logits, expected, atol=1e-5)
+    assert_close(wrapped(token_ids()).logits, expected)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    assert torch.allclose(theirs(token_ids()).logits, expected, atol=1e-5)
+    assert_close(theirs(token_ids()).logits, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -148,7 +149,7 @@ def test_a_model_that_peft_has_adapted_stays_peft_s(tmp_path: Path) -> None:
     assert torch.equal(late_wrapped.unload()(token_ids()).logits, tiny_llama()(token_ids()).logits)
     model = tiny_llama()
     model.load_adapter(str(tmp_path / "theirs"))
-    assert torch.allclose(model(token_ids()).logits, expected, atol=1e-6)
+    assert_close(model(token_ids()).logits, expected, terms=1)
     model.load_adapter(str(tmp_path / "wrapped"), "w")
     assert model.active_adapters() == ["w"]
 
@@ -176,5 +177,5 @@ def test_what_transformers_own_hotswap_gets_wrong(tmp_path: Path) -> None:
 
     theirs = swapped()
     fxpeft.install()
-    assert torch.allclose(swapped(), expected, atol=1e-5)
+    assert_close(swapped(), expected)
     assert not torch.allclose(theirs, expected, atol=1e-2)

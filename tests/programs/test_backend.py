@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from tiny import Layer, randomise
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -23,6 +24,7 @@ from fxpeft.passes.slots.slot import Slot, slot_of
 from fxpeft.programs.backend import PASSES
 from fxpeft.testing import no_recompiles
 
+pytestmark = pytest.mark.usefixtures("fresh_graphs")
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(3))
 
 
@@ -102,11 +104,6 @@ def eager(model: nn.Module, x: Tensor = X) -> Tensor:
     return output
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("rank", ["dynamic", "static"])
 @pytest.mark.parametrize("kind", ["", "checkpoint", "break"])
 def test_idle_slots_run_a_graph_without_them(kind: str, rank: Any) -> None:
@@ -119,7 +116,7 @@ def test_idle_slots_run_a_graph_without_them(kind: str, rank: Any) -> None:
                 fxpeft.set_adapter(model, name)
             output = compiled(X)
             ran = recorder.last()
-            torch.testing.assert_close(output, eager(model), rtol=0, atol=1e-6)
+            assert_close(output, eager(model), terms=1, size=1.0)
             if name == "off":
                 assert torch.equal(output, bare)
                 assert all(_slots_read(recorder.graphs[n]) == 0 for n in ran)
@@ -148,7 +145,7 @@ def test_layers_compiled_once_choose_each_for_itself() -> None:
         fxpeft.set_adapter(model, "part")
         wanted = eager_of("part")
         recorder.last()
-        torch.testing.assert_close(model(X), wanted, rtol=0, atol=1e-6)
+        assert_close(model(X), wanted, terms=1, size=1.0)
         assert recorder.last() == [0, 1]  # the first layer has nothing of this adapter
         fxpeft.disable_adapters(model)
         model(X)
@@ -172,7 +169,7 @@ def test_through_inductor_as_a_named_backend() -> None:
             fxpeft.disable_adapters(model) if name == "off" else fxpeft.enable_adapters(model)
             if name != "off":
                 fxpeft.set_adapter(model, name)
-            torch.testing.assert_close(compiled(X), bare if name == "off" else eager(model), rtol=0, atol=1e-5)
+            assert_close(compiled(X), bare if name == "off" else eager(model))
     assert counted.graphs == 1
 
 
@@ -268,7 +265,7 @@ def test_gradients_through_the_backend(inner: str) -> None:
     found = gradients(model, fxpeft.compile(model, inner=inner))
     assert set(found) == set(wanted)
     for name, grad in wanted.items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5)
+        assert_close(found[name], grad)
 
 
 @pytest.mark.parametrize(
@@ -292,11 +289,11 @@ def test_gradients_through_a_rewritten_program(config: Any) -> None:
             again = gradients(module, compiled)
             assert set(again) == set(found)
             for name, grad in found.items():
-                torch.testing.assert_close(again[name], grad, rtol=1e-5, atol=1e-6)
+                assert_close(again[name], grad)
         renamed = {n.removeprefix("adapters.").replace(".default.", ".adapters.default."): g for n, g in found.items()}
         assert set(renamed) == set(wanted)
         for name, grad in wanted.items():
-            torch.testing.assert_close(renamed[name], grad, rtol=1e-4, atol=1e-5)
+            assert_close(renamed[name], grad)
 
 
 def test_a_program_trains_and_dropout_takes_part() -> None:
@@ -335,16 +332,16 @@ def test_a_rewrite_inside_a_backend_of_ones_own(inner: str) -> None:
 
     model = net().requires_grad_(False)
     compiled = torch.compile(model, backend=mine, fullgraph=True)
-    torch.testing.assert_close(compiled(X), live(X), rtol=0, atol=1e-5)
+    assert_close(compiled(X), live(X))
     compiled(X).square().sum().backward()
     found = {n.removeprefix("adapters.").replace(".default.", ".adapters.default."): p.grad for n, p in held.items()}
     assert set(found) == set(wanted)
     for name, grad in wanted.items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5)
+        assert_close(found[name], grad)
     with torch.no_grad():  # a swap is a copy in place
         held["adapters.shared.default.lora_B"].zero_()
     fxpeft.adapter_state_dict(live)["base_model.model.shared.lora_B.weight"].data.zero_()
-    torch.testing.assert_close(compiled(X), live(X), rtol=0, atol=1e-5)
+    assert_close(compiled(X), live(X))
 
 
 class Remembers(nn.Module):
@@ -376,6 +373,6 @@ def test_what_a_model_writes_stays_in_its_graphs(active: bool) -> None:
     model.seen.zero_()
     compiled = fxpeft.compile(model, inner=Recorder(), passes=PASSES, fullgraph=True)
     for each in wanted:
-        torch.testing.assert_close(eager(compiled), each, rtol=0, atol=1e-6)
-    torch.testing.assert_close(model.seen, state, rtol=0, atol=1e-6)
+        assert_close(eager(compiled), each, terms=1, size=1.0)
+    assert_close(model.seen, state, terms=1, size=1.0)
     assert state[1].abs().max() > 0.1

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from tiny import randomise
 from torch import Tensor, nn
 from torch.export import ExportedProgram, export
@@ -118,7 +119,7 @@ def test_targets_around_and_inside_of_flex_attention(kind: str, how: str, target
     before, wanted = text(program), call(live)
     assert (wanted - call(program)).abs().max() > 0.02
     rewritten = rewrite(program, config, state_dict=tensors)
-    torch.testing.assert_close(call(rewritten), wanted, rtol=0, atol=1e-5)
+    assert_close(call(rewritten), wanted)
     assert rewrite(rewritten, config) is rewritten
     ejected = eject(rewritten)
     assert text(ejected) == before
@@ -135,20 +136,20 @@ def test_each_target_of_a_body_counts() -> None:
     without = rewrite(captured("linear", "export"), config, state_dict=tensors)
     wanted = call(adapted("linear", config)[0])
     assert (call(without) - wanted).abs().max() > 0.02
-    torch.testing.assert_close(call(without), call(live), rtol=0, atol=1e-5)
+    assert_close(call(without), call(live))
 
 
 def test_static_slots_inside_of_a_score() -> None:
     live, _ = adapted("linear", LoraConfig(r=3, lora_alpha=5, target_modules=["q", "mix"]))
     program = captured("linear", "export")
     runner = rewrite(program, Slots(["q", "mix"], max_rank=4)).module()
-    torch.testing.assert_close(call(runner), call(program), rtol=0, atol=1e-6)
+    assert_close(call(runner), call(program), terms=1, size=1.0)
     fxpeft.prepare_hotswap(live, 4)
     buffers = dict(runner.named_buffers())
     for site in ("q", "mix"):
         for name in "abd":
             buffers[f"slot.{site}.{name}"].copy_(getattr(live.get_submodule(site).slot, name))
-    torch.testing.assert_close(call(runner), call(live), rtol=0, atol=1e-5)
+    assert_close(call(runner), call(live))
 
 
 def test_slots_of_a_live_model_fold_inside_of_a_score() -> None:
@@ -169,7 +170,7 @@ def test_slots_of_a_live_model_fold_inside_of_a_score() -> None:
         fxpeft.enable_adapters(model) if on else fxpeft.disable_adapters(model)
         wanted = call(model)
         assert torch.allclose(wanted, bare, rtol=0, atol=1e-6) is not on
-        torch.testing.assert_close(call(compiled), wanted, rtol=0, atol=1e-5)
+        assert_close(call(compiled), wanted)
     linears = [sum(n.target is nn.functional.linear for c in calls(g) for b in c.bodies() for n in b.graph.nodes)
                for g in graphs]  # fmt: skip
     assert linears == [1, 2]  # in the score: without slots, and with them
@@ -191,7 +192,7 @@ def hidden(kind: str = "linear") -> GraphModule:
 
 def test_targets_where_no_rewrite_reaches_are_refused() -> None:
     program = hidden()
-    torch.testing.assert_close(call(program), call(attention("linear")), rtol=0, atol=1e-6)
+    assert_close(call(program), call(attention("linear")), terms=1, size=1.0)
     assert not calls(program)
     for adapter in (
         LoraConfig(r=2, target_modules=["mix"]), LoraConfig(r=2, target_modules=["v", "mix"]),
@@ -201,6 +202,6 @@ def test_targets_where_no_rewrite_reaches_are_refused() -> None:
             rewrite(program, adapter)
     config = LoraConfig(r=2, lora_alpha=3, target_modules=["v", "mix"], exclude_modules=["mix"])
     live, tensors = adapted("linear", config)
-    torch.testing.assert_close(call(rewrite(program, config, state_dict=tensors)), call(live), rtol=0, atol=1e-5)
+    assert_close(call(rewrite(program, config, state_dict=tensors)), call(live))
     config = LoraConfig(r=2, lora_alpha=3, target_modules=["v", "q"])
     assert call(rewrite(hidden("slopes"), config)).shape == X.shape  # no target is in that body

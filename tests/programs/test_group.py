@@ -7,11 +7,12 @@ import gc
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from tiny import randomise
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -24,6 +25,7 @@ from fxpeft.passes.slots.stack import Stack, stack_of
 from fxpeft.programs.backend import DEFAULT, PASSES, backend
 from fxpeft.testing import no_recompiles
 
+pytestmark = pytest.mark.usefixtures("fresh_graphs")
 MAX_RANK = 8
 TARGETS = ["q", "k", "v", "o", "gate", "up"]
 X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(3))
@@ -97,7 +99,7 @@ def prepared(kind: str = "", layers: int = 2, **options: Any) -> nn.Module:
     return model
 
 
-def walk(model: nn.Module, compiled: Callable[[Tensor], Tensor], atol: float = 1e-5) -> None:
+def walk(model: nn.Module, compiled: Callable[[Tensor], Tensor]) -> None:
     """Through all adapters, up and down in rank, on and off; no two of them give the same."""
     with torch.no_grad():
         bare, seen = _off(model), list[Tensor]()
@@ -106,7 +108,7 @@ def walk(model: nn.Module, compiled: Callable[[Tensor], Tensor], atol: float = 1
             if name != "off":
                 fxpeft.set_adapter(model, name)
             wanted = model(X)
-            torch.testing.assert_close(compiled(X), wanted, rtol=0, atol=atol)
+            assert_close(compiled(X), wanted)
             assert name == "off" or (wanted - bare).abs().max() > 0.01
             assert not seen or name == "first" or not torch.allclose(seen[-1], wanted, rtol=0, atol=0.01)
             seen.append(wanted)
@@ -160,13 +162,6 @@ def reports(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     return read
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 # --- what is grouped ---
 
 
@@ -211,7 +206,7 @@ def test_layers_that_share_code_have_stacks_of_their_own() -> None:
         for name in (*ADAPTERS, *reversed(ADAPTERS)):
             fxpeft.set_adapter(model, name)
             fxpeft.set_adapter(wanted, name)
-            torch.testing.assert_close(model(X), wanted(X), rtol=1e-5, atol=1e-5)
+            assert_close(model(X), wanted(X))
     assert counted.graphs == 1
     assert len(stacks_of(model)) == 6
     assert len({s.tensor.data_ptr() for s in stacks_of(model)}) == 6
@@ -315,7 +310,7 @@ def test_a_gain_on_the_input_makes_inputs_differ(reports: Callable[[], list[str]
     fxpeft.prepare_hotswap(model, 4, targets=TARGETS, methods=("lora", "ia3"))
     with torch.no_grad():
         found = grouped(model, inner="eager")(X)
-        torch.testing.assert_close(found, model(X), rtol=0, atol=1e-5)
+        assert_close(found, model(X))
     (report,) = reports()
     assert report.startswith("group: 0 matched, 6 skipped")
     assert report.count("multiplies its input by a gain of its own") == 6
@@ -323,7 +318,7 @@ def test_a_gain_on_the_input_makes_inputs_differ(reports: Callable[[], list[str]
 
 
 def test_dora_is_grouped_and_half_precision_too() -> None:
-    for dtype, atol in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+    for dtype in (torch.float32, torch.bfloat16):
         torch._dynamo.reset()
         torch.manual_seed(0)
         model = nn.Sequential(Block()).to(dtype).eval()
@@ -333,7 +328,7 @@ def test_dora_is_grouped_and_half_precision_too() -> None:
         fxpeft.prepare_hotswap(model, 4, targets=TARGETS, methods=("lora", "dora"))
         with torch.no_grad():
             found = grouped(model, inner="aot_eager")(X.to(dtype))
-            torch.testing.assert_close(found, model(X.to(dtype)), rtol=0, atol=atol)
+            assert_close(found, model(X.to(dtype)))
         assert [s.tensor.dtype for s in stacks_of(model)] == [slots_of(model)[0].a.dtype] * 2
 
 
@@ -345,7 +340,7 @@ def test_gradients_of_the_input() -> None:
         call(x).square().sum().backward()
         found.append(x.grad)
     assert len(stacks_of(model)) == 2
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    assert_close(*found)
 
 
 # --- always what the slots hold ---
@@ -362,7 +357,7 @@ def compiled_and_warm(**options: Any) -> tuple[nn.Module, Any]:
 
 def check(model: nn.Module, compiled: Any, x: Tensor = X) -> None:
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-5)
+        assert_close(compiled(x), model(x))
 
 
 def test_only_the_ranks_in_use_are_copied() -> None:
@@ -409,7 +404,7 @@ def test_a_swap_that_fails_leaves_the_old_adapter(monkeypatch: pytest.MonkeyPatc
         fxpeft.set_adapter(model, "full")
     assert len(calls) == 2
     with torch.no_grad():
-        torch.testing.assert_close(compiled(X), wanted, rtol=0, atol=1e-6)
+        assert_close(compiled(X), wanted, terms=1, size=1.0)
     check(model, compiled)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from tiny import randomise
 from torch import Tensor, nn
 from torch.export import Dim
@@ -113,7 +114,7 @@ ODD: dict[str, tuple[Any, ...]] = {
 
 @pytest.mark.parametrize("case", ODD)
 def test_inputs_in_any_memory_give_the_live_models_rows(opened: Package, adapter: Path, case: str) -> None:
-    torch.testing.assert_close(opened(*ODD[case], True), live(adapter, *ODD[case]), rtol=1e-4, atol=1e-5)
+    assert_close(opened(*ODD[case], True), live(adapter, *ODD[case]))
 
 
 def test_inputs_made_in_inference_mode(opened: Package, adapter: Path) -> None:
@@ -213,7 +214,7 @@ def test_off_is_exact_for_inf(opened: Package, adapter: Path) -> None:
         wanted = net()(IDS, image, weights)
     found = opened(IDS, image, weights, True)
     assert wanted.isinf().any()
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert_close(found, wanted)
 
 
 # --- the file ---

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import randomise
+from adapter_files import save, save_each
+from closeness import assert_close
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -60,22 +61,9 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def saved(folder: Path, config: Any, seed: int = 0, model: nn.Module | None = None) -> Path:
-    """A folder with a random adapter."""
-    live = model or net()
-    fxpeft.add_adapter(live, config)
-    tensors = fxpeft.adapter_state_dict(live)
-    randomise(tensors.values(), seed)
-    for key, value in tensors.items():
-        if "ia3" in key or "magnitude" in key:
-            value.data.add_(1)
-    fxpeft.save_adapter(live, folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: saved(tmp_path_factory.mktemp(name), c, i) for i, (name, c) in enumerate(CONFIGS.items())}
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return save_each(net, CONFIGS, tmp_path_factory.mktemp("adapters"))
 
 
 @functools.cache
@@ -109,10 +97,10 @@ def live(folder: Path | None = None, ids: Tensor = IDS) -> Tensor:
 
 
 def close(found: dict[str, Tensor], wanted: Tensor) -> None:
-    torch.testing.assert_close(found["logits"], wanted, rtol=0, atol=1e-5)
+    assert_close(found["logits"], wanted)
 
 
-def test_every_adapter_equals_the_live_model(opened: Package, folders: dict[str, Path]) -> None:
+def test_every_adapter_equals_the_live_model(opened: Package, folders: dict[str, str]) -> None:
     close(opened(IDS, SHIFT), live())
     for name, folder in folders.items():
         wanted = live(folder)
@@ -133,7 +121,7 @@ def test_every_adapter_equals_the_live_model(opened: Package, folders: dict[str,
 
 
 def test_nothing_is_compiled_or_traced_by_a_swap(
-    opened: Package, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    opened: Package, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch._inductor.codecache import CppCodeCache
 
@@ -149,7 +137,7 @@ def test_nothing_is_compiled_or_traced_by_a_swap(
     assert [slot.a.data_ptr() for slot in opened._serving.slots.values()] == addresses
 
 
-def test_scales_sums_and_state_dicts(opened: Package, folders: dict[str, Path]) -> None:
+def test_scales_sums_and_state_dicts(opened: Package, folders: dict[str, str]) -> None:
     model = net()
     for name in ("lora", "one"):
         opened.load_adapter(folders[name], name)
@@ -179,20 +167,20 @@ def test_scales_sums_and_state_dicts(opened: Package, folders: dict[str, Path]) 
     ],
 )
 def test_what_does_not_fit_is_refused(
-    opened: Package, folders: dict[str, Path], tmp_path: Path, config: Any, message: str
+    opened: Package, folders: dict[str, str], tmp_path: Path, config: Any, message: str
 ) -> None:
     opened.hotswap(folders["lora"])
-    bad = saved(tmp_path, config)
+    bad = save(net(), config, tmp_path)
     for change in (lambda: opened.hotswap(bad), lambda: opened.load_adapter(bad, "more")):
         with pytest.raises(AdapterError, match=f"(?s){message}"):
             change()
         close(opened(IDS, SHIFT), live(folders["lora"]))
 
 
-def test_another_base_is_refused(opened: Package, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_another_base_is_refused(opened: Package, folders: dict[str, str], tmp_path: Path) -> None:
     opened.hotswap(folders["lora"])
     for name, model in (("tuned", net(3)), ("other", nn.ModuleDict({"up": nn.Linear(6, 11)}))):
-        foreign = saved(tmp_path / name, LoraConfig(r=2, target_modules=["up"]), model=model)
+        foreign = save(model, LoraConfig(r=2, target_modules=["up"]), tmp_path / name)
         with pytest.raises(AdapterError, match=r"trained on another base: expected fingerprint \w{12}, found \w{12}"):
             opened.hotswap(foreign)
     with pytest.raises(AdapterError, match=r"up.lora_B.weight: expected \[10, 2\], found \[11, 2\]"):
@@ -228,7 +216,7 @@ def test_inputs_are_checked(opened: Package, args: Any, message: str) -> None:
         opened(*args)
 
 
-def test_threads_see_one_adapter_whole(opened: Package, folders: dict[str, Path]) -> None:
+def test_threads_see_one_adapter_whole(opened: Package, folders: dict[str, str]) -> None:
     wanted = {name: live(folders[name]) for name in ("lora", "full", "ia3")}
     for name in wanted:
         opened.load_adapter(folders[name], name)
@@ -287,7 +275,7 @@ def test_a_package_for_dora_needs_its_weights(path: Path, tmp_path: Path) -> Non
             fxpeft.open_package(edited(path, tmp_path / f"{number}.pt2", change))
 
 
-def test_dora_is_refused_where_it_was_not_declared(path: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_dora_is_refused_where_it_was_not_declared(path: Path, folders: dict[str, str], tmp_path: Path) -> None:
     def change(name: str, content: bytes) -> bytes | None:
         if name == WEIGHTS:
             return None

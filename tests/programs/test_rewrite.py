@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from adapter_files import add
+from closeness import assert_close
 from tiny import Layer, randomise, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
@@ -65,13 +67,7 @@ def adapted(method: str, model: nn.Module | None = None) -> tuple[nn.Module, Any
     """The live model with a random adapter, its config, its tensors."""
     live = net() if model is None else model
     config = CONFIGS[method]()
-    fxpeft.add_adapter(live, config)
-    tensors = fxpeft.adapter_state_dict(live)
-    randomise(tensors.values())
-    for key, value in tensors.items():
-        if "magnitude" in key or "ia3" in key:
-            value.data.add_(1)
-    return live, config, tensors
+    return live, config, add(live, config)
 
 
 def dynamic() -> ExportedProgram:
@@ -123,11 +119,11 @@ def test_equals_the_live_model(method: str, form: str) -> None:
     rewritten = rewrite(program, config, state_dict=tensors)
     wanted = live(X)
     assert (wanted - net()(X)).abs().max() > 0.05
-    torch.testing.assert_close(call(rewritten, X), wanted, rtol=0, atol=1e-5)
+    assert_close(call(rewritten, X), wanted)
     assert type(rewritten) is type(program) or isinstance(rewritten, torch.fx.GraphModule)
     if "dynamic" in form:
         wider = torch.cat([X, X * 0.5])
-        torch.testing.assert_close(call(rewritten, wider), live(wider), rtol=0, atol=1e-5)
+        assert_close(call(rewritten, wider), live(wider))
     assert rewrite(rewritten, config) is rewritten
     assert text(program) == before
     ejected = eject(rewritten)
@@ -143,7 +139,7 @@ def test_adapters_as_inputs(form: str, method: str) -> None:
     before = text(program)
     rewritten = rewrite(program, config, state_dict=tensors, adapters="inputs")
     first = adapter_inputs(rewritten)
-    torch.testing.assert_close(call(rewritten, X, adapters=first), live(X), rtol=0, atol=1e-5)
+    assert_close(call(rewritten, X, adapters=first), live(X))
     randomise(tensors.values(), seed=7)
     other = {k: v.clone() for k, v in first.items()}
     for key, value in other.items():
@@ -151,7 +147,7 @@ def test_adapters_as_inputs(form: str, method: str) -> None:
             site, _, name = key.replace(".default.", " ").partition(" ")
             found = [t for k, t in tensors.items() if k.startswith(f"base_model.model.{site}.") and name in rename(k)]
             value.data.copy_(found[0])
-    torch.testing.assert_close(call(rewritten, X, adapters=other), live(X), rtol=0, atol=1e-5)
+    assert_close(call(rewritten, X, adapters=other), live(X))
     assert not isinstance(rewritten, ExportedProgram) or set(rewritten.state_dict) == set(program.state_dict)
     assert text(eject(rewritten)) == before
     with pytest.raises(AdapterError, match="already"):
@@ -171,7 +167,7 @@ def test_an_adapter_brings_its_biases(form: str) -> None:
             rewrite(program, config, state_dict=tensors)
         return
     rewritten = rewrite(program, config, state_dict=tensors)
-    torch.testing.assert_close(call(rewritten, X), live(X), rtol=0, atol=1e-5)
+    assert_close(call(rewritten, X), live(X))
     assert text(eject(rewritten)) == text(program)
 
 
@@ -193,7 +189,7 @@ def test_tied_weights_and_conv1d() -> None:
         program = export(tiny_gpt2(), (), {"input_ids": ids, "use_cache": False}, strict=False)
         rewritten = rewrite(program, config, state_dict=tensors)
         output = rewritten.module()(input_ids=ids, use_cache=False).logits
-        torch.testing.assert_close(output, live(ids).logits, rtol=0, atol=1e-5)
+        assert_close(output, live(ids).logits)
 
 
 def test_a_whole_llama_from_a_folder(tmp_path: Path) -> None:
@@ -205,7 +201,7 @@ def test_a_whole_llama_from_a_folder(tmp_path: Path) -> None:
     program = export(tiny_llama(), (), {"input_ids": ids, "use_cache": False})
     rewritten = rewrite(program, tmp_path)
     output = rewritten.module()(input_ids=ids, use_cache=False).logits
-    torch.testing.assert_close(output, live(ids).logits, rtol=0, atol=1e-5)
+    assert_close(output, live(ids).logits)
     assert not any(p.requires_grad for n, p in rewritten.module().named_parameters() if "adapters" in n)
 
 
@@ -214,11 +210,11 @@ def test_a_rewritten_program_is_saved_and_loaded(tmp_path: Path) -> None:
     rewritten = rewrite(captured_as("dynamic shapes"), config, state_dict=tensors)
     torch.export.save(rewritten, tmp_path / "program.pt2")
     loaded = torch.export.load(tmp_path / "program.pt2")
-    torch.testing.assert_close(loaded.module()(X), live(X), rtol=0, atol=1e-5)
+    assert_close(loaded.module()(X), live(X))
     # the file says nothing of targets; what was loaded is a program like any other, and can be rewritten
     plain = torch.export.load(save(tmp_path / "plain.pt2", captured_as("training IR")))
     again = rewrite(plain, config, state_dict=tensors)
-    torch.testing.assert_close(again.module()(X), live(X), rtol=0, atol=1e-5)
+    assert_close(again.module()(X), live(X))
 
 
 def save(path: Path, program: ExportedProgram) -> Path:
@@ -229,7 +225,7 @@ def save(path: Path, program: ExportedProgram) -> Path:
 def test_a_fresh_adapter_changes_nothing_and_its_parameters_are_named() -> None:
     program = captured_as("training IR")
     rewritten = rewrite(program, CONFIGS["dora"](), name="mine")
-    torch.testing.assert_close(call(rewritten, X), call(program, X), rtol=0, atol=1e-5)
+    assert_close(call(rewritten, X), call(program, X))
     new = set(rewritten.state_dict) - set(program.state_dict)
     assert new == {
         f"adapters.{site}.mine.{name}"
@@ -338,7 +334,7 @@ def test_bodies_are_entered(cls: type[nn.Module], capture: Any, targets: list[st
     rewritten = rewrite(program, config, state_dict=tensors)
     wanted = live(x)
     assert (wanted - model(x)).abs().max() > 0.02
-    torch.testing.assert_close(call(rewritten, x), wanted, rtol=0, atol=1e-5)
+    assert_close(call(rewritten, x), wanted)
     graph_module = rewritten.graph_module if isinstance(rewritten, ExportedProgram) else rewritten
     inner = [m for n, m in graph_module.named_modules() if n and isinstance(m, torch.fx.GraphModule)]
     assert len(inner) >= bodies
@@ -356,7 +352,7 @@ def test_static_slots_serve_an_adapter_by_copies(form: str) -> None:
     live, config, _tensors = adapted("lora")
     program = captured_as(form)
     rewritten = rewrite(program, Slots(ALL, max_rank=6))
-    torch.testing.assert_close(call(rewritten, X), call(program, X), rtol=0, atol=1e-6)
+    assert_close(call(rewritten, X), call(program, X), terms=1, size=1.0)
     if isinstance(rewritten, ExportedProgram):
         held: Mapping[str, Any] = rewritten.constants
     else:
@@ -374,7 +370,7 @@ def test_static_slots_serve_an_adapter_by_copies(form: str) -> None:
             value = getattr(values, name)
             dict(runner.named_buffers())[f"slot.{site}.{name}"][: len(value)].copy_(value)
     assert {f"slot.{s}.{n}" for s in adapter.plan.sites for n in "abd"} <= set(held)
-    torch.testing.assert_close(runner(X), live(X), rtol=0, atol=1e-5)
+    assert_close(runner(X), live(X))
     assert text(eject(rewritten)) == text(program)
 
 
@@ -391,7 +387,7 @@ def test_dynamic_slots_take_the_rank_as_a_size() -> None:
         weight = model.down.weight + (b[:r] * d[:r, None]).t() @ a[:r]
         model.down.weight = nn.Parameter(weight)
         assert (output - h).abs().max() > 0.01
-        torch.testing.assert_close(output, model(X), rtol=0, atol=1e-5)
+        assert_close(output, model(X))
     with pytest.raises((RuntimeError, AssertionError), match="rank"):
         run(X, active_rank=torch.zeros(9, dtype=torch.uint8))
     assert text(eject(rewritten)) == text(program)
@@ -474,7 +470,7 @@ def test_functional_reads_are_named_after_their_weight() -> None:
     rewritten = rewrite(export(model, (ROWS,)), LoraConfig(r=2, target_modules=["inner"], init_lora_weights=False))
     a, b = (rewritten.state_dict[f"adapters.inner.default.lora_{n}"] for n in "AB")
     weight = model.inner.weight + 4 * b @ a
-    torch.testing.assert_close(call(rewritten, ROWS), F.linear(ROWS, weight), rtol=0, atol=1e-5)
+    assert_close(call(rewritten, ROWS), F.linear(ROWS, weight))
 
 
 def test_an_argument_named_like_a_builtin() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from prompt_cases import CONFIGS, VIRTUAL, logits, prompted, saved
 from safetensors.torch import load_file
 from tiny import randomise, tiny_bert, tiny_llama
@@ -53,7 +54,7 @@ def test_prepare_keeps_a_prompt_and_its_encoder(name: str) -> None:
     method = {"prompt": "prompt_tuning", "prefix": "prefix_tuning", "projected": "prefix_tuning"}.get(name, "p_tuning")
     fxpeft.prepare_hotswap(model, methods=(method,))
     assert "adapters" not in model._modules
-    torch.testing.assert_close(logits(model), wanted, atol=1e-6, rtol=1e-6)
+    assert_close(logits(model), wanted, terms=1)
     fxpeft.release_hotswap(model)
     assert torch.equal(logits(model), wanted)
     found = dict(model.adapters.default.named_parameters())
@@ -70,13 +71,13 @@ def test_prompts_and_lora_share_a_prepared_model(tmp_path: Path) -> None:
     model = tiny_llama()
     fxpeft.prepare_hotswap(model, max_rank=4, methods=("lora", "prompt_tuning"), num_virtual_tokens=VIRTUAL)
     fxpeft.load_adapter(model, tmp_path / "lora", "low")
-    torch.testing.assert_close(logits(model), logits(lora), atol=1e-6, rtol=1e-6)
+    assert_close(logits(model), logits(lora), terms=1)
     fxpeft.load_adapter(model, soft, "soft")
-    torch.testing.assert_close(logits(model), logits(prompted()), atol=1e-6, rtol=1e-6)
+    assert_close(logits(model), logits(prompted()), terms=1)
     prompted(model=lora, adapter="soft")
     fxpeft.set_adapter(lora, ["default", "soft"])
     fxpeft.set_adapter(model, ["low", "soft"])
-    torch.testing.assert_close(logits(model), logits(lora), atol=1e-6, rtol=1e-6)
+    assert_close(logits(model), logits(lora), terms=1)
 
 
 def test_a_prompt_that_does_not_fit_leaves_the_old_one(tmp_path: Path) -> None:
@@ -111,7 +112,7 @@ def test_a_head_is_swapped_with_its_prompt(tmp_path: Path) -> None:
     assert keys == {"prompt_embeddings", "base_model.lm_head.weight"}
     served = serving(modules_to_save=["lm_head"])
     fxpeft.load_adapter(served, tmp_path)
-    torch.testing.assert_close(logits(served), wanted, atol=1e-6, rtol=1e-6)
+    assert_close(logits(served), wanted, terms=1)
 
 
 def test_a_swap_between_two_calls_of_a_lock(tmp_path: Path) -> None:
@@ -132,7 +133,7 @@ def test_bert_takes_a_prefix_below_its_head(tmp_path: Path) -> None:
         served, methods=("prefix_tuning",), num_virtual_tokens=VIRTUAL, modules_to_save=["classifier"]
     )
     fxpeft.load_adapter(served, tmp_path)
-    torch.testing.assert_close(logits(served), wanted, atol=1e-6, rtol=1e-6)
+    assert_close(logits(served), wanted, terms=1)
 
 
 DECLARATIONS: dict[str, tuple[dict[str, Any], str]] = {

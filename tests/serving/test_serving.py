@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -81,10 +82,10 @@ def prepared(old: str, **settings: Any) -> LlamaForCausalLM:
 
 def test_hotswap_gives_what_a_fresh_load_gives(old: str, new: str) -> None:
     model = prepared(old)
-    torch.testing.assert_close(output(model), fresh(old), rtol=0, atol=1e-5)
+    assert_close(output(model), fresh(old))
     for source in (new, old, new):
         fxpeft.hotswap(model, source)
-        torch.testing.assert_close(output(model), fresh(source), rtol=0, atol=1e-5)
+        assert_close(output(model), fresh(source))
     config = fxpeft.adapter_config(model)
     assert (config.r, config.lora_alpha, config.alpha_pattern) == (6, 11, {"v_proj": 2})
 
@@ -98,7 +99,7 @@ def test_hotswap_from_a_state_dict_keeps_no_hold_of_it(old: str, new: str) -> No
         tensor.fill_(float("nan"))
     fxpeft.disable_adapters(model)
     fxpeft.enable_adapters(model)
-    torch.testing.assert_close(output(model), fresh(new), rtol=0, atol=1e-5)
+    assert_close(output(model), fresh(new))
 
 
 def test_a_file_written_over_after_the_swap_changes_nothing(old: str, new: str) -> None:
@@ -109,7 +110,7 @@ def test_a_file_written_over_after_the_swap_changes_nothing(old: str, new: str) 
     path.write_bytes(b"\0" * path.stat().st_size)
     fxpeft.disable_adapters(model)
     fxpeft.enable_adapters(model)
-    torch.testing.assert_close(output(model), wanted, rtol=0, atol=1e-5)
+    assert_close(output(model), wanted)
 
 
 def test_what_is_saved_from_slots_is_what_was_loaded(old: str, new: str, tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ def test_a_fault_at_any_step_leaves_the_old_adapter_serving(
     assert fxpeft.adapter_config(model).r == 3
     monkeypatch.undo()
     fxpeft.hotswap(model, new)
-    torch.testing.assert_close(output(model), fresh(new), rtol=0, atol=1e-5)
+    assert_close(output(model), fresh(new))
 
 
 def test_a_fault_in_the_middle_of_the_copies_is_undone(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,11 +179,11 @@ def test_stale_ranks_are_zeroed_even_where_they_are_nan(old: str, new: str, tmp_
     fxpeft.hotswap(model, tensors, config=checkpoint.read(new).config)
     assert output(model).isnan().any()
     fxpeft.hotswap(model, old)  # fewer ranks and other sites than the broken one
-    torch.testing.assert_close(output(model), fresh(old), rtol=0, atol=1e-5)
+    assert_close(output(model), fresh(old))
     fxpeft.hotswap(model, new)
-    torch.testing.assert_close(output(model), fresh(new), rtol=0, atol=1e-5)
+    assert_close(output(model), fresh(new))
     fxpeft.disable_adapters(model)
-    torch.testing.assert_close(output(model), output(base()), rtol=0, atol=1e-5)
+    assert_close(output(model), output(base()))
 
 
 def refusals(tmp_path: Path) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -298,7 +299,7 @@ def test_copies_swap_on_their_own(way: str, old: str, new: str) -> None:
         file.seek(0)
         other = torch.load(file, weights_only=False)
     fxpeft.hotswap(other, new)
-    torch.testing.assert_close(output(other), fresh(new), rtol=0, atol=1e-5)
+    assert_close(output(other), fresh(new))
     assert torch.equal(output(model), wanted)
 
 
@@ -389,7 +390,7 @@ def test_hold_keeps_swaps_out_of_several_forwards(old: str, new: str) -> None:
         assert torch.equal(output(model), first)
     thread.join(timeout=60)
     assert swapped.is_set()
-    torch.testing.assert_close(output(model), fresh(new), rtol=0, atol=1e-5)
+    assert_close(output(model), fresh(new))
 
 
 def test_a_swap_inside_its_own_forward_is_refused(old: str) -> None:
@@ -403,7 +404,7 @@ def test_an_error_in_a_forward_gives_the_lock_back(old: str, new: str) -> None:
     with pytest.raises(IndexError):
         model(torch.full((1, 2), 999))
     fxpeft.hotswap(model, new)  # would wait for ever
-    torch.testing.assert_close(output(model), fresh(new), rtol=0, atol=1e-5)
+    assert_close(output(model), fresh(new))
 
 
 def test_a_prepared_model_inside_a_larger_compiled_function(old: str, new: str) -> None:
@@ -411,9 +412,9 @@ def test_a_prepared_model_inside_a_larger_compiled_function(old: str, new: str) 
     model = prepared(old)
     function = torch.compile(lambda ids: model(ids).logits * 2, backend="eager", fullgraph=True)
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
-        torch.testing.assert_close(function(IDS), fresh(old) * 2, rtol=0, atol=1e-5)
+        assert_close(function(IDS), fresh(old) * 2)
         fxpeft.hotswap(model, new)
-        torch.testing.assert_close(function(IDS), fresh(new) * 2, rtol=0, atol=1e-5)
+        assert_close(function(IDS), fresh(new) * 2)
 
 
 def test_deleting_and_rescaling_stored_adapters(old: str, new: str) -> None:
@@ -423,11 +424,11 @@ def test_deleting_and_rescaling_stored_adapters(old: str, new: str) -> None:
     reference = base()
     fxpeft.load_adapter(reference, new, "new")
     fxpeft.set_scale(reference, "new", 0.5)
-    torch.testing.assert_close(output(model), output(reference), rtol=0, atol=1e-5)
+    assert_close(output(model), output(reference))
     fxpeft.delete_adapter(model, "new")
-    torch.testing.assert_close(output(model), output(base()), rtol=0, atol=1e-5)
+    assert_close(output(model), output(base()))
     fxpeft.set_adapter(model, "default")
-    torch.testing.assert_close(output(model), fresh(old), rtol=0, atol=1e-5)
+    assert_close(output(model), fresh(old))
 
 
 @pytest.mark.parametrize("way", ["torch.compile", "model.compile"])

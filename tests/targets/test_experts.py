@@ -13,8 +13,10 @@ import accelerate
 import pytest
 import torch
 import transformers as tf
-from families import DECODER, MOE
-from tiny import randomise, tiny_llama, token_ids
+from adapter_files import add
+from closeness import assert_close
+from families import DECODER, MOE, mixtral
+from tiny import logits, randomise, tiny_llama, token_ids
 from torch import Tensor, nn
 
 import fxpeft
@@ -23,29 +25,14 @@ from fxpeft import AdapterError, LoraConfig
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
-def mixtral(**fields: Any) -> Any:
-    torch.manual_seed(0)
-    return tf.MixtralForCausalLM(tf.MixtralConfig(**DECODER, num_local_experts=3, **MOE, **fields)).eval()
-
-
 def config(**fields: Any) -> LoraConfig:
     return LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": [], "target_parameters": EXPERTS, **fields})
 
 
 def adapted(**fields: Any) -> Any:
     model = mixtral()
-    fxpeft.add_adapter(model, config(**fields))
-    randomise(fxpeft.adapter_state_dict(model).values())
+    add(model, config(**fields))
     return model
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(token_ids()).logits
-
-
-def same(found: Tensor, wanted: Tensor, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
 
 
 # --- which ---
@@ -281,12 +268,12 @@ def test_copies_pickles_casts_and_loads(prepared: bool, tmp_path: Path) -> None:
     if prepared:
         fxpeft.prepare_hotswap(model, 8)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        same(logits(other), wanted)
+        assert_close(logits(other), wanted)
         fxpeft.disable_adapters(other)
-        same(logits(other), logits(mixtral()))
-        same(logits(model), wanted)
+        assert_close(logits(other), logits(mixtral()))
+        assert_close(logits(model), wanted)
     torch.save(model, tmp_path / "model.pt")
-    same(logits(torch.load(tmp_path / "model.pt", weights_only=False)), wanted)
+    assert_close(logits(torch.load(tmp_path / "model.pt", weights_only=False)), wanted)
     half = copy.deepcopy(model).to(torch.bfloat16)
     assert half.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.bfloat16
     assert float((logits(half).float() - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
@@ -305,11 +292,11 @@ def test_offloaded_experts(tmp_path: Path) -> None:
     model = accelerate.cpu_offload(mixtral(), execution_device="cpu")
     assert model.model.layers[0].mlp.experts.gate_up_proj.is_meta
     fxpeft.load_adapter(model, tmp_path)
-    same(logits(model), wanted)
+    assert_close(logits(model), wanted)
     with pytest.raises(AdapterError, match=r"experts.gate_up_proj: .*offloaded"):
         fxpeft.fold(model)
     fxpeft.prepare_hotswap(model, 8)
-    same(logits(model), wanted)
+    assert_close(logits(model), wanted)
     fxpeft.remove(model)
     assert torch.equal(logits(model), logits(mixtral()))
 
@@ -327,7 +314,7 @@ def test_checkpointed_gradients(reentrant: bool) -> None:
     assert len(gradients[0]) == 8
     for name, gradient in gradients[0].items():
         assert gradient.abs().max() > 0
-        same(gradients[1][name], gradient, 1e-6)
+        assert_close(gradients[1][name], gradient, terms=1)
 
 
 def test_the_base_is_updated_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,6 +351,6 @@ def test_refolds_swap_experts() -> None:
     outputs["other"] = logits(model)
     for name in ("default", "other", "default"):
         fxpeft.refold(model, name)
-        same(logits(model), outputs[name])
+        assert_close(logits(model), outputs[name])
     fxpeft.refold(model, [])
     assert torch.equal(logits(model), logits(mixtral()))

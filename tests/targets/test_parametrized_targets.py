@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from beside import same
+from closeness import assert_close
 from tiny import randomise
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -80,7 +80,7 @@ def test_outputs_gradients_and_files_are_pefts(tmp_path: Path) -> None:
     model = net()
     fxpeft.load_adapter(model, tmp_path / "peft", trainable=True)
     found, wanted = model(X), peer(X)
-    same(found, wanted, 1e-6)
+    assert_close(found, wanted, terms=1)
     assert (found - net()(X)).abs().max() > 0.1
     found.square().mean().backward()
     wanted.square().mean().backward()
@@ -88,11 +88,11 @@ def test_outputs_gradients_and_files_are_pefts(tmp_path: Path) -> None:
     assert own.keys() == theirs.keys()
     assert len(own) > 4
     for shape, gradient in own.items():
-        same(gradient, theirs[shape], 1e-5)
+        assert_close(gradient, theirs[shape])
     fxpeft.save_adapter(model, tmp_path / "fxpeft")
     again = peft.PeftModel.from_pretrained(net(), str(tmp_path / "fxpeft")).eval()
     with torch.no_grad():
-        same(again(X), found.detach(), 1e-6)
+        assert_close(again(X), found.detach(), terms=1)
 
 
 def test_a_weight_that_is_computed_from_several() -> None:
@@ -105,7 +105,7 @@ def test_a_weight_that_is_computed_from_several() -> None:
     a, b = fxpeft.adapter_state_dict(model).values()
     with torch.no_grad():
         wanted = bare[1](bare[0](X) + X @ (7 / 3 * b @ a).t())
-        same(model(X), wanted, 1e-6)
+        assert_close(model(X), wanted, terms=1)
     assert (wanted - bare(X)).abs().max() > 0.1
 
 
@@ -137,9 +137,9 @@ def test_compiled_slots_swap_and_leave_nothing(tmp_path: Path) -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         for i in (0, 1, 0):
             fxpeft.set_adapter(served, f"a{i}")
-            same(compiled(X), nets[i](X), 1e-5)
+            assert_close(compiled(X), nets[i](X))
         fxpeft.disable_adapters(served)
-        same(compiled(X), net()(X), 1e-6)
+        assert_close(compiled(X), net()(X), terms=1)
     fxpeft.remove(served)
     assert [type(m) for m in served.modules()] == classes
     assert served.state_dict().keys() == before.keys()
@@ -149,8 +149,8 @@ def test_compiled_slots_swap_and_leave_nothing(tmp_path: Path) -> None:
 def test_a_copy_and_a_fold() -> None:
     model = adapted()
     with torch.no_grad():
-        same(copy.deepcopy(model)(X), model(X), 0.0)
+        assert_close(copy.deepcopy(model)(X), model(X), terms=0)
         before = model(X)
         with pytest.raises(AdapterError, match="not stored but computed when it is read"):
             fxpeft.fold(model)
-        same(model(X), before, 0.0)
+        assert_close(model(X), before, terms=0)

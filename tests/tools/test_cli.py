@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from closeness import assert_close
 from tiny import randomise, tiny_llama, token_ids
 from typer.testing import CliRunner
 
@@ -180,7 +181,7 @@ def test_what_convert_writes_is_pefts_too(folder: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         ours = model(ids).logits
         assert (ours - tiny_llama()(ids).logits).abs().max() > 1e-2
-        torch.testing.assert_close(theirs(ids).logits, ours, rtol=1e-5, atol=1e-5)
+        assert_close(theirs(ids).logits, ours)
 
 
 def test_convert_dtypes(folder: Path, tmp_path: Path) -> None:
@@ -261,7 +262,7 @@ def test_fold_saves_a_model_with_the_adapter_in_its_weights(folder: Path, tmp_pa
     fxpeft.load_adapter(model, folder / "b")
     merged = type(model).from_pretrained(output).eval()
     with torch.no_grad():
-        torch.testing.assert_close(merged(token_ids()).logits, model(token_ids()).logits, rtol=0, atol=1e-5)
+        assert_close(merged(token_ids()).logits, model(token_ids()).logits)
         assert not torch.allclose(merged(token_ids()).logits, tiny_llama()(token_ids()).logits, atol=1e-3)
     with pytest.raises(AdapterError, match="new or an empty folder"):
         run("fold", folder / "b", output, "--model", folder / "base")
@@ -276,6 +277,6 @@ def test_convert_makes_a_plain_lora_of_another_method(folder: Path, tmp_path: Pa
     assert isinstance(read(tmp_path / "lora").config, LoraConfig)
     plain = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "lora")).eval()
     with torch.no_grad():
-        torch.testing.assert_close(plain(token_ids()).logits, model(token_ids()).logits, rtol=0, atol=1e-5)
+        assert_close(plain(token_ids()).logits, model(token_ids()).logits)
     with pytest.raises(AdapterError, match="--dtype, --rank or --to"):
         run("convert", tmp_path / "adalora", tmp_path / "other")

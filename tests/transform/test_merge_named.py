@@ -6,20 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import randomise, tiny_llama, token_ids
-from torch import Tensor
+from closeness import assert_close
+from tiny import logits, randomise, tiny_llama
 
 import fxpeft
 
 GAIN = fxpeft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
 LORA = fxpeft.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"])
 DORA = fxpeft.LoraConfig(r=2, lora_alpha=5, target_modules=["down_proj", "k_proj"], use_dora=True)
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(token_ids()).logits
-    return found
 
 
 def loaded() -> Any:
@@ -53,7 +47,7 @@ def test_active_adapters_that_are_forgotten(active: list[str], merged: list[str]
     assert plain is model
     assert [type(m) for m in plain.modules()] == [type(m) for m in bare.modules()]
     assert plain.state_dict().keys() == bare.state_dict().keys()
-    assert torch.allclose(logits(plain), expected, atol=1e-4)
+    assert_close(logits(plain), expected)
 
 
 def test_folding_still_refuses_what_would_change_the_rest() -> None:
@@ -71,7 +65,7 @@ def test_what_is_folded_below_stays() -> None:
     expected = logits(model)
     fxpeft.fold(model, "lora")
     fxpeft.set_adapter(model, ["dora", "gain"])
-    assert torch.allclose(logits(fxpeft.merge_and_unload(model, "gain")), expected, atol=1e-4)
+    assert_close(logits(fxpeft.merge_and_unload(model, "gain")), expected)
 
 
 def test_an_error_changes_nothing() -> None:

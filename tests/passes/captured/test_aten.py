@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from graphs import FORMS, IDS, chains, doubled, lora, matched, snapshot
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
@@ -79,7 +80,7 @@ def test_numerics_and_back(form: str, sites: tuple[str, ...]) -> None:
     wanted = graph_module(IDS)
     assert not torch.allclose(wanted, bare_output, atol=0.01)
     lowered(graph_module, form)
-    torch.testing.assert_close(graph_module(IDS), wanted, rtol=0, atol=1e-5)
+    assert_close(graph_module(IDS), wanted)
     for n in graph_module.graph.nodes:  # the values' shapes are those that a run has
         if n.op == "output":
             continue
@@ -138,7 +139,7 @@ def test_a_symbolic_operand(form: str) -> None:
         graph_module.adapters.up.mine.carrier = torch.empty(rank, 0)
         other = Pipeline([InjectPass({"up": [Rewrite("n", narrowed, {
             "mine.a": a, "mine.carrier": torch.empty(rank, 0)})]})])(matched(FORMS[form]()))  # fmt: skip
-        torch.testing.assert_close(graph_module(IDS), other(IDS), rtol=0, atol=1e-5)
+        assert_close(graph_module(IDS), other(IDS))
         assert not torch.allclose(graph_module(IDS), wanted(IDS), atol=0.01)
 
 
@@ -168,7 +169,7 @@ def test_a_rewrite_without_operands_and_one_of_the_same_name() -> None:
     graph_module = injected("aten", lambda gm: {"up": [Rewrite("double", doubled)], "down": [lora_of(gm, "down")]})
     wanted = graph_module(IDS)
     lowered(graph_module, "aten")
-    torch.testing.assert_close(graph_module(IDS), wanted, rtol=0, atol=1e-5)
+    assert_close(graph_module(IDS), wanted)
 
 
 def lora_of(graph_module: GraphModule, site: str) -> Rewrite:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from closeness import assert_close
 from graphs import lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -143,7 +144,7 @@ def test_computes_the_formula(name: str) -> None:
     inside = {"scaled": 3.0, "scaled embedding": 4.0}.get(name, 1.0)
     wanted = bare + inside * update(module, x)
     assert float((wanted - bare).detach().abs().max()) > 0.1
-    torch.testing.assert_close(module(x), wanted, rtol=0, atol=2e-5)
+    assert_close(module(x), wanted)
     module(x).sum().backward()
     for operand in ("a", "b"):
         assert float(module.get_parameter(f"adapters.mine.{operand}").grad.abs().max()) > 0
@@ -177,7 +178,7 @@ def test_binding_again_replaces(name: str) -> None:
     first = module(x)
     adapt(module, "mine", "other")
     inside = {"scaled": 3.0, "scaled embedding": 4.0}.get(name, 1.0)
-    torch.testing.assert_close(module(x), first + inside * update(module, x, "other"), rtol=0, atol=2e-5)
+    assert_close(module(x), first + inside * update(module, x, "other"))
 
 
 @EVERY
@@ -290,7 +291,7 @@ def test_redirects_need_no_target() -> None:
     module.adapters = Container()
     module.adapters.register_parameter("bias", bias)
     rewrite_module(module, [], name="norm", redirects={"bias": ("bias", bias)})
-    torch.testing.assert_close(module(x), F.layer_norm(x, (6,), module.weight, bias), rtol=0, atol=1e-6)
+    assert_close(module(x), F.layer_norm(x, (6,), module.weight, bias), terms=1)
 
 
 def test_a_redirect_of_what_is_not_read_names_the_site() -> None:
@@ -338,14 +339,14 @@ def test_a_forward_set_on_the_instance_goes_on_running(hooked: bool) -> None:
     for names in (("mine",), ("mine", "other")):  # bound once, and again over the first
         adapt(module, *names)
         wanted = bare + sum(update(module, x, name) for name in names)
-        torch.testing.assert_close(module(x), wanted, rtol=0, atol=2e-5)
+        assert_close(module(x), wanted)
     twin = copy.deepcopy(module)
     unbind(module)
     assert torch.equal(module(x), bare)
     if hooked:
         remove_hook_from_module(module)
     else:
-        torch.testing.assert_close(twin(x), wanted, rtol=0, atol=2e-5)
+        assert_close(twin(x), wanted)
     assert vars(module)["forward"] == forward
     assert torch.equal(module(x), bare)
 
@@ -360,7 +361,7 @@ def test_accelerate_hooks_stay(name: str) -> None:
     before = hook.pre_forward
     hook.pre_forward = lambda *args, **kwargs: (seen.append(1), before(*args, **kwargs))[1]
     adapt(module)
-    torch.testing.assert_close(module(x), bare + update(module, x), rtol=0, atol=2e-5)
+    assert_close(module(x), bare + update(module, x))
     assert seen == [1]
     unbind(module)
     assert torch.equal(module(x), bare)
@@ -379,11 +380,11 @@ def test_a_hook_may_go_while_an_adapter_is_there(added: str) -> None:
     adapt(module)
     if added == "after":
         add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
-    torch.testing.assert_close(module(x), bare + update(module, x), rtol=0, atol=2e-5)
+    assert_close(module(x), bare + update(module, x))
     remove_hook_from_module(module)
-    torch.testing.assert_close(module(x), bare + update(module, x), rtol=0, atol=2e-5)
+    assert_close(module(x), bare + update(module, x))
     adapt(module, "other")
-    torch.testing.assert_close(module(x), bare + update(module, x, "other"), rtol=0, atol=2e-5)
+    assert_close(module(x), bare + update(module, x, "other"))
     unbind(module)
     del module.adapters
     assert torch.equal(module(x), bare)
@@ -394,7 +395,7 @@ def test_forward_hooks_stay() -> None:
     module.register_forward_hook(lambda m, args, out: out + 1)
     bare = module(x)
     adapt(module)
-    torch.testing.assert_close(module(x), bare + update(module, x), rtol=0, atol=2e-5)
+    assert_close(module(x), bare + update(module, x))
 
 
 class Remembering(nn.Linear):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -88,7 +89,7 @@ def test_the_forward_reads_rewritten_weights(cls: type[Experts]) -> None:
         wanted.down.mul_(-2.0)
     before = dict(experts.named_parameters())
     read_module(experts, updated(experts), name="experts")
-    torch.testing.assert_close(run(experts), run(wanted), rtol=0, atol=1e-6)
+    assert_close(run(experts), run(wanted), terms=1)
     assert experts.calls == 1  # what the forward writes goes to the module
     assert isinstance(experts, cls)
     assert base_class(experts) is cls
@@ -171,8 +172,8 @@ def test_kinds_and_their_algebra(stored: tuple[int, ...], transposed: bool) -> N
     wanted = wanted.reshape(stored)
     ranks, rows = kind.ranks(a), kind.rows(b)
     assert (ranks.shape, rows.shape) == kind.slot_shapes(rank)
-    torch.testing.assert_close(kind.delta(ranks, rows), wanted, rtol=0, atol=1e-5)
-    torch.testing.assert_close(kind.updated(holder.w, ranks, rows), holder.w + wanted, rtol=0, atol=1e-5)
+    assert_close(kind.delta(ranks, rows), wanted)
+    assert_close(kind.updated(holder.w, ranks, rows), holder.w + wanted)
     assert torch.equal(kind.unranks(ranks), a)
     assert torch.equal(kind.unrows(rows, rank), b)
     assert rows.data_ptr() == b.data_ptr()
@@ -183,7 +184,7 @@ def test_the_sum_keeps_the_weights_dtype_under_autocast() -> None:
     weight, left, right = torch.randn(2, 4, 3), torch.randn(2, 4, 5), torch.randn(2, 5, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = add_product(weight, left, right)
-    torch.testing.assert_close(found, weight + left @ right, rtol=0, atol=1e-5)
+    assert_close(found, weight + left @ right)
     half = add_product(weight.half(), left, right)
     assert half.dtype == torch.float16
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import assert_close
 from graphs import FORMS, IDS, SITES, doubled, halved_input, lora, matched, program
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -70,7 +71,7 @@ def test_numerics_are_the_formulas(form: str, sites: tuple[str, ...]) -> None:
     rewrites = inject(graph_module, *sites)
     wanted = expected(rewrites)
     assert float((wanted - bare).detach().abs().max()) > 0.05
-    torch.testing.assert_close(graph_module(IDS), wanted, rtol=0, atol=1e-5)
+    assert_close(graph_module(IDS), wanted)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -153,7 +154,7 @@ def test_a_module_called_twice_is_rewritten_twice(trace: str) -> None:
     a, b = (rewrite.operands[f"mine.{k}"] for k in "ab")
     weight = model.lin.weight + 1.75 * b @ a
     h = F.linear(torch.relu(F.linear(x, weight, model.lin.bias)), weight, model.lin.bias)
-    torch.testing.assert_close(graph_module(x), model.out(h), rtol=0, atol=1e-5)
+    assert_close(graph_module(x), model.out(h))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -169,7 +170,7 @@ def test_rewrites_of_one_site_compose_in_order(form: str) -> None:
     a, b, c, d = (r.operands[f"{n}.{k}"] for r, n in ((first, "first"), (last, "last")) for k in "ab")
     y = 2 * (model.down(h / 2) + 1.75 * (h / 2) @ (b @ a).t()) + 1.75 * h @ (d @ c).t()
     wanted = model.conv(y.transpose(1, 2)) + h.mean()
-    torch.testing.assert_close(graph_module(IDS), wanted, rtol=0, atol=1e-5)
+    assert_close(graph_module(IDS), wanted)
 
 
 @pytest.mark.parametrize("order", [("up", "down"), ("down", "up")], ids="+".join)
@@ -179,7 +180,7 @@ def test_sites_rewritten_one_after_the_other(order: tuple[str, ...]) -> None:
     rewrites = {site: lora(found[site], seed=i) for i, site in enumerate(order)}
     for site in order:
         Pipeline([InjectPass({site: [rewrites[site]]})])(graph_module)
-    torch.testing.assert_close(graph_module(IDS), expected(rewrites), rtol=0, atol=1e-5)
+    assert_close(graph_module(IDS), expected(rewrites))
 
 
 def test_a_module_as_operand() -> None:
@@ -193,7 +194,7 @@ def test_a_module_as_operand() -> None:
     low = F.threshold(1.75 * F.linear(words, rewrite.operands["mine.a"]), 0.0, 0.5)
     h = model.up(words) + F.linear(low, rewrite.operands["mine.b"])
     wanted = model.conv(model.down(h).transpose(1, 2)) + h.mean()
-    torch.testing.assert_close(graph_module(IDS), wanted, rtol=0, atol=1e-5)
+    assert_close(graph_module(IDS), wanted)
 
 
 def twice(kind: Any, base: Any, x: Tensor) -> Tensor:
@@ -222,7 +223,7 @@ def test_a_copy_is_as_good() -> None:
     graph_module = FORMS["call_module"]()
     rewrites = inject(graph_module, "up", "conv")
     twin = copy.deepcopy(graph_module)
-    torch.testing.assert_close(twin(IDS), expected(rewrites), rtol=0, atol=1e-5)
+    assert_close(twin(IDS), expected(rewrites))
     assert not InjectPass({k: [v] for k, v in rewrites.items()})(twin).modified
 
 
@@ -239,7 +240,7 @@ def test_redirect_reads_the_operand(form: str) -> None:
     assert result.report.matched == ("up.bias",)
     model = program()
     model.up.bias = bias
-    torch.testing.assert_close(graph_module(IDS), model(IDS), rtol=0, atol=1e-5)
+    assert_close(graph_module(IDS), model(IDS))
     before = graph_text(graph_module)
     again = RedirectPass({"up": {"bias": ("mine.bias", bias)}})(graph_module)
     assert not again.modified
@@ -260,7 +261,7 @@ def test_redirect_and_inject_together(form: str) -> None:
     y = F.linear(h, model.down.weight + 1.75 * d @ c, model.down.bias)
     wanted = model.conv(y.transpose(1, 2)) + h.mean()
     assert float((wanted - shifted).detach().abs().max()) > 0.05
-    torch.testing.assert_close(graph_module(IDS), wanted, rtol=0, atol=1e-5)
+    assert_close(graph_module(IDS), wanted)
 
 
 def test_redirect_refuses_what_is_not_read() -> None:
@@ -278,5 +279,5 @@ def test_redirect_without_redirects_changes_nothing() -> None:
 def test_a_grouped_b_is_dense_in_rows() -> None:
     kind = Conv(4, 6, (3,), (1,), (1,), (1,), 2)
     h, b = torch.randn(2, 4, 5), torch.randn(kind.b_shape(4))
-    torch.testing.assert_close(kind.expand_rows(h, kind.rows(b)), kind.expand(h, b), rtol=0, atol=1e-5)
+    assert_close(kind.expand_rows(h, kind.rows(b)), kind.expand(h, b))
     assert torch.equal(kind.unrows(kind.rows(b), 4), b)
