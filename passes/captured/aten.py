@@ -165,7 +165,7 @@ def _value(node: Node) -> Any:
     given = {id(n.meta["val"]) for n in node.all_input_nodes}
 
     def own(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach() if id(tensor) in given else tensor
+        return tensor.detach() if tensor.requires_grad or id(tensor) in given else tensor
 
     return pytree.tree_map_only(torch.Tensor, own, operator(*args, **kwargs))
 

@@ -393,6 +393,25 @@ def test_dynamic_slots_take_the_rank_as_a_size() -> None:
     assert text(eject(rewritten)) == text(program)
 
 
+@pytest.mark.parametrize("form", ["training IR", "dynamic, inference"])
+def test_a_programs_own_inputs_stay_behind_its_tensors(form: str) -> None:
+    """As torch.export orders them: parameters, buffers, inputs; what calls bring for the adapter comes last."""
+    program, lora = captured_as(form), LoraConfig(r=2, target_modules=DENSE)
+    slots = rewrite(program, Slots(DENSE, max_rank=8, rank="dynamic"))
+    for rewritten, brought in (
+        (rewrite(program, lora), 0),
+        (rewrite(program, lora, adapters="inputs"), 12),
+        (slots, 1),
+    ):
+        specs = rewritten.graph_signature.input_specs
+        kinds = [spec.kind.name for spec in specs]
+        assert kinds == sorted(kinds, key=["PARAMETER", "BUFFER", "USER_INPUT"].index)
+        own = [s.arg.name for s in program.graph_signature.input_specs if s.kind.name == "USER_INPUT"]
+        taken = [spec.arg.name for spec in specs if spec.kind.name == "USER_INPUT"]
+        assert taken[: len(own)] == own
+        assert len(taken) == len(own) + brought
+
+
 # --- refused ---
 
 
