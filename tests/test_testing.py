@@ -142,8 +142,8 @@ def test_a_function_that_raises_is_no_graph_break() -> None:
 @pytest.fixture
 def folders(tmp_path: Path) -> list[str]:
     configs = {
-        "two": fxpeft.LoraConfig(r=2, lora_alpha=7, target_modules=["q_proj"]),
-        "five": fxpeft.LoraConfig(r=5, lora_alpha=7, target_modules="all-linear"),
+        "0": fxpeft.LoraConfig(r=2, lora_alpha=7, target_modules=["q_proj"]),
+        "1": fxpeft.LoraConfig(r=5, lora_alpha=7, target_modules="all-linear"),
     }
     return [*save_each(tiny_llama, configs, tmp_path).values()]
 
