@@ -13,10 +13,10 @@ from fxpeft import checkpoint
 from fxpeft.adapters.attach import check_together, detach
 from fxpeft.adapters.change import changes, changing, ordinary
 from fxpeft.adapters.installing import check_name, install_adapter, switch
+from fxpeft.adapters.loading import load
 from fxpeft.adapters.penalty import watch_loss
 from fxpeft.adapters.state import (
     Adapter,
-    declared_modules,
     drop_state,
     find_state,
     is_prepared,
@@ -24,11 +24,11 @@ from fxpeft.adapters.state import (
     state_of,
 )
 from fxpeft.adapters.values import complete, fresh_values, placed
-from fxpeft.checkpoint.layouts import in_layout_of
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SiteAdapter
 from fxpeft.methods.config import AdapterConfig
+from fxpeft.model.modules import Modules
 from fxpeft.model.wrappers import unwrap
 from fxpeft.targets.experts import converted
 from fxpeft.targets.sites import make_plan
@@ -51,8 +51,9 @@ def add_adapter(
     """
     model = unwrap(model)
     check_name(model, name)
-    plan = make_plan(model, converted(model, config))
-    install_adapter(model, Adapter(name, plan, fresh_values(model, plan, autocast=autocast_adapter_dtype)))
+    modules = Modules(model)
+    plan = make_plan(modules, converted(modules, config))
+    install_adapter(model, Adapter(name, plan, fresh_values(model, plan, autocast=autocast_adapter_dtype)), modules)
 
 
 @ordinary()
@@ -100,20 +101,16 @@ def load_adapter(
     )  # fmt: skip
     found.config.inference_mode = not trainable
     with changing(model):
-        found = in_layout_of(model, found, key_mapping=key_mapping)
-        plan = make_plan(model, found.config, heads=False, of_file=True)
-        misfit = checkpoint.Misfit() if ignore_mismatched_sizes else None
-        values = checkpoint.assign(
-            model, plan, found, check_finite=check_finite, misfit=misfit, declared=declared_modules(model)
-        )
-        autocast = autocast_adapter_dtype and not is_prepared(model)  # slots have the base's dtype: nothing to gain
+        modules, misfit = Modules(model), checkpoint.Misfit() if ignore_mismatched_sizes else None
+        plan, values = load(modules, found, key_mapping=key_mapping, check_finite=check_finite, misfit=misfit)
         if misfit is not None and (misfit.missing or misfit.unexpected):
-            checkpoint.assign(model, plan, found, declared=declared_modules(model))  # whose error names them
+            load(modules, found, plan=plan, key_mapping=key_mapping)  # whose error names them
+        autocast = autocast_adapter_dtype and not is_prepared(model)  # slots have the base's dtype: nothing to gain
         if misfit is not None and misfit.mismatched:
             complete(values, fresh_values(model, plan, autocast=autocast))
             lines = (f"{key}: expected {list(own)}, found {list(theirs)}" for key, theirs, own in misfit.mismatched)
             warnings.warn(f"{source}: tensors of other shapes were left out:\n{listing(lines)}", stacklevel=3)
-        install_adapter(model, Adapter(name, plan, placed(model, values, autocast=autocast)))
+        install_adapter(model, Adapter(name, plan, placed(model, values, autocast=autocast)), modules)
 
 
 @changes

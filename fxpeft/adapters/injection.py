@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fxpeft import checkpoint
 from fxpeft.adapters.installing import check_name, install_adapter, replace_attached
-from fxpeft.adapters.state import Adapter, declared_modules, is_prepared, only_active, state_of
+from fxpeft.adapters.loading import fit, load
+from fxpeft.adapters.state import Adapter, is_prepared, only_active, state_of
 from fxpeft.adapters.values import fresh_values, placed, shared_placement
 from fxpeft.checkpoint import Checkpoint
 from fxpeft.checkpoint.inferred import infer_config, peft_keys, with_sites
@@ -19,6 +19,7 @@ from fxpeft.errors import AdapterError
 from fxpeft.methods import method_of
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.values import Values
+from fxpeft.model.modules import Modules
 from fxpeft.model.placement import placement
 from fxpeft.model.walk import base_state, site_module
 from fxpeft.model.wrappers import submodule, unwrap
@@ -58,26 +59,26 @@ def inject(
     check_name(model, name)
     if empty and is_prepared(model):
         raise AdapterError(f"empty: a slot needs values, so {name!r} can't be put into a prepared model without")
+    modules = Modules(model)
     if state_dict is None:
         if config is None:
             raise AdapterError("inject: expected a state_dict or a config, found neither")
-        plan = make_plan(model, converted(model, config))
+        plan = make_plan(modules, converted(modules, config))
         make = _empty_values if empty else fresh_values
         values = make(model, plan, autocast=autocast_adapter_dtype)
     else:
         tensors = peft_keys(state_dict, shapes_only=empty)
         given = Checkpoint("the state_dict", infer_config(tensors) if config is None else config, tensors)
-        found = in_layout_of(model, given)
+        found = in_layout_of(modules, given)
         if found is not given:
-            tensors, config = found.tensors, found.config
+            config = found.config
         else:
-            config = infer_config(tensors, model) if config is None else with_sites(config, tensors, model)
-        plan = make_plan(model, replace(config, inference_mode=not trainable), heads=False, of_file=True)
-        found = Checkpoint("the state_dict", plan.config, tensors)
-        values = checkpoint.assign(model, plan, found, check_finite=check_finite, declared=declared_modules(model))
+            config = infer_config(tensors, modules) if config is None else with_sites(config, tensors, modules)
+        found.config = replace(config, inference_mode=not trainable)
+        plan, values = fit(modules, found, check_finite=check_finite)
         autocast = autocast_adapter_dtype and not is_prepared(model)
         values = _nowhere(values) if empty else placed(model, values, autocast=autocast)
-    install_adapter(model, Adapter(name, plan, values))
+    install_adapter(model, Adapter(name, plan, values), modules)
 
 
 def load_adapter_state_dict(
@@ -99,7 +100,7 @@ def load_adapter_state_dict(
     old = state.get(name if name is not None else only_active(state))
     state.check_unfolded([old.name], "its values can't be replaced")
     found = Checkpoint("the state_dict", old.config, peft_keys(state_dict))
-    values = checkpoint.assign(model, old.plan, found, check_finite=check_finite, declared=declared_modules(model))
+    _, values = load(Modules(model), found, plan=old.plan, check_finite=check_finite)
     values = placed(model, values, autocast=False)
     own = old.current()
     for mine, theirs in ((own.shared, values.shared), *((own.sites[s], parts) for s, parts in values.sites.items())):

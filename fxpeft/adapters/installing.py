@@ -16,6 +16,7 @@ from fxpeft.adapters.state import (
     find_state,
 )
 from fxpeft.errors import AdapterError
+from fxpeft.model.modules import Modules
 from fxpeft.passes.base import PassError
 
 
@@ -29,10 +30,14 @@ def check_name(model: nn.Module, name: str) -> str:
 
 
 @changes
-def install_adapter(model: nn.Module, adapter: Adapter) -> None:
-    """Put a finished adapter into the model and make it the active one."""
+def install_adapter(model: nn.Module, adapter: Adapter, modules: Modules | None = None) -> None:
+    """Put a finished adapter into the model and make it the active one.
+
+    Args:
+        modules: the model's, where they were walked before.
+    """
     fresh = find_state(model) is None
-    state = ensure_state(model)
+    state = ensure_state(model, modules)
     if state.serving is not None:
         state.serving.install(model, state, adapter)
         return

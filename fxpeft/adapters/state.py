@@ -16,9 +16,11 @@ from fxpeft.errors import AdapterError
 from fxpeft.methods.base import SlotValues
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.values import Values
-from fxpeft.model.walk import base_modules, base_state
+from fxpeft.model.modules import Modules
+from fxpeft.model.walk import base_state
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import attribute, join
+from fxpeft.passes.recent import Recent
 from fxpeft.passes.slots.copies import Copies
 from fxpeft.targets.sites import AdapterPlan
 
@@ -107,10 +109,12 @@ class Host(ABC):
 
     Attributes:
         lock: holds forwards off while the adapters change. saved: modules that an adapter may bring.
+        plans: config -> plan, of the last ones, so that adapters of one config share the search for their sites.
     """
 
     lock: SwapLock
     saved: frozenset[str]
+    plans: Recent[str, AdapterPlan]
 
     @abstractmethod
     def install(self, model: nn.Module, state: ModelState, adapter: Adapter) -> None:
@@ -209,11 +213,11 @@ def only_active(state: ModelState) -> str:
     return state.active[0]
 
 
-def ensure_state(model: nn.Module) -> ModelState:
+def ensure_state(model: nn.Module, modules: Modules | None = None) -> ModelState:
     """The model's state, made where missing; then the base's parameters are frozen."""
     if STATE not in vars(model):
         state = ModelState()
-        for name, parameter in _base_parameters(model):
+        for name, parameter in _base_parameters(modules or Modules(model)):
             state.base_grads[name] = parameter.requires_grad
             parameter.requires_grad_(False)
         vars(model)[STATE] = state
@@ -225,13 +229,13 @@ def drop_state(model: nn.Module) -> None:
     """Forget the state and give the base's parameters their ``requires_grad`` back."""
     state: ModelState = vars(model).pop(STATE)
     unwatch_calls(model)
-    for name, parameter in _base_parameters(model):
+    for name, parameter in _base_parameters(Modules(model)):
         parameter.requires_grad_(state.base_grads.get(name, parameter.requires_grad))
 
 
-def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _base_parameters(modules: Modules) -> Iterator[tuple[str, nn.Parameter]]:
     seen: set[nn.Parameter] = set()  # a tied one counts once, under its first name
-    for module_name, module in base_modules(model):
+    for module_name, module in modules.items():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter not in seen:
                 seen.add(parameter)

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fxpeft.checkpoint.keys import apart, below_module
+from fxpeft.checkpoint.keys import apart
 from fxpeft.checkpoint.reading import Checkpoint
 from fxpeft.errors import CheckpointError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.base import Base, Method
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.values import Values
-from fxpeft.model.walk import base_modules, base_state, base_values, embedding_layer
+from fxpeft.model.modules import Modules
+from fxpeft.model.walk import base_state, base_values, embedding_layer
 from fxpeft.model.wrappers import submodule
 from fxpeft.outside import why_unfit
 from fxpeft.passes.base import PassError, attribute, join
@@ -40,7 +41,7 @@ class Misfit:
 
 
 def assign(
-    model: nn.Module,
+    model: nn.Module | Modules,
     plan: AdapterPlan,
     found: Checkpoint,
     *,
@@ -48,9 +49,10 @@ def assign(
     misfit: Misfit | None = None,
     declared: Collection[str] = (),
 ) -> Values:
-    """Find the place of every tensor of a checkpoint.
+    """Find the place of every tensor of a checkpoint whose names are the model's.
 
     Args:
+        found: see :func:`fxpeft.checkpoint.layouts.in_layout_of`.
         declared: modules that an adapter may bring whole: a base weight in the file becomes one of these.
         misfit: is told what is missing, unexpected or of another shape, which is then no error: the
             values lack those places.
@@ -59,10 +61,10 @@ def assign(
         CheckpointError: keys that have no place, places that got no tensor, wrong shapes, NaN or
             infinity with ``check_finite``; all of them are named.
     """
-    method, config = method_of(plan.config), plan.config
+    modules, method, config = Modules.of(model), method_of(plan.config), plan.config
+    model = modules.model
     shared, kept = apart(found.tensors, method.shared_keys)
     kept = {key: tensor for key, tensor in kept.items() if ".original_module." not in key}
-    kept = below_module(model, kept, method.prefix)
     left = {_short(key, method.prefix): tensor for key, tensor in kept.items()}
     left |= _stored_shared(shared, method, config, found.source)
     values = Values()
@@ -101,7 +103,7 @@ def assign(
         tensor = take(wrapped if wrapped in left else path, attribute(model, path).shape)
         if tensor is not None:
             values.tensors[path] = tensor
-    _base_weights(model, plan, left, values, wrong, misfit)
+    _base_weights(modules, plan, left, values, wrong, misfit)
     _leave_out(plan, left, found.source)
     _into_declared(model, values, declared)
     if misfit is not None:
@@ -187,7 +189,7 @@ def _into_declared(model: nn.Module, values: Values, declared: Collection[str]) 
 
 
 def _base_weights(
-    model: nn.Module,
+    modules: Modules,
     plan: AdapterPlan,
     left: dict[str, Tensor],
     values: Values,
@@ -204,7 +206,7 @@ def _base_weights(
         if path.rpartition(".")[2] not in ("weight", "bias"):
             continue
         try:
-            own = attribute(model, path)
+            own = attribute(modules.model, path)
         except AttributeError:
             continue
         if not isinstance(own, Tensor):
@@ -213,7 +215,7 @@ def _base_weights(
         if own.shape != tensor.shape and misfit is not None:
             misfit.mismatched.append((key, tuple(tensor.shape), tuple(own.shape)))
         elif own.shape != tensor.shape:
-            cure = _cure(model, own.shape, tensor)
+            cure = _cure(modules.model, own.shape, tensor)
             wrong.append(f"{key}: expected {list(own.shape)}, found {list(tensor.shape)}{cure}")
         elif (why := why_unfit(tensor, own.dtype)) is not None:
             wrong.append(f"{key}: {why}")
@@ -221,7 +223,7 @@ def _base_weights(
             values.tensors[path] = tensor
             brought.append(path)
     for path in brought:  # one parameter under several names, of which PEFT writes into all at once
-        for other in _tied(model, path):
+        for other in _tied(modules, path):
             if other not in plan.tensors and not any(other.startswith(f"{saved}.") for saved in plan.saved):
                 values.tensors.setdefault(other, values.tensors[path])
 
@@ -231,10 +233,10 @@ def _same(own: Tensor, tensor: Tensor) -> bool:
     return torch.equal(own, tensor.to(own.dtype)) or torch.equal(own.to(tensor.dtype), tensor)
 
 
-def _tied(model: nn.Module, path: str) -> list[str]:
+def _tied(modules: Modules, path: str) -> list[str]:
     """The other names of a base's parameter."""
-    own = attribute(model, path)
-    places = ((join(site, leaf), p) for site, module in base_modules(model) for leaf, p in module._parameters.items())
+    own = attribute(modules.model, path)
+    places = ((join(site, leaf), p) for site, module in modules.items() for leaf, p in module._parameters.items())
     return [name for name, parameter in places if parameter is own and name != path]
 
 

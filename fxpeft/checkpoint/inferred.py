@@ -19,8 +19,7 @@ from fxpeft.methods.config import AdapterConfig, matching
 from fxpeft.methods.ia3 import IA3Config
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.methods.registry import bare_keys
-from fxpeft.model.walk import base_modules
-from fxpeft.model.wrappers import unwrap
+from fxpeft.model.modules import Modules
 from fxpeft.outside import dense
 from fxpeft.passes.targets.names import NameSelector, Selection
 from fxpeft.targets.resolve import spelled
@@ -29,7 +28,7 @@ _WHOLE = "say so in a config, and pass that too"
 
 
 def infer_config(
-    state_dict: Mapping[str, Tensor], model: nn.Module | None = None, *, lora_alpha: float | None = None
+    state_dict: Mapping[str, Tensor], model: nn.Module | Modules | None = None, *, lora_alpha: float | None = None
 ) -> AdapterConfig:
     """A config whose sites and ranks are those of an adapter's tensors: LoRA, DoRA or IA3.
 
@@ -42,7 +41,7 @@ def infer_config(
         AdapterError: the tensors are of several adapters, of a method whose config holds more than they say, or no
             adapter's.
     """
-    return _inferred(peft_keys(state_dict), None if model is None else unwrap(model), lora_alpha)
+    return _inferred(peft_keys(state_dict), None if model is None else Modules.of(model), lora_alpha)
 
 
 def peft_keys(state_dict: Mapping[str, Tensor], *, shapes_only: bool = False) -> dict[str, Tensor]:
@@ -68,7 +67,7 @@ def peft_keys(state_dict: Mapping[str, Tensor], *, shapes_only: bool = False) ->
 
 
 @matching()
-def with_sites(config: AdapterConfig, tensors: Mapping[str, Tensor], model: nn.Module) -> AdapterConfig:
+def with_sites(config: AdapterConfig, tensors: Mapping[str, Tensor], modules: Modules) -> AdapterConfig:
     """A config with the sites and ranks of an adapter's tensors in place of its own; PEFT's rule.
 
     Raises:
@@ -82,10 +81,10 @@ def with_sites(config: AdapterConfig, tensors: Mapping[str, Tensor], model: nn.M
             "beside the tensors and call load_adapter"
         )
     parts = _parts(tensors)
-    targets = _targets(list(parts), model)
+    targets = _targets(list(parts), modules)
     own = config.target_modules
     if isinstance(own, str | list) and own != "all-linear":
-        _compare(config.selector().select(dict(base_modules(model))), list(parts))
+        _compare(config.selector().select(modules), list(parts))
     changes: dict[str, Any] = {
         "target_modules": targets, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
     }  # fmt: skip
@@ -102,7 +101,7 @@ def with_sites(config: AdapterConfig, tensors: Mapping[str, Tensor], model: nn.M
     return replace(config, **{name: value for name, value in changes.items() if name in settable})
 
 
-def _inferred(tensors: Mapping[str, Tensor], model: nn.Module | None, alpha: float | None) -> AdapterConfig:
+def _inferred(tensors: Mapping[str, Tensor], modules: Modules | None, alpha: float | None) -> AdapterConfig:
     parts = _parts(tensors)
     if "prompt_embeddings" in tensors:
         raise AdapterError(f"state_dict: a prompt's tensor doesn't say which method made it; {_WHOLE}")
@@ -110,7 +109,7 @@ def _inferred(tensors: Mapping[str, Tensor], model: nn.Module | None, alpha: flo
         raise AdapterError(f"state_dict: no key is a LoRA's or an IA3's:\n{listing(tensors)}")
     every = {part for own in parts.values() for part in own}
     shared: dict[str, Any] = {
-        "target_modules": _targets(list(parts), model), "modules_to_save": _saved(tensors, parts) or None,
+        "target_modules": _targets(list(parts), modules), "modules_to_save": _saved(tensors, parts) or None,
     }  # fmt: skip
     if every == {"ia3_l"}:
         gains = {site: own["ia3_l"] for site, own in parts.items()}
@@ -165,14 +164,13 @@ def _ranks(parts: Mapping[str, Mapping[str, Tensor]]) -> tuple[int, dict[str, in
     return usual, {f"^{re.escape(site)}": rank for site, rank in ranks.items() if rank != usual}
 
 
-def _targets(sites: list[str], model: nn.Module | None) -> list[str] | str:
+def _targets(sites: list[str], modules: Modules | None) -> list[str] | str:
     """The sites as PEFT reads them: their last atoms where these say exactly the same."""
-    if model is None:
+    if modules is None:
         return sorted(sites)
-    modules = dict(base_modules(model))
     missing = [site for site in sites if site not in modules]
     if missing:
-        raise AdapterError(f"state_dict: {type(model).__name__} has no such modules:\n{listing(missing)}")
+        raise AdapterError(f"state_dict: {type(modules.model).__name__} has no such modules:\n{listing(missing)}")
     last = sorted({site.rpartition(".")[2] for site in sites})
     if set(NameSelector(last).select(modules)) == set(sites):
         return last

@@ -23,7 +23,7 @@ from fxpeft.errors import CheckpointError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.config import AdapterConfig, matching
 from fxpeft.methods.lora import LoraConfig
-from fxpeft.model.walk import base_modules
+from fxpeft.model.modules import Modules
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.targets.names import pattern_value
 from fxpeft.passes.targets.operations.registry import kinds
@@ -51,7 +51,7 @@ class Key:
 
 @matching()
 def in_layout_of(
-    model: nn.Module,
+    model: nn.Module | Modules,
     found: Checkpoint,
     *,
     key_mapping: Mapping[str, str] | None = None,
@@ -67,14 +67,15 @@ def in_layout_of(
     Raises:
         CheckpointError: two keys mean one place, or an expert's tensors don't fit.
     """
-    method = method_of(found.config)
+    modules, method = Modules.of(model), method_of(found.config)
+    model = modules.model
     if not method.targeted:
-        named = method.stored_keys(found.tensors)
+        named = method.stored_keys(below_module(model, found.tensors, method.prefix))
         return found if named is found.tensors else replace(found, tensors=dict(named))
     shared, below = apart(found.tensors, method.shared_keys)
     if shared:
         rest = replace(found, tensors=below)
-        renamed = in_layout_of(model, rest, key_mapping=key_mapping, conversions=conversions)
+        renamed = in_layout_of(modules, rest, key_mapping=key_mapping, conversions=conversions)
         return found if renamed is rest else replace(renamed, tensors={**renamed.tensors, **shared})
     own = below_module(model, found.tensors, method.prefix)
     found = found if own is found.tensors else replace(found, tensors=own)
@@ -93,9 +94,9 @@ def in_layout_of(
     config, out = found.config, {name: tensors[key] for key, name in names.items()}
     left = {key: part for key, part in keys.items() if key not in names}
     moved = {keys[key].host: _parsed(name, suffixes).host for key, name in names.items()}
-    config = _following(model, config, {old: new for old, new in moved.items() if old != new}, renames)
+    config = _following(modules, config, {old: new for old, new in moved.items() if old != new}, renames)
     if left and isinstance(config, LoraConfig):
-        config = _fused(model, config, table, left, tensors, out, [*moved, *moved.values()], renames, found.source)
+        config = _fused(modules, config, table, left, tensors, out, [*moved, *moved.values()], renames, found.source)
     same = not key_mapping and config is found.config and all(key == name for key, name in names.items())
     if same:
         return found
@@ -178,7 +179,7 @@ def _chosen(
 
 
 def _following(
-    model: nn.Module, config: AdapterConfig, moved: Mapping[str, str], renames: Sequence[WeightRenaming]
+    modules: Modules, config: AdapterConfig, moved: Mapping[str, str], renames: Sequence[WeightRenaming]
 ) -> AdapterConfig:
     """The config of a file whose modules moved: it selects them, and gives them the ranks and scales of before."""
     if not moved:
@@ -195,7 +196,6 @@ def _following(
                 or any(pattern_value({k: 1}, new, 0, field) for new in moved.values())}  # fmt: skip
         setattr(config, field, {**{k: v for k, v in own.items() if v is not None}, **stay})
     saved = config.modules_to_save
-    modules = dict(base_modules(model))
     if saved:
         config.modules_to_save = [
             next((new for old, new in moved.items() if old.endswith(name)), name)
@@ -230,7 +230,7 @@ def _before(name: str, renames: Sequence[WeightRenaming]) -> str:
 
 
 def _fused(
-    model: PreTrainedModel,
+    modules: Modules,
     config: LoraConfig,
     table: Sequence[WeightTransform],
     left: dict[str, Key],
@@ -241,8 +241,8 @@ def _fused(
     source: str,
 ) -> LoraConfig:
     """Move the experts' tensors of ``left`` to ``out``, fused; returns the config that selects them."""
-    known = experts.stacks(model, table)
-    prefix = f"{model.base_model_prefix}."
+    known = experts.stacks(modules, table)
+    prefix = f"{modules.model.base_model_prefix}."
     parts: dict[str, dict[tuple[int, int], tuple[str, dict[str, Tensor]]]] = {}
     found: dict[str, experts.Stack] = {}
     for key, part in list(left.items()):
@@ -264,10 +264,11 @@ def _fused(
         return config
     fused = {site: experts.fuse(found[site], own, config, source) for site, own in parts.items()}
     old = [name for own in parts.values() for name, _ in own.values()]
-    config = experts.with_stacks(model, config, fused, old, hosts)
+    config = experts.with_stacks(modules, config, fused, old, hosts)
     method = method_of(config)
-    for site, plan in parameter_sites(dict(base_modules(model)), config, (), ()).items():
+    for site, each in parameter_sites(config, modules, (), ()).items():
         if site in fused:
+            plan = replace(method.plan(config, site, each.kind), wrapped=each.wrapped)
             out[method.key(site, plan, "lora_A")] = fused[site].a
             out[method.key(site, plan, "lora_B")] = fused[site].b
     return config

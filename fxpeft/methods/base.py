@@ -243,9 +243,9 @@ class Method(abc.ABC, Generic[C]):
         """Under which name the slots have to be declared for an adapter."""
         return self.name
 
-    def resolve(self, config: C, model: nn.Module) -> None:
-        """Fill in defaults that depend on the model; ``target_modules`` is done already."""
-        return
+    def resolve(self, config: C, model: nn.Module) -> C:
+        """The config with the defaults filled in that depend on the model; ``target_modules`` is done already."""
+        return config
 
     def find(self, model: nn.Module, config: C) -> tuple[C, dict[str, SitePlan]]:
         """The sites of a method that isn't ``targeted``, and the config with the model's numbers filled in."""

@@ -115,6 +115,12 @@ class AdapterConfig:
             if (why := why_odd(value)) is not None:
                 raise AdapterError(f"{type(self).__name__}.{f.name}: {why}")
 
+    def changed(self: Self, **fields: object) -> Self:
+        """A copy with other values in some fields, unchecked: what fxpeft itself worked out for a model."""
+        new = copy.copy(self)
+        vars(new).update(fields)
+        return new
+
     def selector(self) -> NameSelector:
         """The targets by name; ``target_modules`` must be resolved: not ``None``, ``all-linear`` or a pattern."""
         targets, exclude = self.target_modules, self.exclude_modules or ()

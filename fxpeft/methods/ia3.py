@@ -85,9 +85,10 @@ class Ia3(Method[IA3Config]):
     needs: ClassVar = {"ia3": ("g_in", "g_out")}
     config_class = IA3Config
 
-    def resolve(self, config: IA3Config, model: nn.Module) -> None:
-        if config.feedforward_modules is None:
-            config.feedforward_modules = default_feedforward(model)
+    def resolve(self, config: IA3Config, model: nn.Module) -> IA3Config:
+        if config.feedforward_modules is not None:
+            return config
+        return config.changed(feedforward_modules=default_feedforward(model))
 
     def plan(self, config: IA3Config, site: str, kind: Kind) -> Ia3Plan:
         if kind.looks_up:

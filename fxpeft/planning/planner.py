@@ -17,10 +17,10 @@ from fxpeft.methods import method_of
 from fxpeft.methods.base import SitePlan
 from fxpeft.methods.config import AdapterConfig, matching
 from fxpeft.model.fast_path import fused_above
+from fxpeft.model.modules import Modules
 from fxpeft.model.placement import placement
-from fxpeft.model.reads import idle, read_past
+from fxpeft.model.reads import read_past
 from fxpeft.model.trace import model_flow
-from fxpeft.model.walk import base_modules
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import Skip
 from fxpeft.passes.draw import Picture
@@ -85,7 +85,7 @@ def plan(
         AdapterError: as :func:`fxpeft.add_adapter`.
     """
     model = unwrap(model)
-    modules = dict(base_modules(model))
+    modules = Modules(model)
     notes: list[str] = []
     flow: Flow | None = None
     if roles:
@@ -94,7 +94,7 @@ def plan(
         except AdapterError as error:
             notes.append(f"no roles: {str(error).splitlines()[0]}")
     known = None if flow is None else roles_of_sites(flow)
-    found = make_plan(model, converted(model, config), roles=known)
+    found = make_plan(modules, converted(modules, config), roles=known)
     known, method = known or {}, method_of(found.config)
     sites = []
     for name, site in found.sites.items():
@@ -117,7 +117,7 @@ def plan(
     subjects = subjects_of(modules, known) if method.targeted else []
     selector = found.config.selector() if subjects else None
     hosts = {site.kind.host(name) for name, site in found.sites.items()}
-    unread = {n: why for n in modules if n and (why := idle(n, modules))} if method.targeted else {}
+    unread = {n: why for n in modules if n and (why := modules.idle(n))} if method.targeted else {}
     reasons = {
         subject.name: _why_not(config, selector, subject, modules[subject.name])
         for subject in subjects

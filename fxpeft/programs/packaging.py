@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
@@ -21,7 +20,6 @@ from fxpeft.adapters.state import find_state
 from fxpeft.errors import AdapterError, listing
 from fxpeft.files import make_folder, replacing
 from fxpeft.methods.config import AdapterConfig
-from fxpeft.methods.lora import LoraConfig
 from fxpeft.model.fingerprint import fingerprint
 from fxpeft.model.placement import placement
 from fxpeft.model.skeleton import kind_to_json
@@ -37,7 +35,7 @@ from fxpeft.programs.inputs import describe, without_gaps
 from fxpeft.programs.rewrites import Slots
 from fxpeft.programs.rewriting import rewrite
 from fxpeft.serving.declared import check_slots
-from fxpeft.targets.sites import make_plan
+from fxpeft.targets.sites import find_sites, make_plan
 
 MANIFEST = "fxpeft.json"
 WEIGHTS = "fxpeft/weights.safetensors"  # in the archive, below its root: the sites' weights and biases, for DoRA
@@ -109,9 +107,7 @@ def _sites(model: nn.Module, targets: str | Collection[str] | AdapterConfig | No
                 "fold adapters of parameters into the model before packaging it"
             )
         return list(make_plan(model, targets).sites)
-    groups = [g for m in model.modules() if isinstance(g := getattr(m, "groups", None), int)]
-    linear = LoraConfig(r=math.lcm(*groups), target_modules="all-linear" if targets is None else targets)
-    return list(make_plan(model, linear).sites)
+    return list(find_sites(model, "all-linear" if targets is None else targets).kinds)
 
 
 def manifest(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from fxpeft import checkpoint
 from fxpeft.adapters.values import fresh_values, placed
+from fxpeft.checkpoint.layouts import in_layout_of
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SharedPart, SiteAdapter, SitePlan
 from fxpeft.methods.config import AdapterConfig
-from fxpeft.methods.lora import LoraConfig
 from fxpeft.model.skeleton import skeleton
 from fxpeft.passes.meta import TARGET
 from fxpeft.passes.rewrite.inject import Rewrite
@@ -27,12 +27,13 @@ from fxpeft.passes.targets.match import Target
 from fxpeft.passes.targets.operations.batched import Batched
 from fxpeft.passes.targets.operations.parameter import ParameterKind
 from fxpeft.passes.targets.patterns import from_peft
-from fxpeft.passes.targets.terms import Subject
+from fxpeft.passes.targets.terms import Pattern, Subject
 from fxpeft.programs.sites import Found
 from fxpeft.serving.declared import check_slots
-from fxpeft.targets.sites import AdapterPlan, make_plan
+from fxpeft.targets.sites import AdapterPlan, find_sites, make_plan
 
 Rewrites = dict[str, list[Rewrite]]
+Names = str | Pattern | Collection[str] | None
 Redirects = dict[str, dict[str, tuple[str, Any]]]
 
 
@@ -79,13 +80,13 @@ def rewrites_of(
         return _slots(adapter, model, found, skipped, exported, closed)
     values, read = None, None
     if isinstance(adapter, str | Path):
-        read = checkpoint.read(adapter)
+        read = in_layout_of(model, checkpoint.read(adapter))
         plan = _plan(model, read.config, skipped, closed, loading=True)
     else:
         plan = adapter if isinstance(adapter, AdapterPlan) else _plan(model, adapter, skipped, closed)
-        _refuse_closed(plan.config, plan.sites, closed)
+        _refuse_closed(plan.config.target_modules, plan.config.exclude_modules, plan.sites, closed)
         if state_dict is not None:
-            read = checkpoint.Checkpoint("the state_dict", plan.config, dict(state_dict))
+            read = in_layout_of(model, checkpoint.Checkpoint("the state_dict", plan.config, dict(state_dict)))
     if isinstance(adapter, AdapterPlan):
         layouts = {s: own.kind.transposed for s, own in plan.sites.items() if isinstance(own.kind, ParameterKind)}
     else:
@@ -133,27 +134,37 @@ def _plan(
             f"{method.name} prepares the inputs of a model's forward, and a program has none: add the adapter to the "
             "live model, then capture it"
         )
-    targets = config.target_modules
-    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
-        raise AdapterError(
-            f"target_modules={targets!r}: what that means is read off a model, and this is a program; name the "
-            "modules, or make the plan with the model: fxpeft.targets.sites.make_plan(model, config)"
-        )
-    _refuse_closed(config, (), closed)
+    _refuse_unnamed(config.target_modules)
+    _refuse_closed(config.target_modules, config.exclude_modules, (), closed)
     if config.modules_to_save or getattr(config, "bias", "none") == "all":
         raise AdapterError(
             "modules_to_save and bias='all' need the live model: add the adapter to it, then capture the program"
         )
-    try:
+    with _telling_of(skipped):
         return make_plan(model, config, heads=False, of_file=loading)
+
+
+@contextmanager
+def _telling_of(skipped: list[str]) -> Iterator[None]:
+    """Let an error in the block name the targets that can't be rewritten too."""
+    try:
+        yield
     except AdapterError as error:
         left = f"\ntargets that can't be rewritten:\n{listing(skipped)}" if skipped else ""
         raise AdapterError(f"{error}{left}") from None
 
 
-def _refuse_closed(config: AdapterConfig, sites: Collection[str], closed: Mapping[str, str]) -> None:
+def _refuse_unnamed(targets: Names) -> None:
+    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        raise AdapterError(
+            f"target_modules={targets!r}: what that means is read off a model, and this is a program; name the "
+            "modules, or make the plan with the model: fxpeft.targets.sites.make_plan(model, config)"
+        )
+
+
+def _refuse_closed(targets: Names, exclude: Names, sites: Collection[str], closed: Mapping[str, str]) -> None:
     """Refuse targets that are, or are in one of their uses, where a rewrite can't reach."""
-    wanted, unwanted = from_peft(config.target_modules or ()), from_peft(config.exclude_modules or ())
+    wanted, unwanted = from_peft(targets or ()), from_peft(exclude or ())
     subjects = [Subject(site) for site in closed]
     lost = [s.name for s in subjects if s.name in sites or (wanted(s) and not unwanted(s))]
     if lost:
@@ -247,22 +258,18 @@ def _slots(
     closed: Mapping[str, str],
 ) -> tuple[Rewrites, Redirects, Tensor | None, int]:
     features = slots.features()
-    config = LoraConfig(r=_ranks(found), target_modules=slots.targets, target_parameters=slots.parameters)
-    plan = _plan(model, config, skipped, closed)
+    _refuse_unnamed(slots.targets)
+    _refuse_closed(slots.targets, (), (), closed)
+    with _telling_of(skipped):
+        sites = find_sites(model, slots.targets, parameters=slots.parameters).kinds
     carrier = torch.zeros(min(slots.max_rank, 4), dtype=torch.uint8) if slots.rank == "dynamic" else None
     if carrier is not None and not exported:
         raise AdapterError("rank='dynamic': a GraphModule has no inputs to hide; use rank='static', or export")
     rewrites: Rewrites = {}
-    for site in plan.sites:
+    for site in sites:
         outline, kind = found[site][0].outline, found[site][0].target.kind
         assert outline.weight is not None
         own = () if kind.is_parameter else features
         slot = Slot(kind, slots.max_rank, None, features=own, device=outline.weight.device, dtype=outline.weight.dtype)
         rewrites[site] = [slot.rewrite(carrier)]
     return rewrites, {}, carrier, slots.max_rank
-
-
-def _ranks(found: Mapping[str, list[Found]]) -> int:
-    """A rank that every grouped convolution allows: only the sites of the plan are used."""
-    kinds = [each.target.kind for nodes in found.values() for each in nodes]
-    return math.lcm(*(kind.groups for kind in kinds))

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from fxpeft import checkpoint
 from fxpeft.adapters.change import changing, ordinary
+from fxpeft.adapters.loading import load
 from fxpeft.adapters.name import check_adapter_name
 from fxpeft.adapters.state import Adapter, ModelState, state_of
-from fxpeft.checkpoint.layouts import in_layout_of
 from fxpeft.errors import AdapterError
 from fxpeft.methods.config import AdapterConfig
+from fxpeft.model.modules import Modules
 from fxpeft.model.wrappers import unwrap
-from fxpeft.serving.swap import Serving, serving_of
-from fxpeft.targets.sites import AdapterPlan, make_plan
+from fxpeft.serving.swap import serving_of
 
 
 @ordinary()
@@ -62,11 +62,8 @@ def hotswap(
         state = state_of(model)
         old = _replaced(state, name)
         found = given or checkpoint.Checkpoint("the state_dict", config or old.config, dict(source))  # type: ignore[arg-type]
-        found = in_layout_of(model, found, key_mapping=key_mapping)
-        serving = serving_of(state)
-        plan = plan_for(model, serving, found.config)
-        values = checkpoint.assign(model, plan, found, check_finite=check_finite, declared=serving.saved)
-        serving.replace(model, state, Adapter(old.name, plan, values, old.strength), owned=given is not None)
+        plan, values = load(Modules(model), found, key_mapping=key_mapping, check_finite=check_finite)
+        serving_of(state).replace(model, state, Adapter(old.name, plan, values, old.strength), owned=given is not None)
 
 
 def _replaced(state: ModelState, name: str | None) -> Adapter:
@@ -92,12 +89,3 @@ def hold(model: nn.Module) -> AbstractContextManager[None]:
         LockTimeout: a swap took longer than ``prepare_hotswap(..., lock_timeout=)``.
     """
     return serving_of(state_of(model)).lock.read()
-
-
-def plan_for(model: nn.Module, serving: Serving, config: AdapterConfig) -> AdapterPlan:
-    """The plan for a config; adapters that share one share the search for its sites."""
-    key = repr(config)
-    found = serving.plans.recent(key)
-    if found is None:
-        found = serving.plans[key] = make_plan(model, config, heads=False, of_file=True)
-    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
@@ -16,7 +15,6 @@ from fxpeft.adapters.penalty import unwatch_loss
 from fxpeft.adapters.state import Adapter, drop_state, ensure_state, find_state, is_prepared
 from fxpeft.errors import AdapterError
 from fxpeft.methods import method_of
-from fxpeft.methods.lora import LoraConfig
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import PassError
 from fxpeft.passes.slots.slot import ActiveRank
@@ -28,9 +26,9 @@ from fxpeft.serving.declared import check_slots
 from fxpeft.serving.guard import ModelLock, drain, guard_forwards, unguard_forwards
 from fxpeft.serving.release import leave_slots
 from fxpeft.serving.swap import Serving, activate, check_gains, check_ranks, lower, settle
-from fxpeft.targets.experts import converted
 from fxpeft.targets.parameters import check_hosts
-from fxpeft.targets.sites import make_plan, saved_modules
+from fxpeft.targets.saved import saved_modules
+from fxpeft.targets.sites import find_sites
 
 
 @changes
@@ -151,14 +149,11 @@ def _declare(
     if targets is None and not kinds:
         targets = "all-linear"
     if targets is not None or modules_to_save or bias != "none" or parameters:
-        groups = [g for m in model.modules() if isinstance(g := getattr(m, "groups", None), int)]
-        wanted = LoraConfig(
-            r=math.lcm(*groups), exclude_modules=exclude, modules_to_save=list(modules_to_save) or None, bias=bias,
-            target_modules=[s for s, kind in kinds.items() if not kind.leaf] if targets is None else targets,
-            target_parameters=parameters,
+        declared = find_sites(
+            model, [s for s, kind in kinds.items() if not kind.leaf] if targets is None else targets, exclude=exclude,
+            parameters=parameters, modules_to_save=modules_to_save, bias=bias,
         )  # fmt: skip
-        declared = make_plan(model, converted(model, wanted), heads=False)
-        kinds.update({site: plan.kind for site, plan in declared.sites.items()})
+        kinds.update(declared.kinds)
         saved.update(declared.saved)
         tensors.update(declared.tensors)
     check_hosts(kinds, saved, tensors)

@@ -30,11 +30,11 @@ from transformers.core_model_loading import (
 from fxpeft.errors import AdapterError, CheckpointError, listing
 from fxpeft.methods.config import AdapterConfig, matching
 from fxpeft.methods.lora import LoraConfig
-from fxpeft.model.walk import base_modules
+from fxpeft.model.modules import Modules
 from fxpeft.passes.targets.names import Selection, pattern_value
 from fxpeft.passes.targets.regex import compiled
 from fxpeft.passes.targets.terms import Pattern
-from fxpeft.targets.resolve import has_pattern, resolve_parameters, spelled
+from fxpeft.targets.resolve import has_pattern, spelled, with_parameter_names
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,20 @@ class Stack:
         return self.site.rpartition(".")[2]
 
 
-def stacks(model: nn.Module, conversions: Iterable[WeightTransform] | None = None) -> list[Stack]:
+def stacks(model: nn.Module | Modules, conversions: Iterable[WeightTransform] | None = None) -> list[Stack]:
     """The stacked parameters of a Transformers model whose experts were modules before; empty for other models."""
-    if not isinstance(model, PreTrainedModel):
+    modules = Modules.of(model)
+    if not isinstance(modules.model, PreTrainedModel):
         return []
     named = [
         (f"{name}.{leaf}", tuple(p.shape))
-        for name, module in base_modules(model)
+        for name, module in modules.items()
         for leaf, p in module._parameters.items()
         if p is not None and p.ndim == 3 and not getattr(module, "is_transposed", False)
     ]
     if not named:
         return []
-    known = _fusions(get_model_conversion_mapping(model) if conversions is None else conversions)
+    known = _fusions(get_model_conversion_mapping(modules.model) if conversions is None else conversions)
     found = []
     for site, shape in named:
         branches = next((b for target, b in known.items() if f".{site}".endswith(f".{target}")), None)
@@ -103,7 +104,7 @@ def _fusions(conversions: Iterable[WeightTransform]) -> dict[str, tuple[str, ...
 
 
 @matching()
-def converted(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
+def converted(model: nn.Module | Modules, config: AdapterConfig) -> AdapterConfig:
     """A new adapter's config with the stacked parameters in the place of expert projections that it names.
 
     PEFT's rule: a name that ends in a projection's means the experts', in every layer; dense modules of that
@@ -117,7 +118,8 @@ def converted(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
         return config
     if targets == "all-linear" or (isinstance(targets, str) and targets.lower() == "all-linear"):
         return config  # every linear module, and these are none
-    found = stacks(model)
+    modules = Modules.of(model)
+    found, architecture = stacks(modules), type(modules.model).__name__
     named = {stack.site: [b for b in stack.branches if _names(targets, stack, b)] for stack in found}
     hit = [stack for stack in found if named[stack.site]]
     if not hit:
@@ -126,16 +128,15 @@ def converted(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
         if len(named[stack.site]) < len(stack.branches):
             rest = [b for b in stack.branches if b not in named[stack.site]]
             raise AdapterError(
-                f"target_modules: {', '.join(named[stack.site])} without {', '.join(rest)}: {type(model).__name__} "
+                f"target_modules: {', '.join(named[stack.site])} without {', '.join(rest)}: {architecture} "
                 f"holds them as one in {stack.site}, so name all of them, or none"
             )
     if not isinstance(config, LoraConfig):
         raise AdapterError(
-            f"target_modules names projections of experts, which {type(model).__name__} holds stacked in "
+            f"target_modules names projections of experts, which {architecture} holds stacked in "
             f"{hit[0].site}; {config.peft_type} takes modules alone. Leave the name out, or use LoRA"
         )
     old = {b for stack in hit for b in stack.branches}
-    modules = dict(base_modules(model))
     before = config.selector().select(modules)
     left = [name for name in before if name.rpartition(".")[2] in old]
     if left:
@@ -151,7 +152,7 @@ def converted(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     leaves = {stack.leaf: len(stack.branches) for stack in hit}
     wide = {rf".*\.{re.escape(leaf)}": count for leaf, count in leaves.items() if count > 1}
     return _with_parameters(
-        model, config, list(leaves), kept,
+        modules, config, list(leaves), kept,
         {**config.rank_pattern, **{key: config.r * count for key, count in wide.items()}},
         {**config.alpha_pattern, **{key: config.lora_alpha * count for key, count in wide.items()}},
     )  # fmt: skip
@@ -165,20 +166,19 @@ def _names(targets: str | Iterable[str], stack: Stack, branch: str) -> bool:
 
 
 def _with_parameters(
-    model: nn.Module,
+    modules: Modules,
     config: LoraConfig,
     parameters: list[str],
-    modules: str | list[str],
+    targets: str | list[str],
     ranks: dict[str, int],
     alphas: dict[str, int | float],
 ) -> LoraConfig:
     """The config with these ``target_parameters`` added to its own, and these patterns."""
-    config = copy.deepcopy(config)
-    resolve_parameters(model, dict(base_modules(model)), config)  # a pattern or expression can't have names beside it
+    config = with_parameter_names(copy.deepcopy(config), modules)  # a pattern or expression can't have names beside it
     own = config.target_parameters or []
     assert not isinstance(own, str | Pattern)
     return replace(
-        config, target_modules=modules, target_parameters=sorted({*own, *parameters}), rank_pattern=ranks,
+        config, target_modules=targets, target_parameters=sorted({*own, *parameters}), rank_pattern=ranks,
         alpha_pattern=alphas,
     )  # fmt: skip
 
@@ -254,7 +254,7 @@ def fuse(
 
 
 def with_stacks(
-    model: nn.Module, config: LoraConfig, fused: Mapping[str, Fused], old: Iterable[str], hosts: Iterable[str]
+    modules: Modules, config: LoraConfig, fused: Mapping[str, Fused], old: Iterable[str], hosts: Iterable[str]
 ) -> LoraConfig:
     """The config of a file whose experts were fused: the sites are parameters, with their own ranks and alphas.
 
@@ -263,7 +263,7 @@ def with_stacks(
             modules that the file has tensors for.
     """
     old, hosts, sites = list(old), list(hosts), set(fused)
-    parameters = [f"{n}.{leaf}" for n, m in base_modules(model) for leaf, p in m._parameters.items() if p is not None]
+    parameters = [f"{n}.{leaf}" for n, m in modules.items() for leaf, p in m._parameters.items() if p is not None]
     leaves = sorted({site.rpartition(".")[2] for site in sites})
     names = leaves if set(filter(Selection(leaves), parameters)) == sites else sorted(sites)
     gone = [
@@ -295,7 +295,7 @@ def with_stacks(
         )
     ranks, alphas = ({**found[field], **kept[field]} for field in config.patterns)
     fixed = replace(copy.deepcopy(config), lora_dropout=0.0)
-    return replace(_with_parameters(model, fixed, names, [], ranks, alphas), target_modules=targets)
+    return replace(_with_parameters(modules, fixed, names, [], ranks, alphas), target_modules=targets)
 
 
 def _hit(pattern: str, name: str, field: str) -> bool:

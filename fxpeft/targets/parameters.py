@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from torch import nn
 
 from fxpeft.errors import AdapterError, listing, short
-from fxpeft.methods import method_of
-from fxpeft.methods.base import SitePlan
 from fxpeft.methods.config import AdapterConfig
+from fxpeft.model.modules import Modules
 from fxpeft.model.reads import read_past
 from fxpeft.model.skeleton import Skeleton
 from fxpeft.passes.base import PassError, join
@@ -28,19 +26,24 @@ from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.names import Selection
 from fxpeft.passes.targets.operations import ParameterKind
 
-if TYPE_CHECKING:
-    pass
-
 ONE_REWRITE = (
     "it is a target, or brings a bias or itself as a whole, and one of its parameters is a target (target_parameters); "
     "a module takes one of these, so leave one out"
 )
 
 
+@dataclass(frozen=True)
+class ParameterSite:
+    """A parameter that is a site; ``wrapped`` is that of its :class:`~fxpeft.methods.base.SitePlan`."""
+
+    kind: ParameterKind
+    wrapped: int
+
+
 def parameter_sites(
-    modules: Mapping[str, nn.Module], config: AdapterConfig, taken: Collection[str], saved: Collection[str]
-) -> dict[str, SitePlan]:
-    """The parameters that ``target_parameters`` names: dotted name -> what goes there.
+    config: AdapterConfig, modules: Modules, taken: Collection[str], saved: Collection[str]
+) -> dict[str, ParameterSite]:
+    """The parameters that ``target_parameters`` names, by dotted name.
 
     ``exclude_modules`` and ``layers_to_transform`` are about modules and don't count here, as in PEFT.
 
@@ -59,7 +62,7 @@ def parameter_sites(
             f"target_parameters={short(wanted)}: a program or package has no modules whose parameters an adapter could "
             "update. Serve the live model, or fold the adapter into it before capturing the program"
         )
-    sites: dict[str, SitePlan] = {}
+    sites: dict[str, ParameterSite] = {}
     problems: list[str] = []
     named = Selection(wanted, "target_parameters")
     for name, module in modules.items():
@@ -69,11 +72,11 @@ def parameter_sites(
                 biased = getattr(config, "bias", "none") == "all" and parameter_value(module, "bias") is not None
                 if name in taken or name in saved or biased:
                     raise PassError(ONE_REWRITE)
-                plan = method_of(config).plan(config, site, _kind(name, module, modules, site.rpartition(".")[2]))
+                kind = _kind(name, module, modules, site.rpartition(".")[2])
             except PassError as error:
                 problems.append(f"{site}: {error}")
                 continue
-            sites[site] = replace(plan, wrapped=len(own) - 1 - index)  # PEFT wraps in order: the last is outermost
+            sites[site] = ParameterSite(kind, len(own) - 1 - index)  # PEFT wraps in order: the last is outermost
     if problems:
         raise AdapterError(f"target_parameters: these can't be updated; nothing was changed.\n{listing(problems)}")
     if not sites:

@@ -1,18 +1,23 @@
-"""Patterns meet a model: what ``target_modules`` and its neighbours select, as names that PEFT reads too."""
+"""Patterns meet a model: what ``target_modules`` and its neighbours select, as names that PEFT reads too.
+
+Every step takes a config and gives one, so that :func:`fxpeft.targets.sites.find_targets` reads from top to bottom.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 
 from fxpeft.errors import AdapterError, listing, short
 from fxpeft.methods.config import AdapterConfig
-from fxpeft.model.reads import idle
+from fxpeft.model.modules import Modules
 from fxpeft.model.trace import roles
 from fxpeft.passes.base import PassError, join
-from fxpeft.passes.live import base_class, kind_of
+from fxpeft.passes.live import base_class
 from fxpeft.passes.live.parameters import parameter_kind, parametrized
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.match import module_kind
@@ -20,6 +25,7 @@ from fxpeft.passes.targets.names import NameSelector, Selection
 from fxpeft.passes.targets.patterns import explain, from_peft, is_pattern, layers_of, pattern, select
 from fxpeft.passes.targets.terms import OfRole, Pattern, PatternError, Subject
 
+C = TypeVar("C", bound=AdapterConfig)
 Roles = Mapping[str, tuple[str, ...]]
 _KEYED = ("rank_pattern", "alpha_pattern")
 
@@ -31,15 +37,69 @@ def has_pattern(value: object) -> bool:
     return is_pattern(value)
 
 
-def kind_or_none(name: str, modules: Mapping[str, nn.Module]) -> Kind | None:
+@dataclass(frozen=True)
+class Patterns:
+    """The patterns that a config's fields about modules and sites say.
+
+    Args:
+        targets, exclude: ``None`` where the field says none. keyed: field -> its keys that are patterns.
+        feedforward: IA3's ``feedforward_modules``.
+    """
+
+    targets: Pattern | None
+    exclude: Pattern | None
+    keyed: Mapping[str, Mapping[str, Pattern]]
+    feedforward: Pattern | None
+
+    @classmethod
+    def of(cls, config: AdapterConfig) -> Patterns:
+        """Those of a config whose ``target_modules`` are there."""
+        inner = getattr(config, "feedforward_modules", None)
+        keyed = {
+            name: own
+            for name in _KEYED
+            if (own := {key: pattern(key) for key in getattr(config, name, None) or {} if is_pattern(key)})
+        }
+        targets, exclude = (_read(value) for value in (config.target_modules, config.exclude_modules))
+        try:
+            return cls(targets, exclude, keyed, _read(inner))
+        except PatternError as error:
+            raise AdapterError(f"feedforward_modules: {error}") from None
+
+    def __bool__(self) -> bool:
+        return any(True for _ in self.every())
+
+    def every(self) -> Iterable[Pattern]:
+        """All of them."""
+        keyed = (each for own in self.keyed.values() for each in own.values())
+        found = (self.targets, self.exclude, *keyed, self.feedforward)
+        return (each for each in found if each is not None)
+
+
+def _read(value: str | Pattern | Collection[str] | None) -> Pattern | None:
+    return from_peft(value) if value is not None and has_pattern(value) else None
+
+
+def known_roles(modules: Modules, patterns: Iterable[Pattern], known: Roles | None) -> Roles:
+    """The modules' roles as far as the patterns ask for them: the model is traced where one does.
+
+    Args:
+        known: where they are known already.
+    """
+    if known is not None:
+        return known
+    return roles(modules.model) if any(isinstance(term, OfRole) for each in patterns for term in each.terms()) else {}
+
+
+def kind_or_none(name: str, modules: Modules) -> Kind | None:
     """The kind of a module that a rewrite can take, else ``None``."""
     module = modules[name]
     if module_kind(module) is None and (not module._parameters or next(module.children(), None) is not None):
         return None  # a container: tracing it would be tracing the model
-    if idle(name, modules):
+    if modules.idle(name):
         return None
     try:
-        return kind_of(module)
+        return modules.kind(name)
     except PassError:
         return None
 
@@ -54,7 +114,7 @@ def classes_of(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
     return classes
 
 
-def subjects_of(modules: Mapping[str, nn.Module], known: Roles) -> list[Subject]:
+def subjects_of(modules: Modules, known: Roles) -> list[Subject]:
     """Every module that a rewrite can take or that has a role."""
     layers, classes = layers_of(list(modules)), classes_of(modules)
     found = []
@@ -65,7 +125,7 @@ def subjects_of(modules: Mapping[str, nn.Module], known: Roles) -> list[Subject]
     return found
 
 
-def parameter_subjects(modules: Mapping[str, nn.Module], known: Roles) -> list[Subject]:
+def parameter_subjects(modules: Modules, known: Roles) -> list[Subject]:
     """Every parameter that an update can be added to, with its module's classes, roles and layer."""
     layers, classes = layers_of(list(modules)), classes_of(modules)
     found = []
@@ -79,98 +139,80 @@ def parameter_subjects(modules: Mapping[str, nn.Module], known: Roles) -> list[S
     return found
 
 
-def resolve_parameters(
-    model: nn.Module, modules: Mapping[str, nn.Module], config: AdapterConfig, known: Roles | None = None
-) -> None:
-    """Replace a pattern or regular expression in ``target_parameters`` by the names that it selects, in place.
+def with_parameter_names(config: C, modules: Modules, known: Roles | None = None) -> C:
+    """A config with names in the place of a pattern or regular expression in ``target_parameters``.
 
     Raises:
         AdapterError: it selects nothing, or needs a trace that fails.
     """
     wanted = getattr(config, "target_parameters", None)
     if not wanted or not (isinstance(wanted, str) or has_pattern(wanted)):
-        return
+        return config
     asked = from_peft(wanted)
-    if known is None:
-        known = roles(model) if any(isinstance(term, OfRole) for term in asked.terms()) else {}
-    subjects = parameter_subjects(modules, known)
+    subjects = parameter_subjects(modules, known_roles(modules, [asked], known))
     names = [s.name for s in select(asked, subjects, "target_parameters")]
     if not names:
         raise AdapterError(_nothing("target_parameters", asked, subjects))
     named, own = Selection(names), set(names)
-    more = [s.name for s in subjects if named(s.name) and s.name not in own]
+    more = [s.name for s in subjects if s.name not in own and named(s.name)]
     if more:
         raise AdapterError(
             f"target_parameters={short(str(asked))}: PEFT reads the names that it selects as ends of names, which "
             f"would take these too:\n{listing(more)}\nselect them as well, or rename the module"
         )
-    config.target_parameters = names  # type: ignore[attr-defined]
+    return config.changed(target_parameters=names)
 
 
-def resolve_patterns(
-    model: nn.Module, modules: Mapping[str, nn.Module], config: AdapterConfig, known: Roles | None = None
-) -> AdapterConfig:
-    """Replace the patterns of a config, in place, by the names that they select; PEFT's forms stay as they are.
+def with_module_names(config: C, patterns: Patterns, subjects: Sequence[Subject], modules: Modules) -> C:
+    """A config with names in the place of the patterns that say which modules are targets; PEFT's forms stay.
 
     Args:
-        modules: the base's modules, named.
-        known: roles where they are known; the model is traced otherwise, if a pattern asks for a role.
+        subjects: the model's modules; see :func:`subjects_of`.
 
     Raises:
-        AdapterError: a pattern selects nothing (the nearest names are listed), or needs a trace that fails.
+        AdapterError: a pattern selects nothing; the nearest names are listed.
     """
-    targets, exclude = config.target_modules, config.exclude_modules
-    keyed = [name for name in _KEYED if any(is_pattern(key) for key in getattr(config, name, None) or {})]
-    inner = getattr(config, "feedforward_modules", None)  # IA3's
-    if not (has_pattern(targets) or has_pattern(exclude) or keyed or has_pattern(inner)):
+    if patterns.targets is None and patterns.exclude is None:
         return config
-    assert targets is not None
-    wanted, unwanted = from_peft(targets), from_peft(exclude or ())
-    keys = {name: {key: pattern(key) for key in getattr(config, name) if is_pattern(key)} for name in keyed}
-    try:
-        within = from_peft(inner) if has_pattern(inner) and inner is not None else None
-    except PatternError as error:
-        raise AdapterError(f"feedforward_modules: {error}") from None
-    every = [wanted, unwanted, *(p for own in keys.values() for p in own.values())]
-    every += [] if within is None else [within]
-    if known is None:
-        asked = any(isinstance(term, OfRole) for each in every for term in each.terms())
-        known = roles(model) if asked else {}
-    subjects = subjects_of(modules, known)
-    if has_pattern(targets) or has_pattern(exclude):
-        if has_pattern(targets):
-            names = [s.name for s in select(wanted, subjects, "target_modules")]
-        else:
-            bare = NameSelector(targets, (), (), *config.layer_filter())  # type: ignore[arg-type]
-            names = bare.select(modules)
+    if patterns.targets is not None:
+        names = [s.name for s in select(patterns.targets, subjects, "target_modules")]
+    else:
+        names = NameSelector(config.target_modules, (), (), *config.layer_filter()).select(modules)  # type: ignore[arg-type]
+    if not names:
+        assert config.target_modules is not None
+        raise AdapterError(_nothing("target_modules", from_peft(config.target_modules), subjects))
+    exclude = config.exclude_modules
+    if patterns.exclude is not None:
+        out = {s.name for s in select(patterns.exclude, subjects, "exclude_modules")}
+        if not out:
+            raise AdapterError(_nothing("exclude_modules", patterns.exclude, subjects))
+        if out >= set(names):
+            raise AdapterError(f"exclude_modules={short(str(patterns.exclude))} leaves out all of\n{listing(names)}")
+        names, exclude = [n for n in names if n not in out], None
+    return config.changed(
+        target_modules=spelled(names, modules), exclude_modules=exclude, layers_to_transform=None, layers_pattern=None
+    )
+
+
+def with_site_names(config: C, patterns: Patterns, sites: Sequence[Subject]) -> C:
+    """A config with names in the place of the patterns that choose among its sites: ranks, scales, feedforward.
+
+    Raises:
+        AdapterError: a pattern selects nothing; the nearest names are listed.
+    """
+    changes: dict[str, object] = {
+        name: _by_name(name, getattr(config, name), own, sites) for name, own in patterns.keyed.items()
+    }
+    if patterns.feedforward is not None:
+        names = [s.name for s in select(patterns.feedforward, sites, "feedforward_modules")]
         if not names:
-            raise AdapterError(_nothing("target_modules", wanted, subjects))
-        if has_pattern(exclude):
-            out = {s.name for s in select(unwanted, subjects, "exclude_modules")}
-            if not out:
-                raise AdapterError(_nothing("exclude_modules", unwanted, subjects))
-            if out >= set(names):
-                raise AdapterError(f"exclude_modules={short(str(unwanted))} leaves out all of\n{listing(names)}")
-            names, config.exclude_modules = [n for n in names if n not in out], None
-        config.target_modules = spelled(names, modules)
-        config.layers_to_transform = config.layers_pattern = None
-    own = NameSelector(config.target_modules, config.exclude_modules or (), (), *config.layer_filter())  # type: ignore[arg-type]
-    chosen = [s for s in subjects if own(s.name)]
-    if parameters := getattr(config, "target_parameters", None):
-        named = Selection(parameters, "target_parameters")
-        chosen += [s for s in parameter_subjects(modules, known) if named(s.name)]
-    for name in keyed:
-        setattr(config, name, _by_name(name, getattr(config, name), keys[name], chosen))
-    if within is not None:
-        names = [s.name for s in select(within, chosen, "feedforward_modules")]
-        if not names:
-            raise AdapterError(_nothing("feedforward_modules", within, chosen))
+            raise AdapterError(_nothing("feedforward_modules", patterns.feedforward, sites))
         # PEFT reads a list's entries as ends of names; a regular expression says exactly these
-        config.feedforward_modules = "|".join(re.escape(name) for name in names)  # type: ignore[attr-defined]
-    return config
+        changes["feedforward_modules"] = "|".join(re.escape(name) for name in names)
+    return config.changed(**changes)
 
 
-def spelled(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str] | str:
+def spelled(names: Sequence[str], modules: Iterable[str]) -> list[str] | str:
     """Full names as PEFT reads them: a list, or a regular expression where the list's suffixes would take more."""
     if NameSelector(list(names)).select(modules) == list(names):
         return list(names)

@@ -1,34 +1,59 @@
-"""Which sites an adapter has in a model, and what goes to each; made before anything is changed."""
+"""Which sites an adapter has in a model, and what goes to each; found before anything is changed."""
 
 from __future__ import annotations
 
 import copy
 import difflib
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from fxpeft.errors import AdapterError, listing, short
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SitePlan
 from fxpeft.methods.config import AdapterConfig, matching
-from fxpeft.model.reads import idle
-from fxpeft.model.walk import base_modules, base_state, embedding_layer
+from fxpeft.methods.lora import LoraConfig
+from fxpeft.model.modules import Modules
 from fxpeft.passes.base import PassError, join
-from fxpeft.passes.live import base_class, kind_of
-from fxpeft.passes.targets.names import EXCLUDED, Endings, PatternTable
+from fxpeft.passes.targets.kinds import Kind
+from fxpeft.passes.targets.names import EXCLUDED, Selection, pattern_table
 from fxpeft.passes.targets.regex import shown
 from fxpeft.passes.targets.terms import Pattern
-from fxpeft.targets.defaults import default_targets, usual_targets
+from fxpeft.targets.defaults import with_targets
+from fxpeft.targets.experts import converted
 from fxpeft.targets.parameters import parameter_sites
-from fxpeft.targets.resolve import Roles, resolve_parameters, resolve_patterns, spelled
+from fxpeft.targets.resolve import (
+    Patterns,
+    Roles,
+    known_roles,
+    parameter_subjects,
+    spelled,
+    subjects_of,
+    with_module_names,
+    with_parameter_names,
+    with_site_names,
+)
+from fxpeft.targets.saved import passed_over, with_heads, with_saved
 
-HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+@dataclass(frozen=True)
+class Targets:
+    """What a config means in a model, before its method says what goes to each site.
+
+    Args:
+        config: with its defaults filled in as PEFT does, and names in the place of patterns.
+        kinds: site -> its kind; modules first, then parameters. wrapped: of the latter, see :class:`SitePlan`.
+        saved, tensors, left_out: as in :class:`AdapterPlan`.
+    """
+
+    config: AdapterConfig
+    kinds: Mapping[str, Kind]
+    wrapped: Mapping[str, int]
+    saved: Sequence[str]
+    tensors: Sequence[str]
+    left_out: Mapping[str, str]
 
 
 @dataclass
@@ -54,7 +79,12 @@ class AdapterPlan:
 
 @matching()
 def make_plan(
-    model: nn.Module, config: AdapterConfig, *, heads: bool = True, roles: Roles | None = None, of_file: bool = False
+    model: nn.Module | Modules,
+    config: AdapterConfig,
+    *,
+    heads: bool = True,
+    roles: Roles | None = None,
+    of_file: bool = False,
 ) -> AdapterPlan:
     """Find an adapter's sites in a model; the plan's config has its defaults filled in as PEFT does.
 
@@ -70,80 +100,109 @@ def make_plan(
     Raises:
         AdapterError: no site was found, a pattern matches nothing, or a target can't be rewritten.
     """
-    modules, method = dict(base_modules(model)), method_of(config)
+    modules, method = Modules.of(model), method_of(config)
     if not method.targeted:
-        config, whole = method.find(model, config)
-        config = _with_heads(config, heads)
-        return AdapterPlan(config, whole, _saved(modules, config, of_file))
-    config = _resolve(model, modules, config, heads, roles)
-    left_out = _leave_out(modules, config) if of_file else {}
-    selector = config.selector()
-    sites: dict[str, SitePlan] = {}
-    for name in selector.select(modules):
-        sites[name] = method.plan(config, name, _site_kind(name, modules))
-    saved = _saved(modules, config, of_file)
-    sites |= parameter_sites(modules, config, sites, saved)
-    if not sites:
-        raise AdapterError(_nothing_found(config, modules))
+        config, whole = method.find(modules.model, config)
+        config, saved = with_saved(with_heads(config) if heads else config, modules, of_file)
+        return AdapterPlan(config, whole, saved)
+    found = find_targets(modules, config, heads=heads, roles=roles, of_file=of_file)
+    config = found.config
+    sites = {site: method.plan(config, site, kind) for site, kind in found.kinds.items()}
+    sites |= {site: replace(sites[site], wrapped=count) for site, count in found.wrapped.items()}
     _check_patterns(config, sites, of_file)
     weights = [join(site, "weight") for site in sites] if method.brings_weight(config) else []
-    tensors = _bias_names(modules, method.bias(config), sites, saved)
-    return AdapterPlan(config, sites, saved, tensors, weights, left_out)
+    return AdapterPlan(config, sites, list(found.saved), list(found.tensors), weights, dict(found.left_out))
 
 
-def _leave_out(modules: dict[str, nn.Module], config: AdapterConfig) -> dict[str, str]:
-    """Targets that an adapter would do nothing at, from now on excluded, and what was excluded before: name -> why."""
+@matching()
+def find_sites(
+    model: nn.Module | Modules,
+    targets: str | Pattern | Collection[str],
+    *,
+    exclude: str | Pattern | Collection[str] | None = None,
+    parameters: str | Pattern | Collection[str] | None = None,
+    modules_to_save: Sequence[str] = (),
+    bias: Literal["none", "all", "lora_only"] = "none",
+) -> Targets:
+    """The sites that slots are for, whatever adapters come to them: fields of a :class:`~fxpeft.LoraConfig`.
+
+    Raises:
+        AdapterError: as :func:`make_plan`.
+    """
+    modules = Modules.of(model)
+    wanted = LoraConfig(
+        target_modules=targets, exclude_modules=exclude, target_parameters=parameters,
+        modules_to_save=list(modules_to_save) or None, bias=bias,
+    )  # fmt: skip
+    return find_targets(modules, converted(modules, wanted), heads=False)
+
+
+def find_targets(
+    modules: Modules, config: AdapterConfig, *, heads: bool, roles: Roles | None = None, of_file: bool = False
+) -> Targets:
+    """A config's defaults, patterns and names to what they mean in a model, each name looked at once.
+
+    Args:
+        heads, roles, of_file: as in :func:`make_plan`.
+
+    Raises:
+        AdapterError: as :func:`make_plan`.
+    """
+    method = method_of(config)
+    config = copy.deepcopy(config)  # the plan's own from here on
+    if heads:
+        config = with_heads(config)
+    config = with_targets(config, modules)
+    config = with_parameter_names(config, modules, roles)
+    patterns = Patterns.of(config)
+    known = known_roles(modules, patterns.every(), roles)
+    subjects = subjects_of(modules, known) if patterns else []
+    config = with_module_names(config, patterns, subjects, modules)
+
     selector = config.selector()
-    found = {name: why for name in selector.select(modules) if (why := idle(name, modules))}
-    out = {n: "exclude_modules names it" for n in modules if selector.why_not(n) == EXCLUDED} | found
-    if found:
+    why_not = {name: selector.why_not(name) for name in modules}
+    targets, left_out = [name for name, why in why_not.items() if why is None], dict[str, str]()
+    if of_file:
+        config, targets, left_out = _without_idle(config, targets, why_not, modules)
+    if patterns:
+        chosen = set(targets)
+        sites = [s for s in subjects if s.name in chosen]
+        if wanted := getattr(config, "target_parameters", None):
+            named = Selection(wanted, "target_parameters")
+            sites += [s for s in parameter_subjects(modules, known) if named(s.name)]
+        config = with_site_names(config, patterns, sites)
+    config = method.resolve(config, modules.model)
+
+    kinds: dict[str, Kind] = {name: _site_kind(name, modules) for name in targets}
+    config, saved = with_saved(config, modules, of_file)
+    inner = parameter_sites(config, modules, kinds, saved)
+    kinds |= {site: each.kind for site, each in inner.items()}
+    if not kinds:
+        raise AdapterError(_nothing_found(config, why_not))
+    tensors = _bias_names(modules, method.bias(config), kinds, saved)
+    return Targets(config, kinds, {site: each.wrapped for site, each in inner.items()}, saved, tensors, left_out)
+
+
+def _without_idle(
+    config: AdapterConfig, targets: list[str], why_not: Mapping[str, str | None], modules: Modules
+) -> tuple[AdapterConfig, list[str], dict[str, str]]:
+    """Leave out the targets at which an adapter would do nothing: the config excludes them, and name -> why."""
+    idle = {name: why for name in targets if (why := modules.idle(name))}
+    out = {name: "exclude_modules names it" for name, why in why_not.items() if why == EXCLUDED} | idle
+    if idle:
         given = config.exclude_modules
-        config.exclude_modules = [*given, *found] if isinstance(given, list) else spelled(list(out), modules)
-    return out
+        exclude = [*given, *idle] if isinstance(given, list) else spelled(list(out), modules)
+        config = config.changed(exclude_modules=exclude)
+        gone = Selection(list(idle))
+        targets = [name for name in targets if not gone(name)]
+    return config, targets, out
 
 
-def _resolve(
-    model: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig, heads: bool, roles: Roles | None
-) -> AdapterConfig:
-    config = _with_heads(copy.deepcopy(config), heads)
-    if config.target_modules is None and getattr(config, "target_parameters", None):
-        config.target_modules = usual_targets(model) or []
-    elif config.target_modules is None:
-        config.target_modules = default_targets(model, method_of(config).name)
-    elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        config.target_modules = all_linear(model, modules, config.task_type)
-    resolve_parameters(model, modules, config, roles)
-    resolve_patterns(model, modules, config, roles)
-    method_of(config).resolve(config, model)
-    return config
-
-
-def _with_heads(config: AdapterConfig, heads: bool) -> AdapterConfig:
-    """Let the task's head be trained too."""
-    own = HEADS.get(config.task_type or "", ()) if heads else ()
-    if own:
-        saved = config.modules_to_save or []
-        config.modules_to_save = [*saved, *(h for h in own if h not in saved)]
-    return config
-
-
-def all_linear(model: nn.Module, modules: dict[str, nn.Module], task_type: str | None) -> list[str]:
-    """Every linear module but the output head, as PEFT's ``all-linear``, and but those that nothing calls."""
-    head: Any = embedding_layer(model, "output") if isinstance(model, PreTrainedModel) else None
-    if head is None and task_type == "SEQ_CLS":
-        head = next((getattr(model, h) for h in HEADS["SEQ_CLS"] if hasattr(model, h)), None)
-    return [
-        name
-        for name, module in modules.items()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and not idle(name, modules)
-    ]
-
-
-def _site_kind(name: str, modules: dict[str, nn.Module]) -> Any:
-    if why := idle(name, modules):
+def _site_kind(name: str, modules: Modules) -> Kind:
+    if why := modules.idle(name):
         raise AdapterError(f"{name}: {why}; add it to exclude_modules")
     try:
-        return kind_of(modules[name])
+        return modules.kind(name)
     except PassError as error:
         stacks = [leaf for leaf, p in modules[name]._parameters.items() if p is not None and p.ndim == 3]
         hint = f"; its {' and '.join(stacks)} can be named in target_parameters" if stacks else ""
@@ -152,52 +211,7 @@ def _site_kind(name: str, modules: dict[str, nn.Module]) -> Any:
         ) from None
 
 
-def saved_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:
-    """The modules that ``modules_to_save`` means; ``AdapterError`` where one is missing."""
-    return _saved(dict(base_modules(model)), AdapterConfig(modules_to_save=list(wanted) or None))
-
-
-def _saved(modules: dict[str, nn.Module], config: AdapterConfig, loading: bool = False) -> list[str]:
-    wanted = config.modules_to_save or []
-    ends = Endings(wanted)
-    found = [n for n in modules if ends(n)]  # PEFT: a suffix, dotted or not
-    met = {end for n in found for end in ends.of(n)}.union(HEADS.get(config.task_type or "", ()))
-    missing = [w for w in wanted if w not in met]
-    if missing:
-        _tell(f"modules_to_save: no module of the model is named\n{listing(map(short, missing))}", loading)
-    around = set(found)
-    found = [n for n in found if not any(n[:at] in around for at, sign in enumerate(n) if sign == ".")]
-    lists = {n: _parts(n, modules) for n in found if isinstance(modules[n], nn.ModuleList | nn.ModuleDict)}
-    if lists:  # PEFT takes no module without a forward, but the items of such a list by their names
-        heads = HEADS.get(config.task_type or "", ())
-        used = {end for n in found if n not in lists for end in ends.of(n)}.union(heads)
-        config.modules_to_save = [
-            *(w for w in wanted if w in used), *(part for parts in lists.values() for part in parts),
-        ]  # fmt: skip
-    return [part for n in found for part in _parts(n, modules)]
-
-
-def _parts(name: str, modules: dict[str, nn.Module]) -> list[str]:
-    """The modules that an adapter's copies stand beside: a list of modules has no place for them, but its items have.
-
-    Raises:
-        AdapterError: the list has parameters of its own too.
-    """
-    module = modules[name]
-    if not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        return [name]
-    own = [k for k, v in (*module._parameters.items(), *module._buffers.items()) if v is not None]
-    items = [n for n, child in modules.items() if child in module._modules.values()]
-    if own:
-        raise AdapterError(
-            f"modules_to_save: {name} is a {base_class(module).__name__} with {', '.join(own)} of its own, beside "
-            "which an adapter's copy would be one more item of the list; name what is to be trained in it:\n"
-            f"{listing(items)}"
-        )
-    return [part for item in items for part in _parts(item, modules) if base_state(modules[part])]
-
-
-def _bias_names(modules: dict[str, nn.Module], mode: str, sites: dict[str, SitePlan], saved: list[str]) -> list[str]:
+def _bias_names(modules: Modules, mode: str, sites: Collection[str], saved: list[str]) -> list[str]:
     if mode == "none":
         return []
     inside = tuple(f"{name}." for name in saved)
@@ -205,31 +219,23 @@ def _bias_names(modules: dict[str, nn.Module], mode: str, sites: dict[str, SiteP
     return [join(n, "bias") for n in owners if isinstance(modules[n]._parameters.get("bias"), nn.Parameter)]
 
 
-def _check_patterns(config: AdapterConfig, sites: dict[str, SitePlan], loading: bool) -> None:
+def _check_patterns(config: AdapterConfig, sites: Mapping[str, SitePlan], of_file: bool) -> None:
     """A pattern that matches no site is a typo; PEFT would ignore it silently."""
     for name in config.patterns:
-        unused = PatternTable(getattr(config, name, None) or {}, name).unmatched(sites)
+        values = getattr(config, name, None)
+        unused = pattern_table(values, name).unmatched(sites) if values else []
         if unused:
-            _tell(f"{name}: {shown(unused[0])} matches none of the adapter's {len(sites)} sites", loading)
+            passed_over(f"{name}: {shown(unused[0])} matches none of the adapter's {len(sites)} sites", of_file)
 
 
-def _tell(problem: str, loading: bool) -> None:
-    """An error in a new adapter's config; a warning in that of one that was trained."""
-    if not loading:
-        raise AdapterError(problem)
-    warnings.warn(f"{problem}; it is passed over, as in PEFT", stacklevel=4)
-
-
-def _nothing_found(config: AdapterConfig, modules: dict[str, nn.Module]) -> str:
+def _nothing_found(config: AdapterConfig, why_not: Mapping[str, str | None]) -> str:
     targets = config.target_modules
-    suffixes = sorted({n.rpartition(".")[2] for n in modules if n})
+    suffixes = sorted({n.rpartition(".")[2] for n in why_not if n})
     assert not isinstance(targets, Pattern)  # a pattern that selects nothing was refused before
     wanted = [targets] if isinstance(targets, str) else list(targets or ())
     asked = [w[-100:].rpartition(".")[2] for w in wanted[:20]]
     near = [n for w in asked for n in difflib.get_close_matches(w, suffixes, n=5)]
-    selector = config.selector()
-    reasons = ((n, selector.why_not(n)) for n in modules if n)
-    skipped = [f"{n}: {why}" for n, why in reasons if why not in (None, "matches no target")]
+    skipped = [f"{n}: {why}" for n, why in why_not.items() if n and why not in (None, "matches no target")]
     text = f"no module of the model is a target: target_modules={short(targets)}"
     if skipped:
         text += f"\nmatched but left out:\n{listing(skipped)}"

@@ -174,22 +174,19 @@ def check(
     """Tell whether an adapter loads on a model, and whether it swaps there without recompiling; and why not."""
     import torch
 
+    from fxpeft.adapters.loading import load
     from fxpeft.adapters.state import Adapter, state_of
     from fxpeft.checkpoint import read
-    from fxpeft.checkpoint.assigning import assign
-    from fxpeft.checkpoint.layouts import in_layout_of
     from fxpeft.methods import method_of
     from fxpeft.model.empty import empty_model
+    from fxpeft.model.modules import Modules
     from fxpeft.serving.declared import servable
     from fxpeft.serving.swap import lower, serving_of
-    from fxpeft.targets.sites import make_plan
 
     found, bare = read(adapter), empty_model(model)
     answer: dict[str, Any] = {"loads": False, "swaps": False, "why_not": None, "sites": 0}
     try:
-        found = in_layout_of(bare, found)
-        made = make_plan(bare, found.config, heads=False, of_file=True)
-        values = assign(bare, made, found, check_finite=True)
+        made, values = load(Modules(bare), found, check_finite=True)
         answer.update(loads=True, sites=len(made.sites))
         declared = method_of(found.config).declared(found.config)
         if declared in servable():

@@ -85,7 +85,8 @@ class PatternTable:
 
     def __init__(self, keys: Iterable[str], where: str = "rank_pattern") -> None:
         self._keys = list(keys)
-        self._complex: list[tuple[int, Expression]] = []
+        self._complex: dict[int, Expression] = {}
+        self._tried: dict[tuple[int, str], bool] = {}
         # length and places of the dots that stand for any character -> the other characters -> key, whole name or not
         self._simple: dict[int, dict[tuple[int, ...], dict[str, list[tuple[int, bool]]]]] = {}
         for index, key in enumerate(self._keys):
@@ -96,20 +97,25 @@ class PatternTable:
                 shapes = self._simple.setdefault(len(signs), {})
                 shapes.setdefault(free, {}).setdefault(text, []).append((index, bool(found[1])))
             else:
-                self._complex.append((index, compiled(key, where, FORMS["rank_pattern"])))
+                self._complex[index] = compiled(key, where, FORMS["rank_pattern"])
 
     def first(self, name: str) -> str | None:
         """The first key that matches, or ``None``."""
         best = min(self._looked_up(name), default=len(self._keys))
-        tries = (index for index, expression in self._complex if index < best and expression.match(name))
+        tries = (index for index in self._complex if index < best and self._matches(index, name))
         best = next(tries, best)
         return self._keys[best] if best < len(self._keys) else None
 
     def unmatched(self, names: Collection[str]) -> list[str]:
         """The keys that match none of the names."""
         used = {index for name in names for index in self._looked_up(name)}
-        used |= {index for index, expression in self._complex if any(expression.match(name) for name in names)}
+        used |= {index for index in self._complex if any(self._matches(index, name) for name in names)}
         return [key for index, key in enumerate(self._keys) if index not in used]
+
+    def _matches(self, index: int, name: str) -> bool:
+        if (index, name) not in self._tried:
+            self._tried[index, name] = self._complex[index].match(name) is not None
+        return self._tried[index, name]
 
     def _looked_up(self, name: str) -> Iterator[int]:
         for end in _dotted_ends(name):
@@ -120,6 +126,13 @@ class PatternTable:
                         yield index
 
 
+def pattern_table(patterns: Mapping[str, object], where: str = "rank_pattern") -> PatternTable:
+    """The keys' :class:`PatternTable`, made once inside :func:`~fxpeft.passes.targets.regex.limited`."""
+    with limited() as budget:
+        table: PatternTable = budget.keep(patterns, lambda: PatternTable(patterns, where))
+    return table
+
+
 def pattern_value(patterns: Mapping[str, V], key: str, default: V, where: str = "rank_pattern") -> V:
     """The value of the first pattern that matches ``key`` whole or as a dotted suffix.
 
@@ -128,9 +141,8 @@ def pattern_value(patterns: Mapping[str, V], key: str, default: V, where: str = 
     """
     if not patterns:
         return default
-    with limited() as budget:
-        table: PatternTable = budget.keep(patterns, lambda: PatternTable(patterns, where))
-        found = table.first(key)
+    with limited():
+        found = pattern_table(patterns, where).first(key)
     return default if found is None else patterns[found]
 
 

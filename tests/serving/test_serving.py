@@ -20,10 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxpeft
 from fxpeft import checkpoint
+from fxpeft.adapters import loading
 from fxpeft.adapters.state import state_of
 from fxpeft.passes.slots.copies import Copies
 from fxpeft.passes.slots.slot import ActiveRank
-from fxpeft.serving import api, guard, swap
+from fxpeft.serving import guard, swap
 
 IDS = torch.arange(12).view(2, 6)
 
@@ -123,7 +124,7 @@ def test_what_is_saved_from_slots_is_what_was_loaded(old: str, new: str, tmp_pat
 
 
 STEPS = [
-    (checkpoint, "read"), (checkpoint, "assign"), (api, "plan_for"), (swap, "lower"), (swap, "settle"),
+    (checkpoint, "read"), (checkpoint, "assign"), (loading, "plan_for"), (swap, "lower"), (swap, "settle"),
     (swap, "check_together"), (swap, "check_ranks"), (swap, "_show_copies"), (ActiveRank, "set"),
 ]  # fmt: skip
 

@@ -21,20 +21,18 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from fxpeft import checkpoint
-from fxpeft.adapters.state import declared_modules, find_state
+from fxpeft.adapters.loading import load
 from fxpeft.adapters.values import complete, fresh_values, placed, shared_placement
 from fxpeft.checkpoint import Checkpoint
-from fxpeft.checkpoint.layouts import in_layout_of
 from fxpeft.errors import AdapterError, CheckpointError, listing
 from fxpeft.methods import config_class, method_of
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.values import Values
+from fxpeft.model.modules import Modules
 from fxpeft.model.placement import placement
 from fxpeft.model.walk import site_module
 from fxpeft.outside import read_json
-from fxpeft.serving.api import plan_for
-from fxpeft.serving.swap import serving_of
-from fxpeft.targets.sites import AdapterPlan, make_plan
+from fxpeft.targets.sites import AdapterPlan
 
 DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
@@ -181,15 +179,9 @@ def fit(
     config = copy.deepcopy(found.config)
     config.inference_mode = not trainable
     check_injectable(config)
-    found = in_layout_of(model, Checkpoint(found.source, config, found.tensors), conversions=conversions)
-    config = found.config
-    state = find_state(model)
-    if state is None or state.serving is None:
-        plan = make_plan(model, config, heads=False, of_file=True)
-    else:
-        plan = plan_for(model, serving_of(state), config)
     misfit = checkpoint.Misfit()
-    values = checkpoint.assign(model, plan, found, misfit=misfit, declared=declared_modules(model))
+    found = Checkpoint(found.source, config, found.tensors)
+    plan, values = load(Modules(model), found, conversions=conversions, misfit=misfit)
     if not any(values.sites.values()):
         raise CheckpointError(
             f"{found.source}: none of its {len(found.tensors)} tensors belongs to one of the {len(plan.sites)} sites "

@@ -39,6 +39,7 @@ from fxpeft.integrations.transformers.model_state import (
 )  # fmt: skip
 from fxpeft.methods import method_of
 from fxpeft.methods.config import AdapterConfig
+from fxpeft.model.modules import Modules
 from fxpeft.serving.swap import serving_of
 from fxpeft.targets.experts import converted
 from fxpeft.targets.sites import make_plan
@@ -64,7 +65,8 @@ def add_adapter(self: PreTrainedModel, adapter_config: AdapterConfig, adapter_na
     # Transformers notes the base in the caller's own object
     adapter_config.base_model_name_or_path = config.base_model_name_or_path = vars(self).get("name_or_path") or None
     loading.check_injectable(config)
-    plan = make_plan(self, converted(self, config), heads=False)
+    modules = Modules(self)
+    plan = make_plan(modules, converted(modules, config), heads=False)
     leave_slots(self)
     new = Adapter(name, plan, fresh_values(self, plan, autocast=True))
     install_adapter(self, new)

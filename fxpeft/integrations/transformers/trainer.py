@@ -17,13 +17,14 @@ from fxpeft import checkpoint
 from fxpeft.adapters import active_adapters
 from fxpeft.adapters.injection import overwrite
 from fxpeft.adapters.installing import replace_attached
-from fxpeft.adapters.state import Adapter, declared_modules, state_of
-from fxpeft.checkpoint.layouts import in_layout_of
+from fxpeft.adapters.loading import load
+from fxpeft.adapters.state import Adapter, state_of
 from fxpeft.integrations.transformers.held import only_active
 from fxpeft.integrations.transformers.model_state import adapters_of, logger
 from fxpeft.integrations.transformers.saving import UNFINISHED, unfinished
 from fxpeft.methods import method_of
 from fxpeft.methods.values import Values
+from fxpeft.model.modules import Modules
 from fxpeft.model.wrappers import unwrap
 
 FILES = (checkpoint.CONFIG, checkpoint.WEIGHTS)
@@ -36,8 +37,7 @@ def restore(model: PreTrainedModel, folder: str | Path) -> None:
         CheckpointError: it is not a checkpoint of this adapter; nothing was changed.
     """
     adapter = state_of(model).get(only_active(model))
-    found = in_layout_of(model, checkpoint.read(folder))
-    values = checkpoint.assign(model, adapter.plan, found, declared=declared_modules(model))
+    _, values = load(Modules(unwrap(model)), checkpoint.read(folder), plan=adapter.plan)
     if before := unfinished(adapter):
         sites = _resumed(Path(folder), adapter, before, values)
         if sites is None:
