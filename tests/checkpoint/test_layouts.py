@@ -39,7 +39,7 @@ def slots(row: Row, folder: Path, wanted: Tensor) -> None:
     config = fxpeft.adapter_config(known)
     method = method_of(config)
     targets: dict[str, Any] = {"num_virtual_tokens": getattr(config, "num_virtual_tokens", None)}
-    if not method.whole:
+    if method.targeted:
         parameters = getattr(config, "target_parameters", None)
         targets = {"targets": config.target_modules or [], "target_parameters": parameters}
     model = row.wrap(row.base())
