@@ -201,6 +201,7 @@ def _layouts(
     Raises:
         AdapterError: the tensors can't tell that, or which of a module's stacks they are for.
     """
+    method = method_of(plan.config)
     layouts: dict[str, bool] = {}
     first: dict[str, str] = {}
     for site, own in plan.sites.items():
@@ -208,16 +209,17 @@ def _layouts(
         if not isinstance(kind, Batched):
             continue
         layouts[site] = kind.transposed
-        a = tensors.get(method_of(plan.config).key(site, own, "lora_A"))
-        if a is None:
+        if not tensors:
             continue
+        key = method.key(site, own, "lora_A").removeprefix(method.prefix)
+        a = next((tensor for name, tensor in tensors.items() if f".{name}".endswith(f".{key}")), None)
         other = first.setdefault(kind.host(site), site)
         why = None
         if other != site and not exported:
             why = f"and {other}: a graph module does not tell in which order their module has them"
         elif not kind.last and kind.in_features == kind.out_features:
             why = "is square, and the program does not tell whether its module says is_transposed"
-        elif not kind.last and a.shape[-1] == kind.out_features:
+        elif not kind.last and a is not None and a.shape[-1:] == (kind.out_features,):
             layouts[site] = False
         if why is not None:
             raise AdapterError(

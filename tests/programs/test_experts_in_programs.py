@@ -214,10 +214,12 @@ def test_a_square_stack_needs_the_model(tmp_path: Path) -> None:
     model, x = net(5, 5, 4), torch.randn(6, 6)
     peer = saved(model, tmp_path, target_parameters=["stacks.up"])
     program = torch.export.export(model, (x,))
-    with pytest.raises(AdapterError, match=r"stacks.up is square, .*is_transposed.* make the plan with the model"):
-        fxpeft.rewrite(program, tmp_path)
     config = LoraConfig(r=3, lora_alpha=5, target_modules=[], target_parameters=["stacks.up"])
     tensors = peft.get_peft_model_state_dict(peer)
+    bare = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    for source, own in ((tmp_path, None), (config, tensors), (config, bare)):
+        with pytest.raises(AdapterError, match=r"stacks.up is square, .*is_transposed.* make the plan with the model"):
+            fxpeft.rewrite(program, source, state_dict=own)  # type: ignore[arg-type]
     rewritten = fxpeft.rewrite(program, make_plan(model, config), state_dict=tensors)
     torch.testing.assert_close(rewritten.module()(x), peer(x), rtol=0, atol=1e-5)
 
