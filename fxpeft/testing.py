@@ -58,9 +58,9 @@ class GraphCount:
 
 
 def _counters() -> tuple[int, dict[str, int]]:
-    from torch._dynamo.utils import counters
+    from fxpeft.passes.torch_private import captured_graphs
 
-    return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
+    return captured_graphs()
 
 
 @contextmanager
@@ -97,20 +97,19 @@ def no_recompiles(*, warm: bool = False) -> Iterator[GraphCount]:
         RuntimeError: with ``warm``, from a call that would have compiled at all.
     """
     import torch
-    from torch._dynamo.utils import get_compilation_metrics
 
-    earlier = get_compilation_metrics()
+    from fxpeft.passes.torch_private import RecompileError, compilations, error_on_recompile
+
+    known = {id(compiled): compiled for compiled in compilations()}
     with ExitStack() as stack:
         counted = stack.enter_context(count_graphs())
-        stack.enter_context(torch._dynamo.config.patch(error_on_recompile=True))
+        stack.enter_context(error_on_recompile())
         if warm:
             stack.enter_context(torch.compiler.set_stance("fail_on_recompile"))
         yield counted
-    known = set(map(id, earlier))
-    for compiled in get_compilation_metrics():  # torch's config is that of one thread: others went on
+    for compiled in compilations():  # torch's config is that of one thread: others went on
         if id(compiled) not in known and compiled.recompile_reason and compiled.fail_type is None:
-            reason = f"another thread recompiled {compiled.co_name}: {compiled.recompile_reason}"
-            raise torch._dynamo.exc.RecompileError(reason)
+            raise RecompileError(f"another thread recompiled {compiled.co_name}: {compiled.recompile_reason}")
 
 
 def assert_single_graph(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
@@ -124,24 +123,24 @@ def assert_single_graph(function: Callable[..., Any], /, *args: Any, **kwargs: A
         AssertionError: more graphs or none; the message holds the number and what broke the graph.
     """
     import torch
-    from torch._dynamo.testing import CompileCounter
 
     from fxpeft.model.wrappers import unwrap
+    from fxpeft.passes.torch_private import TorchDynamoException, graph_counter
 
     plain = unwrap(function) if isinstance(function, torch.nn.Module) else function
-    counter = CompileCounter()
-    torch._dynamo.reset()
+    counter = graph_counter()
+    torch.compiler.reset()
     try:
         torch.compile(plain, backend=counter, fullgraph=True)(*args, **kwargs)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        torch._dynamo.reset()
+    except TorchDynamoException as error:
+        torch.compiler.reset()
         with count_graphs() as counted:  # what is left of it: breaks inside of a skipped frame don't count
             torch.compile(plain, backend="eager")(*args, **kwargs)
         raise AssertionError(
             f"expected one graph; torch.compile can't capture it whole, and makes {counted.graphs} of it.\n{error}"
         ) from error
     finally:
-        torch._dynamo.reset()
+        torch.compiler.reset()
     if counter.frame_count != 1 or not counter.op_count:
         raise AssertionError(f"expected one graph, found {counter.frame_count} with {counter.op_count} operations")
 
@@ -194,6 +193,7 @@ def assert_swaps_clean(
     import torch
 
     import fxpeft
+    from fxpeft.passes.torch_private import RecompileError
 
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     labels = ["off", *map(str, adapters)]
@@ -222,7 +222,7 @@ def assert_swaps_clean(
         fxpeft.prepare_hotswap(slots, max_rank, targets=targets, **(prepare or {}))
         fxpeft.disable_adapters(slots)
         addresses = _addresses(slots)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         compiled = torch.compile(slots, **{"fullgraph": True, **(compile_options or {})})
         worst, swaps = 0.0, 0
 
@@ -233,7 +233,7 @@ def assert_swaps_clean(
                 raise AssertionError(f"{step}: moved in memory: {', '.join(moved)}")
             try:
                 found = outputs(compiled)
-            except torch._dynamo.exc.RecompileError as error:
+            except RecompileError as error:
                 raise AssertionError(f"{step}: recompiled: {error}") from error
             if problem := _mismatch(found, wanted, rtol, atol):
                 raise AssertionError(f"{step}: the output differs from that of a fresh load: {problem}")
@@ -274,10 +274,11 @@ def _every_pair(n: int) -> Iterator[int]:
 
 def _tensors(output: Any) -> list[Tensor]:
     from torch import Tensor
-    from torch.utils._pytree import tree_leaves
+
+    from fxpeft.passes.torch_private import pytree
 
     output = output.to_tuple() if hasattr(output, "to_tuple") else output
-    return [leaf.clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [leaf.clone() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _mismatch(found: list[Tensor], wanted: list[Tensor], rtol: float, atol: float) -> str:

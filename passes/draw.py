@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import networkx as nx
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxpeft.passes.base import PassError, attribute
 from fxpeft.passes.meta import ROLE, SITE, TARGET
+from fxpeft.passes.torch_private import OpOverload, schema_of
 
 Drawing: TypeAlias = "nx.DiGraph[str]"
 Engine = Literal["dot", "matplotlib"]
@@ -119,8 +119,8 @@ def _name(node: Node) -> str:
         return str(node.target)
     if node.op == "output":
         return "output"
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.partition("::")[2]
+    if isinstance(node.target, OpOverload):
+        return str(schema_of(node.target).name).partition("::")[2]
     return str(getattr(node.target, "__name__", node.target)).rpartition(".")[2]
 
 

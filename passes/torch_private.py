@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from types import CodeType
 from typing import Any
 
@@ -14,12 +16,32 @@ from torch._C._dynamo.eval_frame import (
     set_code_exec_strategy,
     set_fullgraph_compiled_frame_count,
 )
+from torch._dynamo.exc import RecompileError as RecompileError
+from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
+from torch._dynamo.source import ConstantSource as ConstantSource
+from torch._guards import detect_fake_mode
+from torch._ops import HigherOrderOperator as HigherOrderOperator
+from torch._ops import OpOverload as OpOverload
+from torch._ops import OpOverloadPacket as OpOverloadPacket
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx import Graph, GraphModule
+from torch.fx.graph import CodeGen
 from torch.fx.graph_module import _format_import_block
 from torch.package.importer import sys_importer
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.value_ranges import ValueRanges as ValueRanges
 from torch.utils.checkpoint import CheckpointFunction
 
+__all__ = [
+    "ConstantSource", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "OpOverloadPacket", "RecompileError",
+    "TorchDynamoException", "ValueRanges", "pytree",
+]  # fmt: skip
 FSDP = "_is_fsdp_managed_module"  # what FSDP1 and FSDP2 set on the modules whose parameters they come and go with
+INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # where wrappers hold their one module
+COMPILED = "_compiled_call_impl"  # what ``module.compile()`` sets
+MODULE_CALL: CodeType = torch.nn.Module._call_impl.__code__  # the frame in which a module calls hooks and forward
+version_of = operator.attrgetter("_version")  # how often a tensor was written
+copy_each = torch._foreach_copy_  # into tensors from tensors, in one call without the interpreter between
 _CHECKPOINT = {CheckpointFunction.forward.__code__: False, CheckpointFunction.backward.__code__: True}
 
 
@@ -67,6 +89,100 @@ def argument_names(graph: Graph) -> list[str]:
     """The names that a graph of nested arguments, as ``ExportedProgram.module()`` has one, gives its forward's."""
     nested = getattr(graph._codegen, "pytree_info", None)
     return [] if nested is None else list(nested.orig_args)
+
+
+def has_plain_arguments(graph: Graph) -> bool:
+    """Whether a graph's code takes its placeholders as they are, none of them nested in others."""
+    return type(graph._codegen) is CodeGen
+
+
+def schema_of(operator: object) -> Any:
+    """An ATen operator's schema, with ``name`` and ``is_mutable``; ``None`` for any other object."""
+    return getattr(operator, "_schema", None)
+
+
+def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode | None:
+    """The mode that the fake tensors among values belong to; ``None``: there are none."""
+    return detect_fake_mode(list(values))
+
+
+def mark_dynamic(tensor: torch.Tensor, dimension: int, least: int, most: int) -> None:
+    """Let Dynamo take a tensor's size as a symbol between two numbers."""
+    torch._dynamo.mark_dynamic(tensor, dimension, min=least, max=most)
+
+
+def parameter_sources(graph_module: GraphModule) -> dict[str, Any] | None:
+    """Attribute of a graph of Dynamo's -> where it found the parameter; AOTAutograd asks. ``None``: it is no such."""
+    found: dict[str, Any] | None = getattr(graph_module, "_param_name_to_source", None)
+    return found
+
+
+def keep_sources(before: GraphModule, copied: GraphModule) -> None:
+    """Let a copy of a graph of Dynamo's say where its inputs and parameters come from, as the graph does."""
+    if (sources := parameter_sources(before)) is not None:
+        vars(copied)["_param_name_to_source"] = sources
+    for old, new in zip(before.graph.nodes, copied.graph.nodes, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+
+
+def lookup_backend(name: str) -> Callable[..., Callable[..., Any]]:
+    """What ``torch.compile(backend=name)`` would run."""
+    found: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend(name)
+    return found
+
+
+def is_freezing() -> bool:
+    """Whether Inductor folds parameters into constants, so that a swap would have no effect."""
+    return bool(torch._inductor.config.freezing)
+
+
+def aot_compile(module: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], options: Mapping[str, Any]) -> Any:
+    """Inductor's files of a graph, for :func:`package_files`."""
+    from torch._inductor import aot_compile
+
+    return aot_compile(module, args, kwargs, options=dict(options))
+
+
+def package_files(path: str, files: Any, texts: dict[str, str]) -> None:
+    """Write a ``.pt2`` archive with one compiled model, ``"model"``, and further texts by name."""
+    from torch.export.pt2_archive._package import package_pt2
+
+    package_pt2(path, aoti_files={"model": files}, extra_files=texts)
+
+
+def load_package(path: str, **options: Any) -> Any:
+    """A ``.pt2`` archive, with its ``aoti_runners``."""
+    from torch.export.pt2_archive._package import load_pt2
+
+    return load_pt2(path, **options)
+
+
+def captured_graphs() -> tuple[int, dict[str, int]]:
+    """How many graphs Dynamo captured in this process, and how often for which reason it broke one."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
+
+
+def compilations() -> list[Any]:
+    """What Dynamo compiled last, in all threads, each with ``co_name``, ``recompile_reason`` and ``fail_type``."""
+    from torch._dynamo.utils import get_compilation_metrics
+
+    return list(get_compilation_metrics())
+
+
+def error_on_recompile() -> AbstractContextManager[Any]:
+    """Make a recompile in this thread a :class:`RecompileError`, which names the guard."""
+    context: AbstractContextManager[Any] = torch._dynamo.config.patch(error_on_recompile=True)
+    return context
+
+
+def graph_counter() -> Any:
+    """A backend that runs graphs as they are and counts them in ``frame_count``, their operations in ``op_count``."""
+    from torch._dynamo.testing import CompileCounter
+
+    return CompileCounter()
 
 
 KEYED = "_fxpeft_passes"  # torch makes its key of all that a graph module holds, names that it doesn't know too

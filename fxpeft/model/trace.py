@@ -16,9 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from fxpeft.errors import AdapterError
@@ -29,6 +27,7 @@ from fxpeft.passes.source import check_path
 from fxpeft.passes.targets.flow import Flow, flow_of
 from fxpeft.passes.targets.match import module_kind
 from fxpeft.passes.targets.roles import roles_of_sites
+from fxpeft.passes.torch_private import FakeTensorMode, pytree
 
 BATCH, LENGTH = 2, 6
 _tracing = threading.RLock()  # torch.export keeps what it is at in variables of the process
@@ -156,7 +155,7 @@ def trace_model(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Gr
         tries.append({k: v for k, v in given.items() if k == first or not isinstance(v, Tensor)})
     failure: Exception | None = None
     for attempt in tries:
-        moved = tree_map(lambda v: _fake(v, mode) if isinstance(v, Tensor) else v, attempt)
+        moved = pytree.tree_map(lambda v: _fake(v, mode) if isinstance(v, Tensor) else v, attempt)
         try:
             with tracing(), torch.no_grad(), warnings.catch_warnings(), _quiet("torch._subclasses.fake_tensor"):
                 warnings.simplefilter("ignore")

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from fxpeft.passes.base import submodule as own_child
+from fxpeft.passes.torch_private import INNER as INNER
 
-# the name under which a wrapper holds its one module; nobody else's child is called so
-INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # wrappers that call it "module", which may be anybody's child: package and class
 MODULE = frozenset(
     {

@@ -24,6 +24,7 @@ from fxpeft.passes.pipeline import Pipeline
 from fxpeft.passes.rewrite.subgraphs import copy_graph_module
 from fxpeft.passes.slots.slot import slot_of
 from fxpeft.passes.slots.stack import Stack, stack_of
+from fxpeft.passes.torch_private import keep_sources, lookup_backend
 
 __all__ = ["DEFAULT", "PASSES", "backend", "compile"]
 DEFAULT = ("fold_inactive", "clean")  # group: no size was measured to gain, and the grouped A's are there twice
@@ -74,7 +75,7 @@ def backend(
     passes, inner = _chosen(own.pop("passes", DEFAULT)), own.pop("inner", "inductor")
     dump, inner_options, _ = own.pop("dump", None), own.pop("options", {}), own.pop("uuids", None)
     inner_options = {**inner_options, **own}
-    lower = torch._dynamo.lookup_backend(inner) if isinstance(inner, str) else inner
+    lower = lookup_backend(inner) if isinstance(inner, str) else inner
     if inner_options:
         more = {**more, "options": inner_options}
     context = context_of(graph_module, inner_options)
@@ -153,11 +154,7 @@ def _with_stacks(grouped: Callable[..., Any], stacks: Mapping[int, Sequence[int]
 def _copy(graph_module: GraphModule) -> GraphModule:
     """A graph of Dynamo's that passes can change, still known as such: AOTAutograd asks where inputs come from."""
     copied = copy_graph_module(graph_module)
-    if hasattr(graph_module, "_param_name_to_source"):
-        copied._param_name_to_source = graph_module._param_name_to_source
-    for old, new in zip(graph_module.graph.nodes, copied.graph.nodes, strict=True):
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
+    keep_sources(graph_module, copied)
     return copied
 
 

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
-from torch.utils._sympy.value_ranges import ValueRanges
 
 from fxpeft.passes.base import PassError
 from fxpeft.passes.captured.aten import AtenPass
@@ -23,6 +21,7 @@ from fxpeft.passes.pipeline import Pipeline
 from fxpeft.passes.rewrite.lift import LiftPass, drop_unused, last_placeholder, lift_bodies
 from fxpeft.passes.rewrite.subgraphs import copy_graph_module, walk
 from fxpeft.passes.slots.slot import CARRIER, LEAST
+from fxpeft.passes.torch_private import ValueRanges, fake_mode_of, pytree
 
 USER = InputKind.USER_INPUT
 KEYWORDS = ("adapters", "active_rank")
@@ -62,7 +61,7 @@ def lower_to_aten(
     program: ExportedProgram, graph_module: GraphModule, carriers: Collection[Tensor], max_rank: int
 ) -> None:
     """Turn an adapter's nodes into what the program's own nodes are, in all its graphs."""
-    mode = torch._guards.detect_fake_mode([n.meta["val"] for n in graph_module.graph.nodes if "val" in n.meta])
+    mode = fake_mode_of(n.meta["val"] for n in graph_module.graph.nodes if "val" in n.meta)
     if mode is None:
         raise PassError("the program's graph has no values (meta['val']), so it can't be rewritten; export it anew")
     training = program.dialect == "TRAINING"

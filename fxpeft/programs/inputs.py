@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument
-from torch.utils import _pytree as pytree
 
 from fxpeft.errors import AdapterError
+from fxpeft.passes.torch_private import pytree, schema_of
 from fxpeft.programs.exported import USER
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -56,7 +56,7 @@ def describe(program: ExportedProgram) -> dict[str, Any]:
 
 def _written(program: ExportedProgram) -> set[str]:
     """The inputs that the program writes to, perhaps through views, which only a functional graph tells."""
-    schemas = (getattr(node.target, "_schema", None) for node in program.graph.nodes)
+    schemas = (schema_of(node.target) for node in program.graph.nodes)
     if not any(schema is not None and schema.is_mutable for schema in schemas):
         return set()
     return set(program.run_decompositions({}).graph_signature.user_inputs_to_mutate.values())

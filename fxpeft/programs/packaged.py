@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fxpeft import adapters, checkpoint, serving
 from fxpeft.adapters.change import ordinary
@@ -28,6 +27,7 @@ from fxpeft.files import replace_files
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.model.skeleton import Outline, kind_from_json, skeleton
 from fxpeft.passes.slots.slot import FEATURES
+from fxpeft.passes.torch_private import load_package, pytree
 from fxpeft.programs.inputs import fit
 from fxpeft.programs.packaging import MANIFEST, VERSION, WEIGHTS, pattern_of
 from fxpeft.serving.swap import serving_of
@@ -246,11 +246,9 @@ def open_package(path: str | Path, *, num_runners: int = 1) -> Package:
 
 
 def _load(path: Path, num_runners: int) -> tuple[dict[str, Any], Any]:
-    from torch.export.pt2_archive._package import load_pt2
-
     manifest = _manifest(path)  # first, so that no code of a file runs that doesn't even say it is a package
     try:
-        content = load_pt2(str(path), num_runners=num_runners)
+        content = load_package(str(path), num_runners=num_runners)
     except Exception as error:  # torch raises what its archive reader and the dynamic linker raise
         raise AdapterError(f"{path}: can't be opened as a .pt2 package: {error}") from error
     if "model" not in content.aoti_runners:

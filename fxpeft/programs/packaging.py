@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from fxpeft.adapters.state import find_state
 from fxpeft.errors import AdapterError, listing
@@ -30,6 +29,7 @@ from fxpeft.passes.base import PassError
 from fxpeft.passes.live import base_weight, kind_of
 from fxpeft.passes.meta import LIFTED
 from fxpeft.passes.slots.slot import CARRIER
+from fxpeft.passes.torch_private import aot_compile, is_freezing, load_package, package_files, pytree
 from fxpeft.programs.exported import USER
 from fxpeft.programs.inputs import describe, without_gaps
 from fxpeft.programs.rewrites import Slots
@@ -80,7 +80,7 @@ def package(
         raise AdapterError("the model has adapters: package the bare model (fxpeft.remove), then load them into it")
     if model.training:
         raise AdapterError("the model is in training mode, and a package serves: call model.eval() first")
-    if torch._inductor.config.freezing or (options or {}).get("freezing"):
+    if is_freezing() or (options or {}).get("freezing"):
         raise AdapterError("Inductor's freezing folds slots into constants, so swaps would have no effect")
     sites = _sites(model, targets)
     args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
@@ -228,24 +228,21 @@ def _write(
     symbols: Sequence[_Symbol],
     options: dict[str, Any],
 ) -> None:
-    from torch._inductor import aot_compile
-    from torch.export.pt2_archive._package import load_pt2, package_pt2
-
     # Inductor writes one-dimensional constants of up to 8 numbers into the code, where no swap reaches them
     options = {**options, "aot_inductor.package": True, "always_keep_tensor_constants": True}
     make_folder(path.parent)
     assert program.example_inputs is not None
     args, kwargs = program.example_inputs
-    files: Any = aot_compile(program.module(check_guards=False), args, kwargs, options=options)
+    files: Any = aot_compile(program.module(check_guards=False), args, kwargs, options)
     _check_symbols(symbols)
     text = json.dumps(content, indent=1, sort_keys=True)
     with replacing(path) as (unfinished,):
-        package_pt2(str(unfinished), aoti_files={"model": files}, extra_files={MANIFEST: text})
+        package_files(str(unfinished), files, {MANIFEST: text})
         if weights:
             with zipfile.ZipFile(unfinished, "a") as archive:  # package_pt2 takes text only
                 root = archive.namelist()[0].partition("/")[0]
                 archive.writestr(f"{root}/{WEIGHTS}", save_tensors(weights))
-        held = set(load_pt2(str(unfinished)).aoti_runners["model"].get_constant_fqns())
+        held = set(load_package(str(unfinished)).aoti_runners["model"].get_constant_fqns())
         lost = [name for name in program.constants if name.startswith("slot.") and name not in held]
         if lost:
             raise AdapterError(f"Inductor folded slots into the code, where no swap reaches them:\n{listing(lost)}")

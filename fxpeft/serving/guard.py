@@ -10,7 +10,6 @@ from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fxpeft.adapters.lock import SwapLock
 from fxpeft.adapters.state import find_state
@@ -18,8 +17,7 @@ from fxpeft.errors import LockTimeout
 from fxpeft.model.wrappers import named_modules, submodule
 from fxpeft.passes.live import Container, lock_module, unlock_module
 from fxpeft.passes.live.locked import LOCK
-
-_CALL = nn.Module._call_impl.__code__
+from fxpeft.passes.torch_private import MODULE_CALL, pytree
 
 
 class ModelLock(SwapLock):
@@ -93,7 +91,7 @@ def _inside(parts: Collection[int], besides: Collection[int]) -> bool:
     for thread, top in sys._current_frames().items():
         frame = None if thread in besides else top
         while frame is not None:
-            if frame.f_code is _CALL and id(frame.f_locals.get("self")) in parts:
+            if frame.f_code is MODULE_CALL and id(frame.f_locals.get("self")) in parts:
                 return True
             frame = frame.f_back
     return False

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from fxpeft.adapters.attach import detach
@@ -19,6 +18,7 @@ from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import PassError
 from fxpeft.passes.slots.slot import ActiveRank
 from fxpeft.passes.targets.terms import Pattern
+from fxpeft.passes.torch_private import is_freezing
 from fxpeft.serving import prompts as prompts_serving
 from fxpeft.serving.base_loads import watch_loads
 from fxpeft.serving.binding import bind_slots
@@ -74,7 +74,7 @@ def prepare_hotswap(
     """
     model = unwrap(model)
     check_slots(methods, max_rank, rank)
-    if torch._inductor.config.freezing:
+    if is_freezing():
         raise AdapterError("torch._inductor.config.freezing folds slots into constants, so swaps would have no effect")
     existing = find_state(model)
     if is_prepared(model):

@@ -24,6 +24,7 @@ from fxpeft.passes.recent import Recent
 from fxpeft.passes.slots.copies import Copies
 from fxpeft.passes.slots.slot import FEATURES, LEAST, ActiveRank, Slot
 from fxpeft.passes.targets.kinds import Kind
+from fxpeft.passes.torch_private import version_of
 from fxpeft.serving import prompts as prompts_serving
 from fxpeft.serving.guard import ModelLock
 from fxpeft.targets.sites import AdapterPlan
@@ -361,4 +362,4 @@ def _holds(serving: Serving, path: str, owner: Values | None, written: tuple[tup
 
 def _written(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
     """Which tensors, and how often they were written: other weights of the base make its copies stale."""
-    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
+    return tuple((id(t), 0 if t.is_inference() else version_of(t)) for t in tensors)

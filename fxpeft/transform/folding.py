@@ -33,6 +33,7 @@ from fxpeft.methods.base import Base, SlotValues
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import PassError, attribute, join
 from fxpeft.passes.live.product import Product
+from fxpeft.passes.torch_private import is_freezing
 from fxpeft.serving.release import remove
 from fxpeft.transform.writing import write_and_run
 
@@ -117,7 +118,7 @@ def refold(model: nn.Module, names: str | Sequence[str], *, safe: bool = False) 
             graph then has copies of the weights.
     """
     model, state = unwrap(model), state_of(model)
-    if torch._inductor.config.freezing:
+    if is_freezing():
         raise AdapterError("torch._inductor.config.freezing folds weights into constants: a swap would have no effect")
     fold_instead(model, state, list(dict.fromkeys([names] if isinstance(names, str) else names)), [], safe=safe)
 

@@ -9,12 +9,11 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
 
 from fxpeft.passes.backend.backend_pass import BackendPass, Context
 from fxpeft.passes.base import PassError, RewriteResult, attribute, tensor_of
 from fxpeft.passes.captured.dynamo import name_operands
-from fxpeft.passes.torch_private import key_graph
+from fxpeft.passes.torch_private import key_graph, pytree
 
 
 class Step:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Node
+
+from fxpeft.passes.torch_private import HigherOrderOperator, OpOverload, OpOverloadPacket, schema_of
 
 _STATEFUL = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
 _INPLACE = {
@@ -28,9 +29,9 @@ def may_write(node: Node) -> bool:
         return True
     target: Any = node.target
     if isinstance(target, OpOverload):
-        return bool(target._schema.is_mutable)
+        return bool(schema_of(target).is_mutable)
     if isinstance(target, OpOverloadPacket):
-        return any(getattr(target, overload)._schema.is_mutable for overload in target.overloads())  # type: ignore[no-untyped-call]
+        return any(schema_of(getattr(target, overload)).is_mutable for overload in target.overloads())  # type: ignore[no-untyped-call]
     if isinstance(target, HigherOrderOperator):
         return True
     # an activation's ``inplace`` may be any of its arguments; a group is lost at most where it was another one

@@ -6,20 +6,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, StrictMinMaxConstraint
 from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
-from torch.utils._sympy.value_ranges import ValueRanges
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, attribute
 from fxpeft.passes.live.signature import Unknown, frozen, signature
 from fxpeft.passes.meta import REDIRECT, REWRITE, SITE
 from fxpeft.passes.rewrite.inject import rename
 from fxpeft.passes.slots.slot import LEAST
+from fxpeft.passes.torch_private import ConstantSource, FakeTensorMode, ValueRanges, pytree
 
 # decomposed, torch's matmul of a vector squeezes its product in place, and an inference IR knows no such operators
 _OUT_OF_PLACE = {torch.ops.aten.squeeze_.dim: torch.ops.aten.squeeze.dim}

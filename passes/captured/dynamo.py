@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from fxpeft.passes.base import attribute
 from fxpeft.passes.meta import READS
 from fxpeft.passes.targets.reading import calling_module
+from fxpeft.passes.torch_private import ConstantSource, parameter_sources
 
 _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]|\.(\w+)|\[(\d+)\]")
 
@@ -50,11 +51,9 @@ def annotate_sources(graph_module: GraphModule) -> dict[str, Any]:
 
 def name_operands(graph_module: GraphModule) -> None:
     """Give the tensors that passes brought the sources that AOTAutograd asks every one of a Dynamo graph for."""
-    sources = getattr(graph_module, "_param_name_to_source", None)
+    sources = parameter_sources(graph_module)
     if sources is None:
         return
-    from torch._dynamo.source import ConstantSource
-
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
             path = str(node.target)

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.graph import CodeGen
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, attribute
 from fxpeft.passes.meta import INPUTS, LIFTED, OPERAND, REDIRECT, REWRITE, SITE
 from fxpeft.passes.rewrite.inject import get_attr, install, rename
 from fxpeft.passes.rewrite.subgraphs import Call, calls
+from fxpeft.passes.torch_private import has_plain_arguments
 
 HANDED = ("operand",)  # as REWRITE: an adapter's operand on its way into a body
 
@@ -169,7 +169,7 @@ def hand_in(graph_module: GraphModule) -> None:
         PassError: the graph takes nested arguments, whose structure is not in the graph.
     """
     graph = graph_module.graph
-    if type(graph._codegen) is not CodeGen:
+    if not has_plain_arguments(graph):
         raise PassError("this graph module's arguments are nested; rewrite the ExportedProgram it came from")
     if any(n.op == "placeholder" and n.target == "adapters" for n in graph.nodes):
         raise PassError("the graph has an argument named 'adapters' already; eject that adapter first")

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
 from fxpeft.passes.base import attribute, node_of
 from fxpeft.passes.meta import BODY, READS, REDIRECT, REWRITE
 from fxpeft.passes.targets.reading import read_path, value_of
+from fxpeft.passes.torch_private import HigherOrderOperator
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 from torch import Tensor, nn
 
+from fxpeft.passes.torch_private import copy_each
+
 
 class Copies:
     """``to.copy_(source)`` for pairs of equal shape, as often as wanted. Nothing may need a gradient.
@@ -86,7 +88,7 @@ def _is_plain(tensor: Tensor) -> bool:
 @torch.no_grad()
 def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
     if pairs:
-        torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs])  # one call: no lock between
+        copy_each([to for to, _ in pairs], [source for _, source in pairs])  # one call: no lock between
 
 
 @functools.cache

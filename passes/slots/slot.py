@@ -21,6 +21,7 @@ from torch import Tensor
 from fxpeft.passes.container import Container
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
+from fxpeft.passes.torch_private import mark_dynamic
 
 FEATURES = {"g_in": ("in_features", 1.0), "g_out": ("out_features", 1.0), "shift": ("out_features", 0.0)}
 NEUTRAL = {"d": 0, "shift": 0, "g_in": 1, "g_out": 1}  # what is in a slot that holds nothing
@@ -45,7 +46,7 @@ class ActiveRank:
         with torch.inference_mode(False):  # to Dynamo a tensor of inference mode is another kind
             carrier = torch.empty(rank, 0, dtype=torch.float32)
         if self.max_rank > LEAST:
-            torch._dynamo.mark_dynamic(carrier, 0, min=LEAST, max=self.max_rank)
+            mark_dynamic(carrier, 0, LEAST, self.max_rank)
         self.rank, self.carrier = rank, carrier
         return rank
 

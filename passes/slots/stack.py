@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fxpeft.passes.slots.slot import ActiveRank, slot_of
+from fxpeft.passes.torch_private import version_of
 
-_version = operator.attrgetter("_version")
 _writing = threading.Lock()
 
 
@@ -51,7 +51,7 @@ class Stack:
 
     def refreshed(self) -> Tensor:
         """The stack; its active ranks are those of the sources."""
-        versions, rank = tuple(map(_version, self.sources)), self.rank.rank if self.rank else len(self.tensor)
+        versions, rank = tuple(map(version_of, self.sources)), self.rank.rank if self.rank else len(self.tensor)
         held, ranks = self._holds
         if versions != held or ranks < rank:
             with _writing, torch.no_grad():

@@ -18,15 +18,14 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import networkx as nx
-import torch
 from torch import nn
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
 from fxpeft.passes.base import attribute
 from fxpeft.passes.targets.match import read_target
 from fxpeft.passes.targets.operations.linear import Linear
 from fxpeft.passes.targets.reading import Unsupported
+from fxpeft.passes.torch_private import OpOverload, pytree, schema_of
 
 Flow: TypeAlias = "nx.MultiDiGraph[str]"
 
@@ -87,8 +86,8 @@ def operation(graph_module: GraphModule, node: Node) -> str:
     if node.op == "call_method":
         return str(node.target).rstrip("_")
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        plain = target._schema.name.partition("::")[2]
+    if isinstance(target, OpOverload):
+        plain = str(schema_of(target).name).partition("::")[2]
         return plain.strip("_") if plain.endswith("__") else plain.rstrip("_")  # __and__, but _grouped_mm
     return str(getattr(target, "__name__", target)).strip("_")
 
@@ -124,7 +123,7 @@ class _Lift:
         if node.op == "get_attr":
             held = _find(self.gm, str(node.target))
             return _Value(parameter=str(node.target)) if isinstance(held, nn.Parameter) else _Value()
-        operands = [leaf for leaf in tree_leaves((node.args, node.kwargs)) if isinstance(leaf, Node)]
+        operands = [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(leaf, Node)]
         if node.op == "output":
             return self.vertex(node, "output", operands)
         try:

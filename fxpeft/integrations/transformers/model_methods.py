@@ -40,6 +40,7 @@ from fxpeft.integrations.transformers.model_state import (
 from fxpeft.methods import method_of
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.model.modules import Modules
+from fxpeft.passes.torch_private import COMPILED
 from fxpeft.serving.swap import serving_of
 from fxpeft.targets.experts import converted
 from fxpeft.targets.sites import make_plan
@@ -267,7 +268,7 @@ def enable_peft_hotswap(
     if target_rank < 1:
         raise AdapterError(f"target_rank: expected a positive integer, found {target_rank}")
     present = bool(adapters_of(self))
-    late = present or getattr(self, "_compiled_call_impl", None) is not None
+    late = present or getattr(self, COMPILED, None) is not None
     what = "loading the first adapter" if present else "compiling the model"
     if late and check_compiled == "error":
         raise RuntimeError(f"Call `enable_peft_hotswap` before {what}.")

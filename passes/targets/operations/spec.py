@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.reading import Weight
+from fxpeft.passes.torch_private import OpOverload
 
 
 class Places(NamedTuple):
