@@ -73,12 +73,15 @@ def test_one_sites_requires_grad() -> None:
     model = tiny_llama()
     fxpeft.add_adapter(model, LoraConfig(**config))
     own = model.model.layers[0].self_attn.q_proj.adapters.default
-    own.requires_grad_(False)  # parameter by parameter, until adapters are switched
+    own.requires_grad_(False)  # parameter by parameter, until adapters are chosen or switched; a block puts it back
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 2
     assert all("layers.1" in name for name in trained)
     with fxpeft.disabled(model):
         assert not any(p.requires_grad for p in model.parameters())
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == trained
+    fxpeft.disable_adapters(model)
+    fxpeft.enable_adapters(model)
     assert len([p for p in model.parameters() if p.requires_grad]) == 4
 
 
