@@ -11,19 +11,19 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from fxpeft.checkpoint.keys import PART, check_adapters_own, file_keys
+from fxpeft.checkpoint.keys import check_adapters_own, file_keys, parts_known
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.base import Method
 from fxpeft.methods.config import AdapterConfig, matching
 from fxpeft.methods.ia3 import IA3Config
 from fxpeft.methods.lora import LoraConfig
-from fxpeft.methods.registry import bare_keys
 from fxpeft.model.modules import Modules
 from fxpeft.outside import dense
 from fxpeft.passes.targets.names import NameSelector, Selection
 from fxpeft.targets.resolve import spelled
 
+_LORA = {"lora_A", "lora_B", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
 _WHOLE = "say so in a config, and pass that too"
 
 
@@ -62,7 +62,7 @@ def peft_keys(state_dict: Mapping[str, Tensor], *, shapes_only: bool = False) ->
         }  # fmt: skip
     found = file_keys(dense(state_dict, source), source)
     check_adapters_own(found, source)
-    bare = bare_keys()
+    bare = parts_known().bare
     return {key if key in bare else f"{Method.prefix}{_bare(key)}": tensor for key, tensor in found.items()}
 
 
@@ -121,6 +121,10 @@ def _inferred(tensors: Mapping[str, Tensor], modules: Modules | None, alpha: flo
     if "ia3_l" in every or every & {"lora_E", "lora_ranknum"}:
         what = "AdaLoRA's schedule and ranks are" if "ia3_l" not in every else "these keys are of two methods, which is"
         raise AdapterError(f"state_dict: {what} not in its tensors; {_WHOLE}")
+    if more := sorted(every - _LORA):
+        raise AdapterError(
+            f"state_dict: {', '.join(more)}: a method whose config holds more than its tensors; {_WHOLE}"
+        )
     rank, others = _ranks(parts)
     settings: dict[str, Any] = {"lora_alpha": rank, "alpha_pattern": dict(others)}
     if alpha is not None:
@@ -138,8 +142,9 @@ def _bare(key: str) -> str:
 def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Site -> part of PEFT's key -> tensor."""
     parts: dict[str, dict[str, Tensor]] = {}
+    known = parts_known().part
     for key, tensor in tensors.items():
-        match = PART.fullmatch(_bare(key))
+        match = known.fullmatch(_bare(key))
         if match is not None:
             part = f"{match['part']}.bias" if match["leaf"] == "bias" else match["part"]
             parts.setdefault(match["site"], {})[part] = tensor
@@ -180,10 +185,11 @@ def _targets(sites: list[str], modules: Modules | None) -> list[str] | str:
 def _saved(tensors: Mapping[str, Tensor], parts: Mapping[str, object]) -> list[str]:
     """Modules of which the tensors bring more than a bias."""
     owners: dict[str, set[str]] = {}
-    for key in tensors:
+    known = parts_known()
+    for key in [key for key in tensors if key not in known.bare]:
         short = _bare(key).replace(".modules_to_save.", ".")
         owner, _, leaf = short.rpartition(".")
-        if PART.fullmatch(short) is None and owner and owner not in parts and not owner.endswith(".base_layer"):
+        if known.part.fullmatch(short) is None and owner and owner not in parts and not owner.endswith(".base_layer"):
             owners.setdefault(owner, set()).add(leaf)
     return [owner for owner, leaves in owners.items() if leaves != {"bias"}]
 
@@ -196,7 +202,8 @@ def _bias(tensors: Mapping[str, Tensor], parts: Mapping[str, object]) -> Literal
 
 
 def _biases(tensors: Iterable[str]) -> list[str]:
-    return [key for key in tensors if key.endswith(".bias") and PART.fullmatch(_bare(key)) is None]
+    known = parts_known().part
+    return [key for key in tensors if key.endswith(".bias") and known.fullmatch(_bare(key)) is None]
 
 
 def _compare(said: list[str], found: list[str]) -> None:

@@ -3,24 +3,64 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 from torch import Tensor, nn
 
 from fxpeft.errors import CheckpointError, listing
+from fxpeft.methods import METHODS
+from fxpeft.methods.base import Method
 from fxpeft.model.wrappers import INNER, plain_name
+from fxpeft.passes.targets.operations.registry import kinds
 
-# PEFT's names of parameters below a site; an adapter's name may follow, as in PEFT's modules, and then weight or bias
-PART = re.compile(
-    r"(?P<site>.+?)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector|lora_E|lora_ranknum|ia3_l)"
-    r"(?:\.(?P<name>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
-)
-# at a glance, over all keys at once: most files have none of it, and a swap reads one each time
-_ODD = re.compile(
-    rf"\b(?:{'|'.join(INNER)})\.|^module\.base_model\.|\.lora_magnitude_vector\.|"
-    r"\.(?:lora_(?:embedding_)?[AB]|lora_E|lora_ranknum|ia3_l)\.(?!(?:weight|bias)$)",
-    re.MULTILINE,
-)
+_MORE = ("lora_ranknum",)  # a part of PEFT's modules that fxpeft has no parameter for
+_MAGNITUDE = "lora_magnitude_vector"  # the one part that is a weight in memory and none in a file
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The names that PEFT's keys have below a site.
+
+    Args:
+        part: a key in its parts: ``site``, ``part``, and what may follow: an adapter's ``name``, as in PEFT's modules,
+            and ``leaf``, weight or bias.
+        odd: whether any of many keys, one a line, has what a file has not: most files have none of it, and a swap
+            reads one each time.
+        leafed: the parts that are followed by weight or bias in files too.
+        bare: keys that name no module.
+    """
+
+    part: re.Pattern[str]
+    odd: re.Pattern[str]
+    leafed: frozenset[str]
+    bare: frozenset[str]
+
+
+def parts_known() -> Parts:
+    """Those of all methods that there are now."""
+    return _parts(tuple(METHODS))
+
+
+@lru_cache(maxsize=8)
+def _parts(methods: Sequence[Method[Any]]) -> Parts:
+    keys = {key for method in methods if method.targeted for kind in kinds() for key in method.keys(kind).values()}
+    leafed = frozenset(key.rpartition(".")[0] for key in keys if key.endswith((".weight", ".bias")))
+    names = {key for key in keys if key.rpartition(".")[0] not in leafed} | leafed | {*_MORE}
+    every = "|".join(map(re.escape, sorted(names, key=lambda name: (-len(name), name))))
+    return Parts(
+        re.compile(
+            rf"(?P<site>.+?)\.(?P<part>{every})(?:\.(?P<name>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
+        ),
+        re.compile(
+            rf"\b(?:{'|'.join(INNER)})\.|^module\.base_model\.|\.{_MAGNITUDE}\.|\.(?:{every})\.(?!(?:weight|bias)$)",
+            re.MULTILINE,
+        ),
+        leafed,
+        frozenset(key for method in methods for key in method.bare_keys()),
+    )
 
 
 def file_keys(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -29,26 +69,29 @@ def file_keys(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: tensors of several adapters, or two of one place.
     """
-    if not _ODD.search("\n".join(tensors)):
+    parts = parts_known()
+    if not parts.odd.search("\n".join(tensors)):
         return dict(tensors)
-    names = {m["name"] for key in tensors if (m := PART.fullmatch(key)) and m["name"]}
+    names = {m["name"] for key in tensors if (m := parts.part.fullmatch(key)) and m["name"]}
     if len(names) > 1:
         raise CheckpointError(f"{source}: expected one adapter's tensors, found those of {', '.join(sorted(names))}")
     out: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        plain = _in_file(plain_name(key).removeprefix("module."), names)
+        plain = _in_file(plain_name(key).removeprefix("module."), names, parts)
         if plain in out:
             raise CheckpointError(f"{source}: two tensors have the place {plain}; are they of two adapters?")
         out[plain] = tensor
     return out
 
 
-def _in_file(key: str, names: set[str]) -> str:
-    match = PART.fullmatch(key)
+def _in_file(key: str, names: set[str], parts: Parts) -> str:
+    match = parts.part.fullmatch(key)
     if match is not None:
-        leaf = match["leaf"] if match["part"] in ("lora_A", "lora_B") else None
+        leaf = match["leaf"] if match["part"] in parts.leafed else None
         return ".".join(atom for atom in (match["site"], match["part"], leaf) if atom)
     for name in names:
+        if (bare := key.removesuffix(f".{name}")) in parts.bare:
+            return bare
         key = key.replace(f".modules_to_save.{name}.", ".")
     return key
 
@@ -81,7 +124,8 @@ def check_adapters_own(tensors: Mapping[str, Tensor], source: str) -> None:
     Raises:
         CheckpointError: the sites' own weights are among them.
     """
-    sites = {m["site"] for key in tensors if (m := PART.fullmatch(key)) and m["part"] in ("lora_A", "ia3_l")}
+    part = parts_known().part
+    sites = {m["site"] for key in tensors if (m := part.fullmatch(key)) and not m["part"].startswith("lora_embedding_")}
     base = [key for key in tensors if key.endswith(".base_layer.weight") and key.rpartition(".base_layer.")[0] in sites]
     if base:
         raise CheckpointError(

@@ -47,8 +47,3 @@ def config_class(peft_type: object, source: str) -> type[AdapterConfig]:
 def slot_needs() -> dict[str, frozenset[str]]:
     """What ``prepare_hotswap(methods=...)`` may declare -> the slot features that it takes."""
     return {name: frozenset(needs) for m in reversed(METHODS) for name, needs in (m.needs or {m.name: ()}).items()}
-
-
-def bare_keys() -> frozenset[str]:
-    """The keys in PEFT's files that name no module, of all methods."""
-    return frozenset(key for method in METHODS for key in method.bare_keys())

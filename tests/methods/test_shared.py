@@ -339,6 +339,22 @@ def test_values_are_overwritten_and_filled_later() -> None:
     close(output(empty), expected)
 
 
+def test_keys_as_modules_in_memory_have_them() -> None:
+    model = adapted(config(save_projection=True))
+    tensors = fxpeft.adapter_state_dict(model)
+    named = {f"{key}.tuned": tensor.clone() for key, tensor in tensors.items()}  # PEFT's, before it strips the name
+    assert {"base_model.pair_A.tuned", f"base_model.model.{FIRST}.pair_d.tuned"} <= named.keys()
+    injected = tiny_llama()
+    with pytest.warns(RuntimeWarning, match=r"only in the state_dict, and taken:\n.*k_proj"):
+        fxpeft.inject(injected, named, PairConfig(r=5, save_projection=True, target_modules=["q_proj", "down_proj"]))
+    assert fxpeft.adapter_config(injected).modules_to_save is None
+    close(output(injected), output(model))
+    with pytest.raises(fxpeft.CheckpointError, match="expected one adapter's tensors, found those of other, tuned"):
+        fxpeft.inject(tiny_llama(), {**named, f"base_model.model.{FIRST}.pair_d.other": torch.ones(5)}, config())
+    with pytest.raises(fxpeft.AdapterError, match=r"pair_b, pair_d: a method whose config holds more than its tensors"):
+        fxpeft.infer_config(tensors)
+
+
 def test_it_is_trained_where_the_method_says_so(tmp_path: Path) -> None:
     model = adapted(config(train_projection=True, save_projection=True))
     parameters = [p for p in model.parameters() if p.requires_grad]
