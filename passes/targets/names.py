@@ -86,7 +86,7 @@ class PatternTable:
     def __init__(self, keys: Iterable[str], where: str = "rank_pattern") -> None:
         self._keys = list(keys)
         self._complex: dict[int, Expression] = {}
-        self._tried: dict[tuple[int, str], bool] = {}
+        self._used: set[int] = set()  # those that were a first one
         # length and places of the dots that stand for any character -> the other characters -> key, whole name or not
         self._simple: dict[int, dict[tuple[int, ...], dict[str, list[tuple[int, bool]]]]] = {}
         for index, key in enumerate(self._keys):
@@ -102,20 +102,19 @@ class PatternTable:
     def first(self, name: str) -> str | None:
         """The first key that matches, or ``None``."""
         best = min(self._looked_up(name), default=len(self._keys))
-        tries = (index for index in self._complex if index < best and self._matches(index, name))
+        tries = (index for index, expression in self._complex.items() if index < best and expression.match(name))
         best = next(tries, best)
-        return self._keys[best] if best < len(self._keys) else None
+        if best == len(self._keys):
+            return None
+        self._used.add(best)
+        return self._keys[best]
 
     def unmatched(self, names: Collection[str]) -> list[str]:
-        """The keys that match none of the names."""
-        used = {index for name in names for index in self._looked_up(name)}
-        used |= {index for index in self._complex if any(self._matches(index, name) for name in names)}
+        """The keys that match none of the names; what :meth:`first` gave for one of them isn't tried again."""
+        used = self._used.union(*map(self._looked_up, names))
+        left = ((index, expression) for index, expression in self._complex.items() if index not in used)
+        used |= {index for index, expression in left if any(expression.match(name) for name in names)}
         return [key for index, key in enumerate(self._keys) if index not in used]
-
-    def _matches(self, index: int, name: str) -> bool:
-        if (index, name) not in self._tried:
-            self._tried[index, name] = self._complex[index].match(name) is not None
-        return self._tried[index, name]
 
     def _looked_up(self, name: str) -> Iterator[int]:
         for end in _dotted_ends(name):

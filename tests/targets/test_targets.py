@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from closeness import assert_close
-from tiny import randomise, tiny_gpt2, tiny_llama
+from tiny import randomise, tiny_bert, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 
 import fxpeft
@@ -20,6 +20,7 @@ from fxpeft.adapters.state import state_of
 from fxpeft.passes.targets.names import NameSelector
 from fxpeft.passes.targets.patterns import layers, name, role
 from fxpeft.targets.resolve import spelled
+from fxpeft.targets.sites import make_plan
 
 IDS = torch.arange(12).view(2, 6)
 Q = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
@@ -98,6 +99,24 @@ def test_exclude_alone_can_be_a_pattern() -> None:
 def test_modules_to_save_are_left_out_as_with_peft() -> None:
     assert "lm_head" in sites(adapted("kind:linear"))
     assert "lm_head" not in sites(adapted("kind:linear", modules_to_save=["lm_head"]))
+
+
+def test_a_rank_pattern_is_asked_about_sites_not_about_modules_to_save() -> None:
+    config = LoraConfig(
+        r=2, target_modules="kind:linear & ~name:**.attention.**", modules_to_save=["classifier"],
+        rank_pattern={"kind:linear & in=24": 5}, alpha_pattern={"name:**.output.dense": 7},
+    )  # fmt: skip
+    plan = make_plan(tiny_bert(), config)
+    layers = {
+        f"bert.encoder.layer.{i}.{part}.dense": r for i in (0, 1) for part, r in (("intermediate", 5), ("output", 2))
+    }
+    assert {site: own.rank for site, own in plan.sites.items()} == {**layers, "bert.pooler.dense": 5}
+    assert {site for site, own in plan.sites.items() if own.scaling == 7 / 2} == {s for s in layers if "output" in s}
+    assert plan.saved == ["classifier"]
+    assert not any("classifier" in key for key in plan.config.rank_pattern)  # type: ignore[attr-defined]
+    lost = LoraConfig(target_modules="kind:linear", modules_to_save=["classifier"], rank_pattern={"out=3": 5})
+    with pytest.raises(AdapterError, match=r"rank_pattern='out=3' selects nothing"):
+        make_plan(tiny_bert(), lost)
 
 
 def test_prepare_hotswap_takes_patterns() -> None:
