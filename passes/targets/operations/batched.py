@@ -133,7 +133,7 @@ def aligned(x: Tensor, ranks: int) -> Tensor:
     if not isinstance(missing, int):
         raise PassError(
             "a number of ranks that changes from call to call is nothing for torch's grouped product of experts, whose "
-            "rows are multiples of 16 bytes; use rank='static', or export with experts_implementation='batched_mm'"
+            "rows are multiples of 16 bytes; use rank='static', or model.set_experts_implementation('batched_mm') first"
         )
     return F.pad(x, [0, 0] * (x.ndim - 1 if ranks == 0 else 0) + [0, missing])
 
