@@ -16,6 +16,21 @@ import fxpeft
 
 torch.set_num_threads(1)
 
+ACROSS_ROOMS = ("compile", "hostile", "integrations", "peers")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Coverage is that of the rooms' own fast tests, of many cases the first and last: tracing all takes minutes."""
+    if not config.pluginmanager.hasplugin("_cov"):
+        return
+    cases: dict[tuple[object, object], list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+    traced = {id(item) for same in cases.values() for item in (same[0], same[-1])}
+    for item in items:
+        if id(item) not in traced or item.get_closest_marker("slow") or item.path.parent.name in ACROSS_ROOMS:
+            item.add_marker("no_cover")
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
