@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -130,3 +131,9 @@ def threads(*functions: Callable[[], None]) -> Iterator[None]:
     assert not any(thread.is_alive() for thread in running)
     if errors:
         raise errors[0]
+
+
+def swap_elsewhere(model: nn.Module, name: str) -> None:
+    """Swap in another thread; an error of its is raised here."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(fxpeft.set_adapter, model, name).result(timeout=30)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from swapping import fresh, write_adapters
-from torch import Tensor
+from swapping import fresh, prepared, write_adapters
+from torch import Tensor, nn
 
 
 @pytest.fixture(scope="module")
@@ -15,3 +15,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def outputs(folders: dict[str, str]) -> dict[str, Tensor]:
     return {name: fresh(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture
+def model(folders: dict[str, str]) -> nn.Sequential:
+    return prepared(folders, lock_timeout=30)
