@@ -6,14 +6,12 @@ import copy
 import pickle
 import subprocess
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from closeness import assert_close
 from graphs import lora
 from torch import Tensor, nn
@@ -314,106 +312,3 @@ def test_another_module_answers() -> None:
     assert list(bare.state_dict()) == ["weight", "bias"]
     unbind(module)
     assert torch.equal(module(x), bare(x))
-
-
-# --- forwards that belong to the instance ---
-
-
-def replace_forward(module: nn.Module) -> Callable[..., Tensor]:
-    """Double the output, by a forward set on the instance."""
-
-    def forward(self: nn.Linear, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias) * 2
-
-    module.forward = types.MethodType(forward, module)
-    return module.forward
-
-
-@pytest.mark.parametrize("hooked", [False, True], ids=["bare", "hooked"])
-def test_a_forward_set_on_the_instance_goes_on_running(hooked: bool) -> None:
-    module, x = make("linear")
-    forward = replace_forward(module)
-    bare = module(x)
-    if hooked:
-        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
-    for names in (("mine",), ("mine", "other")):  # bound once, and again over the first
-        adapt(module, *names)
-        wanted = bare + sum(update(module, x, name) for name in names)
-        assert_close(module(x), wanted)
-    twin = copy.deepcopy(module)
-    unbind(module)
-    assert torch.equal(module(x), bare)
-    if hooked:
-        remove_hook_from_module(module)
-    else:
-        assert_close(twin(x), wanted)
-    assert vars(module)["forward"] == forward
-    assert torch.equal(module(x), bare)
-
-
-@pytest.mark.parametrize("name", ["linear", "transformers Conv1D", "embedding", "conv2d", "untraceable"])
-def test_accelerate_hooks_stay(name: str) -> None:
-    module, x = make(name)
-    bare, cls = module(x), type(module)
-    hook = AlignDevicesHook(execution_device="cpu", io_same_device=True)
-    add_hook_to_module(module, hook)
-    seen: list[int] = []
-    before = hook.pre_forward
-    hook.pre_forward = lambda *args, **kwargs: (seen.append(1), before(*args, **kwargs))[1]
-    adapt(module)
-    assert_close(module(x), bare + update(module, x))
-    assert seen == [1]
-    unbind(module)
-    assert torch.equal(module(x), bare)
-    assert seen == [1, 1]
-    remove_hook_from_module(module)
-    assert torch.equal(module(x), bare)
-    assert type(module) is cls
-
-
-@pytest.mark.parametrize("added", ["before", "after"])
-def test_a_hook_may_go_while_an_adapter_is_there(added: str) -> None:
-    module, x = make("linear")
-    bare = module(x)
-    if added == "before":
-        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
-    adapt(module)
-    if added == "after":
-        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
-    assert_close(module(x), bare + update(module, x))
-    remove_hook_from_module(module)
-    assert_close(module(x), bare + update(module, x))
-    adapt(module, "other")
-    assert_close(module(x), bare + update(module, x, "other"))
-    unbind(module)
-    del module.adapters
-    assert torch.equal(module(x), bare)
-
-
-def test_forward_hooks_stay() -> None:
-    module, x = make("linear")
-    module.register_forward_hook(lambda m, args, out: out + 1)
-    bare = module(x)
-    adapt(module)
-    assert_close(module(x), bare + update(module, x))
-
-
-class Remembering(nn.Linear):
-    """Its forward writes to its state, as bitsandbytes' Linear8bitLt does."""
-
-    def __init__(self) -> None:
-        super().__init__(4, 3)
-        self.state = types.SimpleNamespace(seen=None)
-        self.log: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.state.seen = x
-        self.log.append(x)
-        return super().forward(x)
-
-
-def test_tracing_leaves_no_proxy_in_the_modules_state() -> None:
-    module = Remembering()
-    kind_of(module)
-    assert module.state.seen is None
-    assert module.log == []
