@@ -7,7 +7,6 @@ Installed with fxpeft and found by pytest on its own. Nothing here imports torch
             compiled(ids)                     # the first compile is allowed
             fxpeft.hotswap(model, "adapter")
             compiled(ids)                     # another one is an error with torch's guard reason
-        assert counted.graphs == 1
 
     def test_rewritten_graph(graph_snapshot):
         graph_snapshot(model.model.layers[0].self_attn.q_proj)

@@ -122,8 +122,8 @@ def test_the_public_names_are_one_list() -> None:
         fxpeft.lora  # noqa: B018
 
 
-def test_no_file_is_over_400_lines() -> None:
+def test_every_file_is_under_400_lines() -> None:
     long = {
-        module: count for module, path in FILES.items() if (count := len(path.read_text("utf-8").splitlines())) > 400
+        module: count for module, path in FILES.items() if (count := len(path.read_text("utf-8").splitlines())) >= 400
     }
     assert not long
