@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,6 +91,14 @@ def test_the_checks_can_fail(tmp_path: Path) -> None:
     assert list(imports(file)) == [(2, "fxpeft.serving.swap")]
     assert floor("fxpeft.serving.swap") > floor("fxpeft.adapters.state") > floor("fxpeft.passes")
     assert floor("fxpeft.passes.backend.clean") > floor("fxpeft.passes.slots.slot") > floor("fxpeft.passes.base")
+
+
+def test_a_wheel_has_every_package() -> None:
+    listed = re.search(
+        r"\[tool\.setuptools\]\npackages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text("utf-8"), re.DOTALL
+    )
+    assert listed
+    assert sorted(re.findall(r'"([\w.]+)"', listed[1])) == sorted(["fxpeft", *PACKAGES])
 
 
 @pytest.mark.parametrize("package", PACKAGES)
