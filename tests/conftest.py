@@ -21,17 +21,16 @@ UNTRACED = ("compile", "hostile", "integrations", "peers", "test_patterns_that_h
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Coverage is that of the rooms' own fast tests, of many cases the first and last: tracing all takes minutes."""
+    """Coverage is that of the rooms' own fast tests, of many cases the first: tracing all takes minutes."""
     if not config.pluginmanager.hasplugin("_cov"):
         return
-    cases: dict[tuple[object, object], list[pytest.Item]] = {}
+    seen: set[tuple[object, object]] = set()
     for item in items:
-        cases.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
-    traced = {id(item) for same in cases.values() for item in (same[0], same[-1])}
-    for item in items:
+        test = item.path, getattr(item, "originalname", item.name)
         left_out = {item.path.parent.name, item.path.name} & {*UNTRACED}
-        if id(item) not in traced or item.get_closest_marker("slow") or left_out:
+        if test in seen or item.get_closest_marker("slow") or left_out:
             item.add_marker("no_cover")
+        seen.add(test)
 
 
 @pytest.fixture(autouse=True)
