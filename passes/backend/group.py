@@ -7,8 +7,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx import GraphModule, Node
 
 from fxpeft.passes.backend.backend_pass import ACTIVE, BackendPass, Context, SlotTensor
 from fxpeft.passes.backend.writes import may_write
@@ -173,25 +172,16 @@ def _rewrite(gm: GraphModule, place: Node, members: tuple[Node, ...], found: lis
     assert value is not None
     with graph.inserting_before(first.node):
         rank = value.shape[0] if first.rank is None else first.rank
-        active = place if first.rank is None else _emit(graph, "narrow", place, 0, 0, rank)
-        rows = _emit(graph, "flatten", active, 0, 1)
-        reduced = _emit(graph, F.linear, first.cast, rows)
-        parts = _emit(graph, "unflatten", reduced, -1, (rank, count))
+        active = place if first.rank is None else graph.call_method("narrow", (place, 0, 0, rank))
+        rows = graph.call_method("flatten", (active, 0, 1))
+        reduced = graph.call_function(F.linear, (first.cast, rows))
+        parts = graph.call_method("unflatten", (reduced, -1, (rank, count)))
     for product in found:
         with graph.inserting_before(product.node):
-            part = _emit(graph, "select", parts, -1, members.index(product.place))
+            part = graph.call_method("select", (parts, -1, members.index(product.place)))
         part.meta |= {k: v for k, v in product.node.meta.items() if k in ("stack_trace", "nn_module_stack")}
         product.node.replace_all_uses_with(part)
         graph.erase_node(product.node)
-
-
-def _emit(graph: Graph, target: Any, *args: Any) -> Node:
-    """A new node with its value: torch caches no graph with a method of what it doesn't know to be a tensor."""
-    node = graph.create_node("call_method" if isinstance(target, str) else "call_function", target, args)
-    values = map_arg(args, lambda n: n.meta.get("example_value", n.meta.get("val")))
-    run = getattr(Tensor, target) if isinstance(target, str) else target
-    node.meta["example_value"] = run(*values)
-    return node
 
 
 def _stack(place: Node, members: tuple[Node, ...]) -> None:
