@@ -105,16 +105,21 @@ def test_roles_of_docstrings(trees: dict[Path, ast.Module]) -> None:
     assert not missing
 
 
+def found_in(trees: dict[Path, ast.Module], wanted: re.Pattern[str]) -> list[tuple[str, str]]:
+    """Place and match of an expression in all sentences."""
+    return [
+        (where(file, line), name)
+        for file, tree in trees.items()
+        for line, text in sentences(tree)
+        for name in wanted.findall(text)
+    ]
+
+
 def test_calls_in_messages(trees: dict[Path, ast.Module]) -> None:
     """``release_hotswap(model)`` in a sentence is a function or method of ours, of Python, torch or transformers."""
     made = (ast.FunctionDef, ast.ClassDef)
     defined = {node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, made)}
-    found = [
-        (where(file, line), name)
-        for file, tree in trees.items()
-        for line, text in sentences(tree)
-        for name in CALL.findall(text)
-    ]
+    found = found_in(trees, CALL)
     assert len(found) > 10
     known = [(place, name, name.rpartition(".")[2]) for place, name in found]
     assert not [each for each in known if each[2] not in defined and not any(hasattr(o, each[2]) for o in OUTSIDE)]
@@ -129,12 +134,7 @@ def test_words_in_messages(trees: dict[Path, ast.Module]) -> None:
                 known.add(str(getattr(node, field, "")))
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 known.add(node.value)
-    found = [
-        (where(file, line), word)
-        for file, tree in trees.items()
-        for line, text in sentences(tree)
-        for word in SNAKE.findall(text)
-    ]
+    found = found_in(trees, SNAKE)
     assert len(found) > 100
     assert not [each for each in found if each[1] not in known and not any(hasattr(o, each[1]) for o in OUTSIDE)]
 

@@ -20,7 +20,6 @@ from fxpeft.adapters.state import (
     drop_state,
     find_state,
     is_prepared,
-    only_active,
     state_of,
 )
 from fxpeft.adapters.values import complete, fresh_values, placed
@@ -144,8 +143,7 @@ def active_adapters(model: nn.Module) -> list[str]:
 
 def adapter_config(model: nn.Module, name: str | None = None) -> AdapterConfig:
     """A copy of an adapter's config, the active one's by default; after a hotswap, the new one's."""
-    state = state_of(model)
-    return copy.deepcopy(state.get(name if name is not None else only_active(state)).config)
+    return copy.deepcopy(state_of(model).chosen(name).config)
 
 
 def enable_adapters(model: nn.Module) -> None:

@@ -81,11 +81,6 @@ def scaled(model: nn.Module, scales: str | Mapping[str, float], factor: float | 
 # --- what they share with ``folded`` ---
 
 
-def in_weights(state: ModelState) -> list[str]:
-    """Names of the adapters that are in the base's weights."""
-    return [*state.baked, *(state.folded.names if state.folded else ())]
-
-
 def trained_now(model: nn.Module, state: ModelState) -> Callable[[], None]:
     """What puts back which parameters are trained: choosing adapters trains the active ones, whoever froze them."""
     if state.serving is not None:  # slots are not trained
@@ -113,7 +108,7 @@ def activate_again(model: nn.Module, state: ModelState, names: Sequence[str], re
     """Make those of the adapters active that still can be; nothing where the state is no longer the model's."""
     if find_state(model) is not state:
         return
-    inside = in_weights(state)
+    inside = state.in_weights()
     left = [name for name in names if name in state.adapters and name not in inside]
     if state.active != left:
         set_adapter(model, left)
@@ -140,5 +135,5 @@ def _set_scales(model: nn.Module, state: ModelState, scales: Mapping[str, float]
 def _scale_again(model: nn.Module, state: ModelState, scales: Mapping[str, float]) -> None:
     if find_state(model) is not state:
         return
-    inside = in_weights(state)
+    inside = state.in_weights()
     _set_scales(model, state, {n: s for n, s in scales.items() if n in state.adapters and n not in inside})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxpeft.adapters.installing import check_name, install_adapter, replace_attached
 from fxpeft.adapters.loading import fit, load
-from fxpeft.adapters.state import Adapter, is_prepared, only_active, state_of
+from fxpeft.adapters.state import Adapter, is_prepared, state_of
 from fxpeft.adapters.values import fresh_values, placed, shared_placement
 from fxpeft.checkpoint import Checkpoint
 from fxpeft.checkpoint.inferred import infer_config, peft_keys, with_sites
@@ -97,7 +97,7 @@ def load_adapter_state_dict(
         CheckpointError: keys and shapes are not those of the adapter, or a value isn't finite; nothing was changed.
     """
     model, state = unwrap(model), state_of(model)
-    old = state.get(name if name is not None else only_active(state))
+    old = state.chosen(name)
     state.check_unfolded([old.name], "its values can't be replaced")
     found = Checkpoint("the state_dict", old.config, peft_keys(state_dict))
     _, values = load(Modules(model), found, plan=old.plan, check_finite=check_finite)

@@ -8,13 +8,7 @@ from fxpeft.adapters.attach import attach, check_together, detach, hosts, rebind
 from fxpeft.adapters.change import changes
 from fxpeft.adapters.name import check_adapter_name
 from fxpeft.adapters.penalty import watch_loss
-from fxpeft.adapters.state import (
-    Adapter,
-    ModelState,
-    drop_state,
-    ensure_state,
-    find_state,
-)
+from fxpeft.adapters.state import Adapter, ModelState, drop_state, ensure_state, find_state
 from fxpeft.errors import AdapterError
 from fxpeft.model.modules import Modules
 from fxpeft.passes.base import PassError

@@ -10,11 +10,7 @@ from fxpeft import checkpoint
 from fxpeft.adapters.embeddings import SaveEmbeddings, embedding_tensors
 from fxpeft.adapters.plain import has_to_be_plain
 from fxpeft.adapters.plain import plain as as_plain
-from fxpeft.adapters.state import (
-    Adapter,
-    only_active,
-    state_of,
-)
+from fxpeft.adapters.state import Adapter, state_of
 from fxpeft.checkpoint.model_card import write_card
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods.values import Values
@@ -68,8 +64,7 @@ def save_adapter(
     Raises:
         AdapterError: no such adapter, or it is no plain LoRA of the base.
     """
-    state = state_of(model)
-    adapter = state.get(name if name is not None else only_active(state))
+    adapter = state_of(model).chosen(name)
     write_adapter(model, path, adapter, plain=plain, save_embedding_layers=save_embedding_layers)
 
 
@@ -86,5 +81,4 @@ def write_adapter(
 
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """An adapter's tensors under PEFT's checkpoint keys; they share memory with the adapter."""
-    state = state_of(model)
-    return adapter_tensors(state.get(name if name is not None else only_active(state)))
+    return adapter_tensors(state_of(model).chosen(name))

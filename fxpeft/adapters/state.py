@@ -168,9 +168,17 @@ class ModelState:
         """The adapters that take part in the forward now."""
         return [self.adapters[name] for name in self.active] if self.enabled else []
 
+    def chosen(self, name: str | None) -> Adapter:
+        """The adapter of that name; ``None``: the one that is active."""
+        return self.get(only_active(self) if name is None else name)
+
+    def in_weights(self) -> list[str]:
+        """Names of the adapters that are in the base's weights, those that stay there first."""
+        return [*self.baked, *(self.folded.names if self.folded else ())]
+
     def check_unfolded(self, names: Iterable[str], what: str) -> None:
         """Refuse to do something to adapters that are in the base's weights."""
-        inside = [*(self.folded.names if self.folded else ()), *self.baked]
+        inside = self.in_weights()
         for name in names:
             if name in inside:
                 todo = "it stays there (keep=None)" if name in self.baked else "unfold the model first"

@@ -74,7 +74,8 @@ _FEEDFORWARD = (
 )  # fmt: skip
 
 
-def _model_type(model: nn.Module) -> str | None:
+def model_type_of(model: nn.Module) -> str | None:
+    """The architecture that a Transformers model's config names, or ``None``."""
     return getattr(getattr(model, "config", None), "model_type", None)
 
 
@@ -84,7 +85,7 @@ def default_feedforward(model: nn.Module) -> list[str]:
     Raises:
         AdapterError: the architecture is unknown.
     """
-    model_type = _model_type(model)
+    model_type = model_type_of(model)
     if model_type not in IA3_TARGETS:
         raise AdapterError(
             f"no default feedforward_modules for {type(model).__name__} (model_type {model_type!r}): name those of the "

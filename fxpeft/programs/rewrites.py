@@ -150,8 +150,11 @@ def _telling_of(skipped: list[str]) -> Iterator[None]:
     try:
         yield
     except AdapterError as error:
-        left = f"\ntargets that can't be rewritten:\n{listing(skipped)}" if skipped else ""
-        raise AdapterError(f"{error}{left}") from None
+        raise AdapterError(f"{error}{_left(skipped)}") from None
+
+
+def _left(skipped: list[str]) -> str:
+    return f"\ntargets that can't be rewritten:\n{listing(skipped)}" if skipped else ""
 
 
 def _refuse_unnamed(targets: Names) -> None:
@@ -189,8 +192,8 @@ def _check_plan(plan: AdapterPlan, found: Mapping[str, list[Found]], skipped: li
             if _form(kind) != _form(own.kind):
                 problems.append(f"{site}: expected {own.kind}, found {kind}")
     if problems:
-        why = f"\ntargets that can't be rewritten:\n{listing(skipped)}" if skipped else ""
-        raise AdapterError(f"the plan doesn't fit the program; nothing was changed.\n{listing(problems)}{why}")
+        text = f"the plan doesn't fit the program; nothing was changed.\n{listing(problems)}"
+        raise AdapterError(f"{text}{_left(skipped)}")
 
 
 def _layouts(

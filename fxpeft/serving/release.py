@@ -8,11 +8,7 @@ from fxpeft.adapters.attach import attach, detach, hosts, rebind, set_trainable
 from fxpeft.adapters.change import changes
 from fxpeft.adapters.inplace import exchange
 from fxpeft.adapters.penalty import unwatch_loss, watch_loss
-from fxpeft.adapters.state import (
-    ModelState,
-    drop_state,
-    state_of,
-)
+from fxpeft.adapters.state import ModelState, drop_state, state_of
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.live import unbind
 from fxpeft.serving.base_loads import unwatch_loads

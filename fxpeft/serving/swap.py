@@ -94,8 +94,21 @@ class Serving(Host):
             state.adapters[adapter.name] = adapter
             state.active = [adapter.name]
 
-    def activate(self, model: nn.Module, state: ModelState, adapters: list[Adapter]) -> None:
-        activate(model, state, adapters)
+    def activate(
+        self, model: nn.Module, state: ModelState, adapters: list[Adapter], *, fresh: Adapter | None = None
+    ) -> None:
+        """Put lowered adapters into the slots, side by side along the rank; none: the bare model. Part of a change.
+
+        Args:
+            fresh: the one that is shown for the first time and may be the last: it is settled when it comes again.
+        """
+        for adapter in adapters:
+            if not adapter.settled and adapter is not fresh:
+                settle(adapter)
+        check_together(adapters)
+        check_ranks(self, adapters)
+        check_gains(adapters)
+        reshow(model, self, adapters)
 
     def replace(self, model: nn.Module, state: ModelState, adapter: Adapter, *, owned: bool) -> None:
         with changing(model):
@@ -105,7 +118,7 @@ class Serving(Host):
             active = [new if n == new.name else state.adapters[n] for n in state.active]
             check_together(active)
             if state.enabled and new.name in state.active:
-                activate(model, state, active, fresh=new)
+                self.activate(model, state, active, fresh=new)
             state.adapters[new.name] = new
 
     def rescale(self, model: nn.Module, state: ModelState, name: str, strength: float) -> None:
@@ -195,22 +208,6 @@ def lower_again(model: nn.Module, state: ModelState) -> None:
     for name, adapter in list(state.adapters.items()):
         if any(values.features() for values in adapter.lowered.values()):
             state.adapters[name] = settle(lower(model, serving_of(state), replace(adapter)))
-
-
-def activate(model: nn.Module, state: ModelState, adapters: list[Adapter], *, fresh: Adapter | None = None) -> None:
-    """Put lowered adapters into the slots, side by side along the rank; none: the bare model. Part of a change.
-
-    Args:
-        fresh: the one that is shown for the first time and may be the last: it is settled when it comes again.
-    """
-    serving = serving_of(state)
-    for adapter in adapters:
-        if not adapter.settled and adapter is not fresh:
-            settle(adapter)
-    check_together(adapters)
-    check_ranks(serving, adapters)
-    check_gains(adapters)
-    reshow(model, serving, adapters)
 
 
 def reshow(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:

@@ -1,8 +1,7 @@
 """Targets that a config leaves to the model: the architecture's usual ones, else its attention's; all linear ones.
 
-The table states which modules PEFT 0.21 adapts by default
-(``TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING``), so that a config without targets means the
-same in both libraries. Any other model is traced; see :func:`fxpeft.targets.attention.attention_targets`.
+The usual ones are PEFT's tables (:mod:`fxpeft.methods.defaults`). A model of none of them is traced; see
+:func:`fxpeft.targets.attention.attention_targets`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from fxpeft.errors import AdapterError
 from fxpeft.methods import method_of
 from fxpeft.methods.config import AdapterConfig
-from fxpeft.methods.defaults import ADALORA_TARGETS, IA3_TARGETS, TARGETS, _model_type
+from fxpeft.methods.defaults import ADALORA_TARGETS, IA3_TARGETS, TARGETS, model_type_of
 from fxpeft.model.modules import Modules
 from fxpeft.model.walk import embedding_layer
 from fxpeft.targets.attention import attention_targets
@@ -31,7 +30,7 @@ def with_targets(config: AdapterConfig, modules: Modules) -> AdapterConfig:
     """
     targets: list[str] | str
     if config.target_modules is None and getattr(config, "target_parameters", None):
-        targets = TARGETS.get(_model_type(modules.model) or "") or []
+        targets = TARGETS.get(model_type_of(modules.model) or "") or []
     elif config.target_modules is None:
         targets = default_targets(modules, method_of(config).name)
     elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
@@ -61,7 +60,7 @@ def default_targets(model: nn.Module | Modules, method: str = "lora") -> list[st
         AdapterError: the architecture is unknown and no attention was found in its graph.
     """
     modules = Modules.of(model)
-    model_type, architecture = _model_type(modules.model), type(modules.model).__name__
+    model_type, architecture = model_type_of(modules.model), type(modules.model).__name__
     own = {"adalora": ADALORA_TARGETS, "ia3": IA3_TARGETS}.get(method, {})
     if model_type in own or (model_type in TARGETS and method != "ia3"):
         return own.get(model_type) or TARGETS[model_type]

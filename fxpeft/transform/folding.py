@@ -145,8 +145,7 @@ def unfold(model: nn.Module) -> None:
 
 def folded_adapters(model: nn.Module) -> list[str]:
     """Names of the adapters that are in the base's weights, those with ``keep=None`` first."""
-    state = state_of(model)
-    return [*state.baked, *(state.folded.names if state.folded else ())]
+    return state_of(model).in_weights()
 
 
 @changes

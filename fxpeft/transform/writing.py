@@ -6,14 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from fxpeft.adapters.inplace import (
-    exchange,
-    put_back,
-    values_at,
-)
+from fxpeft.adapters.inplace import exchange, put_back, values_at
 from fxpeft.adapters.installing import switch
 from fxpeft.adapters.state import ModelState
-from fxpeft.serving.swap import activate, lower_again, serving_of
+from fxpeft.serving.swap import lower_again, serving_of
 
 
 def write_and_run(
@@ -52,7 +48,8 @@ def _run(model: nn.Module, state: ModelState, active: list[str]) -> None:
     if state.serving is None:
         switch(model, state, active, state.enabled)
         return
-    serving_of(state).holds = {}  # copies of the base's modules and biases are out of date
+    serving = serving_of(state)
+    serving.holds = {}  # copies of the base's modules and biases are out of date
     lower_again(model, state)
-    activate(model, state, [state.adapters[n] for n in active] if state.enabled else [])
+    serving.activate(model, state, [state.adapters[n] for n in active] if state.enabled else [])
     state.active = active

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxpeft.passes.base import PassError, node_of
+from fxpeft.passes.base import PassError, node_of, tensor_of
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.one_node import one_node
 from fxpeft.passes.targets.operations.parameter import ParameterKind
@@ -156,7 +156,7 @@ def _places_of_matmul(graph_module: GraphModule, node: Node) -> Places | None:
     if places is None:
         return None
     source, stack = node_of(node.args[places.input]), view_of(argument(node, places.weight))
-    value = None if source is None else source.meta.get("val", source.meta.get("example_value"))
+    value = None if source is None else tensor_of(source)
     assert stack.node is not None
     batch = value_of(graph_module, stack.node).shape[0]
     if value is None or value.ndim != 3 or (stack.picks is None and value.shape[0] != batch):
@@ -166,7 +166,7 @@ def _places_of_matmul(graph_module: GraphModule, node: Node) -> Places | None:
 
 def _read(node: Node, weight: Weight) -> Batched:
     if weight.picks is not None:
-        picks = weight.picks.meta.get("val", weight.picks.meta.get("example_value"))
+        picks = tensor_of(weight.picks)
         # without a value: bmm takes a stack, so they are one list
         if picks is not None and (picks.ndim != 1 or picks.dtype not in (torch.int32, torch.int64)):
             raise Unsupported("which of its stack's matrices it takes is no one list of numbers")
