@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -201,7 +201,7 @@ def cast(found: Checkpoint, dtype: torch.dtype) -> Checkpoint:
     over = [k for k, t in tensors.items() if t.is_floating_point() and (t.isinf() & ~found.tensors[k].isinf()).any()]
     if over:
         raise AdapterError(f"{found.source}: values too large for {dtype}:\n{listing(over)}\nUse bfloat16 or float32.")
-    return Checkpoint(found.source, found.config, tensors)
+    return replace(found, tensors=tensors)
 
 
 @matching()
@@ -246,7 +246,7 @@ def shrink(found: Checkpoint, rank: int) -> tuple[Checkpoint, dict[str, float]]:
             tensors[keys[name][part]] = made.reshape(shapes[part]).to(own[part].dtype).contiguous()
     values = config.to_dict()
     values.update(r=rank, rank_pattern=_pattern(ranks, rank), **_alphas(alphas))
-    return Checkpoint(found.source, type(config).from_dict(values, found.source), tensors), errors
+    return replace(found, config=type(config).from_dict(values, found.source), tensors=tensors), errors
 
 
 def _truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fxpeft.checkpoint.keys import apart
 from fxpeft.checkpoint.reading import Checkpoint
+from fxpeft.checkpoint.stacks import from_old, has_old
 from fxpeft.errors import CheckpointError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.base import Base, Method
@@ -23,6 +24,7 @@ from fxpeft.model.walk import base_state, base_values, embedding_layer
 from fxpeft.model.wrappers import submodule
 from fxpeft.outside import why_unfit
 from fxpeft.passes.base import PassError, attribute, join
+from fxpeft.passes.targets.operations import ParameterKind
 from fxpeft.targets.sites import AdapterPlan
 
 
@@ -70,6 +72,7 @@ def assign(
     values = Values()
     missing: list[str] = []
     wrong: list[str] = []
+    _turn_stacks(plan, left, found.release)
 
     def take(key: str, shape: torch.Size | tuple[int, ...], own: torch.dtype | None = None) -> Tensor | None:
         tensor = left.pop(key, None)
@@ -126,6 +129,20 @@ def assign(
         )
     _restore(model, plan, values, found.source)
     return values
+
+
+def _turn_stacks(plan: AdapterPlan, left: dict[str, Tensor], release: str | None) -> None:
+    """Give stacks of experts the layout that they have since PEFT 0.19."""
+    method = method_of(plan.config)
+    for site, own in plan.sites.items():
+        if not isinstance(own.kind, ParameterKind):
+            continue
+        keys = [_short(method.key(site, own, name), method.prefix) for name in ("lora_A", "lora_B")]
+        if not set(keys) <= left.keys():
+            continue
+        a, b = (left[key] for key in keys)
+        if has_old(own.kind, own.rank, a, b, release):
+            left.update(zip(keys, from_old(own.kind, a, b), strict=True))
 
 
 def _stored_shared(

@@ -101,7 +101,7 @@ def in_layout_of(
     if same:
         return found
     out.update({key: tensors[key] for key in left})
-    return Checkpoint(found.source, config, out)
+    return replace(found, config=config, tensors=out)
 
 
 def _mapped(key: str, mapping: Mapping[str, str] | None) -> str:

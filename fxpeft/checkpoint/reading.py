@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 STAMP = "fxpeft_config"  # in the metadata of the tensors' file: the stamp of the config that was saved with it
 TRIES = 50
 LONGEST = 1_000  # characters of a key
+VERSION = re.compile(r"\d{1,4}(\.\w{1,20}){1,5}(@\w{1,40})?")
 # what safetensors and torch raise for headers that make no tensors
 _DAMAGED = (KeyError, ValueError, TypeError, RuntimeError, OverflowError, AttributeError, MemoryError)
 
@@ -36,12 +38,13 @@ class Checkpoint:
     """A checkpoint's content, not yet checked against a model. ``source`` is for messages.
 
     The tensors' keys are those that PEFT's files have, whatever wrappers had put into them
-    (:mod:`fxpeft.checkpoint.keys`).
+    (:mod:`fxpeft.checkpoint.keys`). ``release``: the ``peft_version`` that the config's file names.
     """
 
     source: str
     config: AdapterConfig
     tensors: dict[str, Tensor]
+    release: str | None = None
 
     def __post_init__(self) -> None:
         self.tensors = file_keys(dense(self.tensors, self.source), self.source)
@@ -78,7 +81,8 @@ def read(
     weights = find(WEIGHTS)
     if weights is not None:
         return Checkpoint(str(source), *read_pair(path, weights, strict=strict))
-    config = _config(read_json(path), path, strict)
+    written = read_json(path)
+    config = _config(written, path, strict)
     pickled = find(PICKLE)
     if pickled is None:
         raise CheckpointError(f"{source}: expected {WEIGHTS}, found none; is this an adapter's folder?")
@@ -91,7 +95,7 @@ def read(
                 "allow_pickle=True if you trust where it comes from"
             ) from error
         tensors = read_pickle(pickled, weights_only=False)
-    return Checkpoint(str(source), config, tensors)
+    return Checkpoint(str(source), config, tensors, _release(written))
 
 
 def read_pickle(path: Path, *, weights_only: bool) -> dict[str, Tensor]:
@@ -141,8 +145,10 @@ def read_config(find: Callable[[str], Path | None], source: str) -> AdapterConfi
     return _config(read_json(path), path)
 
 
-def read_pair(path: Path, weights: Path, *, strict: bool = False) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """A config and the tensors that were saved with it, whoever saves into their folder meanwhile.
+def read_pair(
+    path: Path, weights: Path, *, strict: bool = False
+) -> tuple[AdapterConfig, dict[str, Tensor], str | None]:
+    """A config, the tensors that were saved with it and its release, whoever saves into their folder meanwhile.
 
     fxpeft's own tensors' files say which config is theirs. Where that is not the one that is there, a save is between
     its two files, or died there, and its config lies beside; or the files were replaced while they were read, and
@@ -161,10 +167,16 @@ def read_pair(path: Path, weights: Path, *, strict: bool = False) -> tuple[Adapt
                 own = values
             if own is None:
                 continue
-            config = _config(own, path, strict)
+            values = own
+            config = _config(values, path, strict)
         if _identity(weights) == before[1]:
-            return config, tensors
+            return config, tensors, _release(values)
     raise CheckpointError(f"{path.parent}: its files were replaced each of the {TRIES} times that they were read")
+
+
+def _release(values: Mapping[str, Any]) -> str | None:
+    named = values.get("peft_version")
+    return named if isinstance(named, str) and VERSION.fullmatch(named) else None
 
 
 def stamp(values: Mapping[str, Any]) -> str:

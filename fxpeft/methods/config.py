@@ -21,7 +21,6 @@ from fxpeft.passes.targets.terms import Pattern, PatternError
 
 Self = TypeVar("Self", bound="AdapterConfig")
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-PEFT_VERSION = "0.21.0"  # whose format fxpeft writes
 LARGEST_SCALE = 3.4e38
 #: fields of a trained adapter's config that change nothing of what it computes, and where they would: the field that
 #: has to be on for that, or the value of init_lora_weights
@@ -75,6 +74,8 @@ class AdapterConfig:
     patterns: ClassVar[tuple[str, ...]] = ()
     #: fields of PEFT's config that fxpeft knows but doesn't offer yet, with PEFT's default
     unsupported: ClassVar[Mapping[str, Any]] = {}
+    #: fields that PEFT 0.17 lacks or reads otherwise -> the release from which on they mean what they do here
+    since: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         for name in self.selecting:
@@ -135,18 +136,24 @@ class AdapterConfig:
         return [layers] if isinstance(layers, int) else layers, [names] if isinstance(names, str) else names
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as PEFT writes it to ``adapter_config.json``."""
+        """The config as PEFT writes it to ``adapter_config.json``, in the oldest format from 0.17 on that holds it.
+
+        A field that came later (``since``) is written where it is not at its default, and ``peft_version`` then names
+        the newest release that one of them needs. Without such a field there is no ``peft_version``, as in the files of
+        PEFT 0.17, which warns of it; later ones take its absence for their own. ``unsupported`` fields are at their
+        defaults and in no file. So no PEFT is told of fields that it doesn't know where they say nothing.
+        """
         own = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        own = {name: value for name, value in own.items() if name not in self.since or value != _default(self, name)}
+        needed = [self.since[name] for name in own if name in self.since]
         for name in self.selecting:
-            if isinstance(own[name], Pattern):  # not resolved yet; "& name:**" marks a text of bare names as one
+            if isinstance(own.get(name), Pattern):  # not resolved yet; "& name:**" marks a text of bare names as one
                 text = str(own[name])
                 own[name] = text if is_pattern(text) else f"({text}) & name:**"
-        return {
-            **self.unsupported,
-            **own,
-            "peft_type": self.peft_type,
-            "peft_version": PEFT_VERSION,
-        }
+        if own.get("layers_pattern") and own["layers_to_transform"] == 0:
+            own["layers_to_transform"] = [0]  # which PEFT before 0.21 took for none
+        version = {"peft_version": max(needed, key=_numbers)} if needed else {}
+        return {**own, "peft_type": self.peft_type, **version}
 
     @classmethod
     def from_dict(
@@ -194,6 +201,8 @@ class AdapterConfig:
             )
         own = {k: v for k, v in values.items() if k in known}
         if loading:
+            if own.get("base_model_name_or_path") == "":  # so PEFT before 0.21 wrote that there is no name
+                del own["base_model_name_or_path"]
             hints = _hints(cls)
             own = {k: _whole(v, hints[k]) for k, v in own.items() if v is not None or _fits(None, hints[k])}
         try:
@@ -240,6 +249,15 @@ def _plain(value: Any) -> Any:
     """A copy that JSON can hold; patterns are left to their own text."""
     nested = dataclasses.is_dataclass(value) and not isinstance(value, type | Pattern)
     return dataclasses.asdict(value) if nested else copy.deepcopy(value)
+
+
+def _default(config: AdapterConfig, name: str) -> Any:
+    own = type(config).__dataclass_fields__[name]
+    return own.default if own.default_factory is dataclasses.MISSING else own.default_factory()
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
 
 
 def check_pattern(name: str, text: str) -> None:

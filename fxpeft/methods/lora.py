@@ -78,6 +78,9 @@ class LoraConfig(RankConfig):
         "trainable_token_indices": None, "use_bdlora": None, "use_qalora": False, "velora_config": None,
     }  # fmt: skip
 
+    #: PEFT 0.17 and 0.18 read A and B of a stack ``[experts, out, in]`` the other way round
+    since: ClassVar[Mapping[str, str]] = {"target_parameters": "0.19.0"}
+
     def __post_init__(self) -> None:
         self.read_inits()
         super().__post_init__()

@@ -40,6 +40,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     prefix_projection: bool = False
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
+    since: ClassVar[Mapping[str, str]] = {"init_weights": "0.19.0"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -139,8 +139,7 @@ def inspect(adapter: Source, as_json: Json = False) -> None:
 
     found = read(adapter)
     sites, rest = inspect_sites(found), site_tensors(found)[1]
-    values, off = found.config.to_dict(), type(found.config).unsupported
-    own = {k: v for k, v in values.items() if v not in (None, {}, []) and k not in off}
+    own = {k: v for k, v in found.config.to_dict().items() if v not in (None, {}, [])}
     total = {
         "method": method_of(found.config).name,
         "base": found.config.base_model_name_or_path,
@@ -232,7 +231,10 @@ def convert(
         found, errors = shrink(found, rank)
     if dtype is not None:
         found = cast(found, getattr(torch, dtype.value))
-    write_files(output, found.config.to_dict(), found.tensors)
+    values = found.config.to_dict()
+    if "peft_version" in values:  # the tensors lie as they did
+        values["peft_version"] = found.release
+    write_files(output, {key: value for key, value in values.items() if value or key != "peft_version"}, found.tensors)
     count = sum(t.numel() for t in found.tensors.values())
     worst = max(errors.values(), default=0.0)
     content = {"output": str(output), "parameters": count, "worst_error": worst, "errors": errors}

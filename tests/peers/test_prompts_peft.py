@@ -163,9 +163,9 @@ def test_checkpoints_both_ways(base: str, name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         assert_close(again(**inputs).logits, wanted)
     theirs, ours = (json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("peft", "fxpeft"))
-    assert {k: v for k, v in ours.items() if k != "peft_version"} == {
-        k: v for k, v in theirs.items() if k != "peft_version"
-    }
+    theirs["base_model_name_or_path"] = theirs["base_model_name_or_path"] or None  # "" before PEFT 0.21
+    assert "peft_version" not in ours  # nor is a field that came after PEFT 0.17 and says nothing
+    assert ours == {k: v for k, v in theirs.items() if k != "peft_version" and (k, v) != ("init_weights", None)}
     tensors = [load_file(tmp_path / f / "adapter_model.safetensors") for f in ("peft", "fxpeft")]
     assert tensors[0].keys() == tensors[1].keys() == {"prompt_embeddings"}
     assert torch.equal(*(t["prompt_embeddings"] for t in tensors))

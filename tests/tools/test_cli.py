@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from closeness import assert_close
+from peer_files import CASES, FILES
 from tiny import randomise, tiny_llama, token_ids
 from typer.testing import CliRunner
 
@@ -171,6 +172,20 @@ def test_convert_to_a_smaller_rank_is_the_best_one(folder: Path, tmp_path: Path,
         new = len(site_tensors(read(tmp_path / "out"))[0][site]["lora_A"])
         assert new == min(rank, old[site])
     assert result["worst_error"] == max([0.0, *result["errors"].values()])
+
+
+@pytest.mark.parametrize("release", ["0.17", "0.18", "0.21"])
+def test_convert_leaves_stacks_in_the_layout_of_the_release_that_it_names(release: str, tmp_path: Path) -> None:
+    case = CASES["square"]
+    run("convert", FILES / f"peft-{release}" / "square", tmp_path, "--dtype", "float32")
+    named = json.loads((tmp_path / "adapter_config.json").read_text()).get("peft_version")
+    assert named == {"0.17": None, "0.18": "0.18.1", "0.21": "0.21.2"}[release]
+    found, wanted = case.base(), case.base()
+    fxpeft.load_adapter(found, tmp_path)
+    fxpeft.load_adapter(wanted, FILES / f"peft-{release}" / "square")
+    with torch.no_grad():
+        assert torch.equal(case.run(found), case.run(wanted))
+        assert (case.run(found) - case.run(case.base())).abs().max() > 0.1
 
 
 def test_what_convert_writes_is_pefts_too(folder: Path, tmp_path: Path) -> None:

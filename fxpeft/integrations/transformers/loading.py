@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,7 @@ def fit(
     config.inference_mode = not trainable
     check_injectable(config)
     misfit = checkpoint.Misfit()
-    found = Checkpoint(found.source, config, found.tensors)
+    found = replace(found, config=config)
     plan, values = load(Modules(model), found, conversions=conversions, misfit=misfit)
     if not any(values.sites.values()):
         raise CheckpointError(
