@@ -126,15 +126,33 @@ def keep_sources(before: GraphModule, copied: GraphModule) -> None:
             new._dynamo_source = old._dynamo_source
 
 
-def lookup_backend(name: str) -> Callable[..., Callable[..., Any]]:
-    """What ``torch.compile(backend=name)`` would run."""
-    found: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend(name)
+def inner_backend(
+    backend: str | Callable[..., Any], mode: str | None, options: Mapping[str, Any], dynamic: bool | None
+) -> Callable[..., Callable[..., Any]]:
+    """What ``torch.compile(backend=, mode=, options=, dynamic=)`` hands its graphs to.
+
+    Raises:
+        RuntimeError: a mode or an option that Inductor doesn't know.
+    """
+    made: Any = torch._TorchCompileInductorWrapper if backend == "inductor" else torch._TorchCompileWrapper
+    args = (mode, dict(options), dynamic)
+    found: Callable[..., Callable[..., Any]] = made(*args) if backend == "inductor" else made(backend, *args)
     return found
 
 
 def is_freezing() -> bool:
     """Whether Inductor folds parameters into constants, so that a swap would have no effect."""
     return bool(torch._inductor.config.freezing)
+
+
+def constants_setting() -> str | None:
+    """The setting by which a compiled model takes its modules' tensors for constants, so that swaps have no effect."""
+    found = {
+        "torch._inductor.config.freezing": is_freezing(),
+        "torch._dynamo.config.prepare_freezing": torch._dynamo.config.prepare_freezing,
+        "torch._dynamo.config.install_free_tensors": torch._dynamo.config.install_free_tensors,
+    }
+    return next((name for name, value in found.items() if value), None)
 
 
 def aot_compile(module: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], options: Mapping[str, Any]) -> Any:

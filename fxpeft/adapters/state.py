@@ -18,7 +18,7 @@ from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.values import Values
 from fxpeft.model.modules import Modules
 from fxpeft.model.walk import base_state
-from fxpeft.model.wrappers import unwrap
+from fxpeft.model.wrappers import faces, unwrap
 from fxpeft.passes.base import attribute, join
 from fxpeft.passes.recent import Recent
 from fxpeft.passes.slots.copies import Copies
@@ -148,6 +148,7 @@ class ModelState:
     Args:
         serving: what serves the adapters of a prepared model; ``None``: they are modules below those they adapt.
         folded: what is in the base's weights and can be taken out. baked: names of what is there for good.
+        dropped: everything was taken out of the model: it is bare.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -157,6 +158,7 @@ class ModelState:
     serving: Host | None = None
     folded: Folded | None = None
     baked: list[str] = field(default_factory=list)
+    dropped: bool = False
 
     def get(self, name: str) -> Adapter:
         """The adapter of that name, or an error that lists the names there are."""
@@ -187,7 +189,8 @@ class ModelState:
 
 def find_state(model: nn.Module) -> ModelState | None:
     """The model's state, or ``None`` for a bare model."""
-    return vars(unwrap(model)).get(STATE)
+    state: ModelState | None = vars(unwrap(model)).get(STATE)
+    return None if state is None or state.dropped else state
 
 
 def is_prepared(model: nn.Module) -> bool:
@@ -223,19 +226,26 @@ def only_active(state: ModelState) -> str:
 
 def ensure_state(model: nn.Module, modules: Modules | None = None) -> ModelState:
     """The model's state, made where missing; then the base's parameters are frozen."""
-    if STATE not in vars(model):
-        state = ModelState()
+    found = find_state(model)
+    if found is None:
+        found = state = ModelState()
         for name, parameter in _base_parameters(modules or Modules(model)):
             state.base_grads[name] = parameter.requires_grad
             parameter.requires_grad_(False)
-        vars(model)[STATE] = state
+        for face in faces(model):
+            vars(face)[STATE] = state
         watch_calls(model)
-    return vars(model)[STATE]  # type: ignore[no-any-return]
+    return found
 
 
 def drop_state(model: nn.Module) -> None:
     """Forget the state and give the base's parameters their ``requires_grad`` back."""
-    state: ModelState = vars(model).pop(STATE)
+    state: ModelState = vars(model)[STATE]
+    state.dropped = (
+        True  # whoever shares the model's attributes, made by copy.copy or by regional compilation, has it too
+    )
+    for face in faces(model):
+        vars(face).pop(STATE, None)
     unwatch_calls(model)
     for name, parameter in _base_parameters(Modules(model)):
         parameter.requires_grad_(state.base_grads.get(name, parameter.requires_grad))

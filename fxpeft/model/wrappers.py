@@ -47,6 +47,14 @@ def _inner(model: nn.Module) -> nn.Module | None:
     return None
 
 
+def faces(model: nn.Module) -> list[nn.Module]:
+    """A model and what it was made of by regional compilation, accelerate's: they share blocks and attributes."""
+    found = [model]
+    while isinstance(whole := vars(found[-1]).get("_orig_mod"), nn.Module):
+        found.append(unwrap(whole))
+    return found
+
+
 def submodule(model: nn.Module, name: str) -> nn.Module:
     """``model.get_submodule(name)`` by the name without wrappers; what it finds is none either."""
     found = unwrap(model)

@@ -24,7 +24,7 @@ from fxpeft.passes.pipeline import Pipeline
 from fxpeft.passes.rewrite.subgraphs import copy_graph_module
 from fxpeft.passes.slots.slot import slot_of
 from fxpeft.passes.slots.stack import Stack, stack_of
-from fxpeft.passes.torch_private import keep_sources, lookup_backend
+from fxpeft.passes.torch_private import inner_backend, keep_sources
 
 __all__ = ["DEFAULT", "PASSES", "backend", "compile"]
 DEFAULT = ("fold_inactive", "clean")  # group: no size was measured to gain, and the grouped A's are there twice
@@ -37,6 +37,7 @@ def compile(
     inner: str | Callable[..., Any] = "inductor",
     dump: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
     **torch_options: Any,
 ) -> Any:
     """``torch.compile`` of a prepared model with fxpeft's graph passes.
@@ -55,29 +56,38 @@ def compile(
             graphs without slots too; the named ones run in the order above.
         inner: the backend that gets the graphs.
         dump: folder for the graphs before and after each pass, in ``graph-<number>-idle`` and ``-active``.
-        options: the inner backend's options.
+        options, mode: the inner backend's options, or its mode, as in ``torch.compile``.
         torch_options: ``fullgraph``, ``dynamic`` and so on, as in ``torch.compile``.
 
     Raises:
-        AdapterError: an unknown pass.
+        AdapterError: an unknown pass, options beside a mode, or what Inductor doesn't know of these.
     """
+    given = dict(options or {})
+    of_dynamo = {"guard_filter_fn": given.pop("guard_filter_fn")} if "guard_filter_fn" in given else {}
+    dynamic = torch_options.get("dynamic")
+    if mode is not None and (given or of_dynamo):
+        raise AdapterError(f"mode, options: expected one of the two, found {mode!r} and {', '.join(options or {})}")
+    _inner(inner, mode, given, dynamic)  # what is wrong with them is told now
     # torch runs what it compiled before for equal options, and a pass may have changed since
     uuids = tuple(each.uuid or object() for each in _chosen(passes))
-    own: Any = {"passes": tuple(passes), "uuids": uuids, "inner": inner, "dump": dump, "options": dict(options or {})}
+    own: Any = {"passes": tuple(passes), "uuids": uuids, "inner": inner, "dump": dump, "options": given}
+    own |= {"mode": mode, "dynamic": dynamic, **of_dynamo}
     return torch.compile(model, backend=backend, options=own, **torch_options)
 
 
 def backend(
-    graph_module: GraphModule, example_inputs: list[Any], options: Mapping[str, Any] | None = None, **more: Any
+    graph_module: GraphModule,
+    example_inputs: list[Any],
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
-    """The backend that the entry point ``fxpeft`` names; ``options`` are those of :func:`compile`."""
+    """The backend that the entry point ``fxpeft`` names; ``options`` and ``mode`` are those of :func:`compile`."""
     own = dict(options or {})
     passes, inner = _chosen(own.pop("passes", DEFAULT)), own.pop("inner", "inductor")
     dump, inner_options, _ = own.pop("dump", None), own.pop("options", {}), own.pop("uuids", None)
+    mode, dynamic = own.pop("mode", mode), own.pop("dynamic", None)
     inner_options = {**inner_options, **own}
-    lower = lookup_backend(inner) if isinstance(inner, str) else inner
-    if inner_options:
-        more = {**more, "options": inner_options}
+    lower = _inner(inner, mode, inner_options, dynamic)
     context = context_of(graph_module, inner_options)
     if not context.slots:
         passes = tuple(each for each in passes if each.name not in PASSES)
@@ -87,19 +97,28 @@ def backend(
         for_idle = replace(context, values=idle_values(context))
         folded, changed = _run(graph_module, passes, IDLE, for_idle, folder)
         if any(ACTIVE not in each.graphs for each in changed):
-            idle = lower(folded, example_inputs, **more)
+            idle = lower(folded, example_inputs)
     active, _ = _run(graph_module, passes, ACTIVE, context, folder)
     names = [n.name for n in graph_module.graph.nodes if n.op == "placeholder"]
     stacks = {names.index(g.place): [names.index(member) for member in g.members] for g in groups_of(active)}
     placeholders = [n for n in active.graph.nodes if n.op == "placeholder"]
     given = [placeholders[i].meta["example_value"] if i in stacks else x for i, x in enumerate(example_inputs)]
-    full = lower(active, given, **more)
+    full = lower(active, given)
     if stacks:
         full = _with_stacks(full, stacks)
     if idle is None:
         return full
     places = [i for i, name in enumerate(names) if name in context.slots and context.slots[name].part == "d"]
     return _choose(idle, full, places)
+
+
+def _inner(
+    inner: str | Callable[..., Any], mode: str | None, options: Mapping[str, Any], dynamic: bool | None
+) -> Callable[..., Callable[..., Any]]:
+    try:
+        return inner_backend(inner, mode, options, dynamic)
+    except RuntimeError as error:
+        raise AdapterError(f"mode, options: {error}") from None
 
 
 def _run(

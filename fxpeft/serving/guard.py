@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fxpeft.adapters.lock import SwapLock
 from fxpeft.adapters.state import find_state
 from fxpeft.errors import LockTimeout
-from fxpeft.model.wrappers import named_modules, submodule
+from fxpeft.model.wrappers import faces, named_modules, submodule
 from fxpeft.passes.live import Container, lock_module, unlock_module
 from fxpeft.passes.live.locked import LOCK
 from fxpeft.passes.torch_private import MODULE_CALL, pytree
@@ -59,17 +59,18 @@ def guard_forwards(model: nn.Module, lock: ModelLock, hosts: Collection[str]) ->
             while name:
                 around.add(name)
                 name = name.rpartition(".")[0]
-    for name in around:
-        module = submodule(model, name)
+    parts = {id(part): part for face in faces(model) for part in (submodule(face, name) for name in around)}
+    for module in parts.values():
         if type(module).forward is not nn.Module.forward:  # a list of modules isn't called
             lock_module(module, lock)
 
 
 def unguard_forwards(model: nn.Module) -> None:
     """The inverse of :func:`guard_forwards`. Calls that wait for the lock go on with what the modules are then."""
-    for module in model.modules():
-        if LOCK in vars(module):
-            unlock_module(module)
+    for face in faces(model):
+        for module in face.modules():
+            if LOCK in vars(module):
+                unlock_module(module)
 
 
 def drain(model: nn.Module, lock: SwapLock, hosts: Collection[str]) -> None:

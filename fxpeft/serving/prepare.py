@@ -18,7 +18,7 @@ from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import PassError
 from fxpeft.passes.slots.slot import ActiveRank
 from fxpeft.passes.targets.terms import Pattern
-from fxpeft.passes.torch_private import is_freezing
+from fxpeft.passes.torch_private import constants_setting
 from fxpeft.serving import prompts as prompts_serving
 from fxpeft.serving.base_loads import watch_loads
 from fxpeft.serving.binding import bind_slots
@@ -74,8 +74,8 @@ def prepare_hotswap(
     """
     model = unwrap(model)
     check_slots(methods, max_rank, rank)
-    if is_freezing():
-        raise AdapterError("torch._inductor.config.freezing folds slots into constants, so swaps would have no effect")
+    if (setting := constants_setting()) is not None:
+        raise AdapterError(f"{setting} folds slots into constants, so swaps would have no effect")
     existing = find_state(model)
     if is_prepared(model):
         raise AdapterError("the model is prepared already; call release_hotswap first to prepare it differently")

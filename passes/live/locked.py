@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fxpeft.passes.torch_private import checkpoint_above, in_backward, skip_frame
+from fxpeft.passes.base import PassError
+from fxpeft.passes.torch_private import checkpoint_above, constants_setting, in_backward, skip_frame
 
 LOCK = "_fxpeft_lock"  # where a module's lock stands
 UNLOCKED = "_fxpeft_unlocked"  # on a locked class: the class that it locks
@@ -88,10 +89,25 @@ def _framed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return framed
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def refuse_constants() -> None:
+    """Dynamo calls this when it traces a part of a prepared model.
+
+    Raises:
+        PassError: it would take what the slots hold now for constants.
+    """
+    setting = (
+        None if torch.compiler.is_exporting() else constants_setting()
+    )  # a program's constants are the slots' tensors
+    if setting is not None:
+        raise PassError(f"{setting}: expected False, for it makes constants of slots, and swaps would have no effect")
+
+
 def _locked(inner: Callable[..., Any], made: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(inner)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
+            refuse_constants()
             return inner(self, *args, **kwargs)
         lock, me = vars(self).get(LOCK), get_ident()
         if lock is None or me in lock.readers or lock.reads(me):

@@ -44,10 +44,10 @@ from fxpeft.passes.torch_private import (
     has_plain_arguments,
     import_block,
     in_backward,
+    inner_backend,
     is_freezing,
     keep_sources,
     key_graph,
-    lookup_backend,
     mark_dynamic,
     parameter_sources,
     pytree,
@@ -271,7 +271,25 @@ def test_a_graph_knows_whether_its_arguments_are_nested() -> None:
 
 def test_backends_are_found_by_name() -> None:
     graph_module = torch.fx.symbolic_trace(nn.ReLU())
-    assert torch.equal(lookup_backend("eager")(graph_module, [])(torch.tensor([-1.0, 2.0])), torch.tensor([0.0, 2.0]))
+    found: list[Any] = []
+
+    def own(graph: Any, inputs: Any, **given: Any) -> Any:
+        found.append(given)
+        return graph
+
+    for backend, mode, options in (("eager", None, {}), (own, None, {"a": 1}), (own, "m", {}), (own, "default", {})):
+        run = inner_backend(backend, mode, options, None)(graph_module, [])
+        assert torch.equal(run(torch.tensor([-1.0, 2.0])), torch.tensor([0.0, 2.0]))
+    assert found == [{"options": {"a": 1}}, {"mode": "m"}, {}]
+
+
+def test_inductor_takes_modes_and_options() -> None:
+    wrapper: Any = inner_backend("inductor", "max-autotune", {}, True)
+    assert wrapper.config == torch._inductor.list_mode_options("max-autotune")
+    assert inner_backend("inductor", None, {"cpp_wrapper": True}, None).config == {"cpp_wrapper": True}  # type: ignore[attr-defined]
+    for mode, options in (("fast", {}), (None, {"cpp": True}), (None, {"cpp_wrapper": "yes"})):
+        with pytest.raises(RuntimeError, match=r"fast|cpp"):
+            inner_backend("inductor", mode, options, None)
 
 
 def test_freezing_is_seen() -> None:
