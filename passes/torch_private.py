@@ -1,53 +1,99 @@
-"""The private torch APIs that fxpeft uses, and nothing else. Tried on torch 2.13."""
+"""The private torch APIs that fxpeft uses, and nothing else: one that a torch lost is an error where it is used."""
 
 from __future__ import annotations
 
 import operator
+import pkgutil
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from types import CodeType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._C._dynamo.eval_frame import (
-    _FrameAction,
-    _FrameExecStrategy,
-    set_code_exec_strategy,
-    set_fullgraph_compiled_frame_count,
-)
-from torch._dynamo.exc import RecompileError as RecompileError
-from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
-from torch._dynamo.source import ConstantSource as ConstantSource
-from torch._guards import detect_fake_mode
-from torch._ops import HigherOrderOperator as HigherOrderOperator
-from torch._ops import OpOverload as OpOverload
-from torch._ops import OpOverloadPacket as OpOverloadPacket
-from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx import Graph, GraphModule
 from torch.fx.graph import CodeGen
-from torch.fx.graph_module import _format_import_block
-from torch.package.importer import sys_importer
-from torch.utils import _pytree as pytree
-from torch.utils._sympy.value_ranges import ValueRanges as ValueRanges
 from torch.utils.checkpoint import CheckpointFunction
+
+from fxpeft.passes.base import PassError
+from fxpeft.passes.tried import TRIED, warn_untried
 
 __all__ = [
     "ConstantSource", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "OpOverloadPacket", "RecompileError",
     "TorchDynamoException", "ValueRanges", "pytree",
 ]  # fmt: skip
+
+
+class _Lost(type):
+    """The class of what stands in for an API that this torch has not: to use it, in whatever way, is the error."""
+
+    message = ""
+
+    def _refuse(cls, *args: Any, **kwargs: Any) -> Any:
+        raise PassError(cls.message)
+
+    __call__ = __bool__ = __getitem__ = __instancecheck__ = __subclasscheck__ = _refuse
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return cls._refuse()
+
+
+def _found(path: str, feature: str) -> Any:
+    """What lies at a private path of torch's. Where nothing does, what raises a ``PassError`` as soon as it is used."""
+    try:
+        return pkgutil.resolve_name(path)
+    except (ImportError, AttributeError):
+        first, last = TRIED["torch"]
+        message = (
+            f"{feature} needs {path.replace(':', '.')}, which torch {torch.__version__} has not. "
+            f"fxpeft was tried on torch {first} to {last}: install one of these, or a newer fxpeft"
+        )
+        # an exception, since some are named in an except clause, where none is asked what it is
+        return _Lost(path.rpartition(":")[2], (Exception,), {"message": message})
+
+
+if TYPE_CHECKING:
+    from torch._dynamo.exc import RecompileError as RecompileError
+    from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
+    from torch._dynamo.source import ConstantSource as ConstantSource
+    from torch._ops import HigherOrderOperator as HigherOrderOperator
+    from torch._ops import OpOverload as OpOverload
+    from torch._ops import OpOverloadPacket as OpOverloadPacket
+    from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+    from torch.utils import _pytree as pytree
+    from torch.utils._sympy.value_ranges import ValueRanges as ValueRanges
+else:
+    RecompileError = _found("torch._dynamo.exc:RecompileError", "counting recompiles")
+    TorchDynamoException = _found("torch._dynamo.exc:TorchDynamoException", "counting recompiles")
+    ConstantSource = _found("torch._dynamo.source:ConstantSource", "rewriting a captured graph")
+    HigherOrderOperator = _found("torch._ops:HigherOrderOperator", "reading a graph")
+    OpOverload = _found("torch._ops:OpOverload", "reading a graph")
+    OpOverloadPacket = _found("torch._ops:OpOverloadPacket", "reading a graph")
+    FakeTensorMode = _found("torch._subclasses.fake_tensor:FakeTensorMode", "tracing a model")
+    pytree = _found("torch.utils._pytree", "reading nested arguments")
+    ValueRanges = _found("torch.utils._sympy.value_ranges:ValueRanges", "rewriting a captured graph")
+warn_untried("torch", torch.__version__)
 FSDP = "_is_fsdp_managed_module"  # what FSDP1 and FSDP2 set on the modules whose parameters they come and go with
 INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # where wrappers hold their one module
 COMPILED = "_compiled_call_impl"  # what ``module.compile()`` sets
 MODULE_CALL: CodeType = torch.nn.Module._call_impl.__code__  # the frame in which a module calls hooks and forward
 version_of = operator.attrgetter("_version")  # how often a tensor was written
-copy_each = torch._foreach_copy_  # into tensors from tensors, in one call without the interpreter between
+# into tensors from tensors, in one call without the interpreter between
+copy_each = _found("torch:_foreach_copy_", "a swap")
+_graph_task = _found("torch._C:_current_graph_task_id", "a call of a locked model")
+_count_frames = _found("torch._C._dynamo.eval_frame:set_fullgraph_compiled_frame_count", "a call that waits for a swap")
 _CHECKPOINT = {CheckpointFunction.forward.__code__: False, CheckpointFunction.backward.__code__: True}
 
 
 def import_block(names: dict[str, Any]) -> str:
     """Import statements that give the globals of a graph's generated code, for a fresh process."""
-    return _format_import_block(names, sys_importer)
+    text: str = _found("torch.fx.graph_module:_format_import_block", "writing a generated forward")(
+        names, _found("torch.package.importer:sys_importer", "writing a generated forward")
+    )
+    return text
 
 
 def skip_frame(function: Callable[..., Any], *, deep: bool = False) -> None:
@@ -56,8 +102,17 @@ def skip_frame(function: Callable[..., Any], *, deep: bool = False) -> None:
     Args:
         deep: what it calls too. Otherwise Dynamo begins there.
     """
-    below = _FrameAction.SKIP if deep else _FrameAction.DEFAULT
-    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, below))
+    try:
+        frames: Any = pkgutil.resolve_name("torch._C._dynamo.eval_frame")
+        below = frames._FrameAction.SKIP if deep else frames._FrameAction.DEFAULT
+        strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, below)
+        frames.set_code_exec_strategy(function.__code__, strategy)
+    except (ImportError, AttributeError):  # at the import of this package, and eager models do without
+        warnings.warn(
+            f"torch {torch.__version__} has no way to skip a frame that fxpeft knows: in a compiled model Dynamo "
+            "traces the locks of swaps too, and may break graphs there",
+            stacklevel=2,
+        )
 
 
 def count_waiting_call() -> None:
@@ -66,13 +121,13 @@ def count_waiting_call() -> None:
     With ``fullgraph=True`` Dynamo counts a call's compiled frames, in one number for all threads that each call sets
     to zero first: while one waits, others that end find none and raise.
     """
-    if set_fullgraph_compiled_frame_count(1) < 0:
-        set_fullgraph_compiled_frame_count(-1)  # nobody counts
+    if _count_frames(1) < 0:
+        _count_frames(-1)  # nobody counts
 
 
 def in_backward() -> bool:
     """Whether autograd runs a backward in this thread."""
-    return torch._C._current_graph_task_id() != -1
+    return bool(_graph_task() != -1)
 
 
 def checkpoint_above(stop: CodeType) -> tuple[Any, bool] | None:
@@ -103,12 +158,13 @@ def schema_of(operator: object) -> Any:
 
 def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode | None:
     """The mode that the fake tensors among values belong to; ``None``: there are none."""
-    return detect_fake_mode(list(values))
+    mode: FakeTensorMode | None = _found("torch._guards:detect_fake_mode", "rewriting a captured graph")(list(values))
+    return mode
 
 
 def mark_dynamic(tensor: torch.Tensor, dimension: int, least: int, most: int) -> None:
     """Let Dynamo take a tensor's size as a symbol between two numbers."""
-    torch._dynamo.mark_dynamic(tensor, dimension, min=least, max=most)
+    _found("torch._dynamo:mark_dynamic", "a slot")(tensor, dimension, min=least, max=most)
 
 
 def parameter_sources(graph_module: GraphModule) -> dict[str, Any] | None:
@@ -134,73 +190,66 @@ def inner_backend(
     Raises:
         RuntimeError: a mode or an option that Inductor doesn't know.
     """
-    made: Any = torch._TorchCompileInductorWrapper if backend == "inductor" else torch._TorchCompileWrapper
-    args = (mode, dict(options), dynamic)
-    found: Callable[..., Callable[..., Any]] = made(*args) if backend == "inductor" else made(backend, *args)
-    return found
+    args: tuple[Any, ...] = (mode, dict(options), dynamic)
+    made: Callable[..., Callable[..., Any]]
+    if backend == "inductor":
+        made = _found("torch:_TorchCompileInductorWrapper", "fxpeft.compile")(*args)
+    else:
+        made = _found("torch:_TorchCompileWrapper", "fxpeft.compile")(backend, *args)
+    return made
 
 
 def is_freezing() -> bool:
     """Whether Inductor folds parameters into constants, so that a swap would have no effect."""
-    return bool(torch._inductor.config.freezing)
+    return bool(_found("torch._inductor:config.freezing", "preparing a model"))
 
 
 def constants_setting() -> str | None:
     """The setting by which a compiled model takes its modules' tensors for constants, so that swaps have no effect."""
-    found = {
-        "torch._inductor.config.freezing": is_freezing(),
-        "torch._dynamo.config.prepare_freezing": torch._dynamo.config.prepare_freezing,
-        "torch._dynamo.config.install_free_tensors": torch._dynamo.config.install_free_tensors,
-    }
+    found = {"torch._inductor.config.freezing": is_freezing()}
+    for name in ("prepare_freezing", "install_free_tensors"):  # what a torch has not is never set
+        found[f"torch._dynamo.config.{name}"] = getattr(torch._dynamo.config, name, False)
     return next((name for name, value in found.items() if value), None)
 
 
 def aot_compile(module: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], options: Mapping[str, Any]) -> Any:
     """Inductor's files of a graph, for :func:`package_files`."""
-    from torch._inductor import aot_compile
-
-    return aot_compile(module, args, kwargs, options=dict(options))
+    compiled = _found("torch._inductor:aot_compile", "a package")
+    return compiled(module, args, kwargs, options=dict(options))
 
 
 def package_files(path: str, files: Any, texts: dict[str, str]) -> None:
     """Write a ``.pt2`` archive with one compiled model, ``"model"``, and further texts by name."""
-    from torch.export.pt2_archive._package import package_pt2
-
-    package_pt2(path, aoti_files={"model": files}, extra_files=texts)
+    write = _found("torch.export.pt2_archive._package:package_pt2", "a package")
+    write(path, aoti_files={"model": files}, extra_files=texts)
 
 
 def load_package(path: str, **options: Any) -> Any:
     """A ``.pt2`` archive, with its ``aoti_runners``."""
-    from torch.export.pt2_archive._package import load_pt2
-
-    return load_pt2(path, **options)
+    return _found("torch.export.pt2_archive._package:load_pt2", "a package")(path, **options)
 
 
 def captured_graphs() -> tuple[int, dict[str, int]]:
     """How many graphs Dynamo captured in this process, and how often for which reason it broke one."""
-    from torch._dynamo.utils import counters
-
+    counters = _found("torch._dynamo.utils:counters", "counting graphs")
     return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 
 def compilations() -> list[Any]:
     """What Dynamo compiled last, in all threads, each with ``co_name``, ``recompile_reason`` and ``fail_type``."""
-    from torch._dynamo.utils import get_compilation_metrics
-
-    return list(get_compilation_metrics())
+    return list(_found("torch._dynamo.utils:get_compilation_metrics", "counting recompiles")())
 
 
 def error_on_recompile() -> AbstractContextManager[Any]:
     """Make a recompile in this thread a :class:`RecompileError`, which names the guard."""
+    bool(_found("torch._dynamo:config.error_on_recompile", "counting recompiles"))  # raises where torch lost it
     context: AbstractContextManager[Any] = torch._dynamo.config.patch(error_on_recompile=True)
     return context
 
 
 def graph_counter() -> Any:
     """A backend that runs graphs as they are and counts them in ``frame_count``, their operations in ``op_count``."""
-    from torch._dynamo.testing import CompileCounter
-
-    return CompileCounter()
+    return _found("torch._dynamo.testing:CompileCounter", "counting graphs")()
 
 
 KEYED = "_fxpeft_passes"  # torch makes its key of all that a graph module holds, names that it doesn't know too

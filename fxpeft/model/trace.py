@@ -15,6 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
@@ -28,7 +29,9 @@ from fxpeft.passes.targets.flow import Flow, flow_of
 from fxpeft.passes.targets.match import module_kind
 from fxpeft.passes.targets.roles import roles_of_sites
 from fxpeft.passes.torch_private import FakeTensorMode, pytree
+from fxpeft.passes.tried import warn_untried
 
+warn_untried("transformers", transformers.__version__)  # every other module of this package comes after this one
 BATCH, LENGTH = 2, 6
 _tracing = threading.RLock()  # torch.export keeps what it is at in variables of the process
 _flows: WeakKeyDictionary[nn.Module, tuple[list[Any], Flow]] = WeakKeyDictionary()
