@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightTransform
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils.hub import cached_file, resolve_revision
-from transformers.utils.loading_report import LoadStateDictInfo
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from fxpeft import checkpoint
@@ -25,6 +24,7 @@ from fxpeft.adapters.loading import load
 from fxpeft.adapters.values import complete, fresh_values, placed, shared_placement
 from fxpeft.checkpoint import Checkpoint
 from fxpeft.errors import AdapterError, CheckpointError, listing
+from fxpeft.integrations.transformers.releases import LoadStateDictInfo, load_info, resolve_revision
 from fxpeft.methods import config_class, method_of
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.values import Values
@@ -199,7 +199,7 @@ def fit(
     if misfit.missing or misfit.mismatched:
         complete(values, fresh_values(model, plan, autocast=trainable))
     mismatched: Any = {(_named(plan, key, name), *shapes) for key, *shapes in misfit.mismatched}
-    info = LoadStateDictInfo(
+    info = load_info(
         missing_keys={_named(plan, key, name) for key in misfit.missing},
         unexpected_keys={_named(plan, key, name) for key in misfit.unexpected},
         mismatched_keys=mismatched, error_msgs=[], conversion_errors={}, skipped_pp_keys=set(),

@@ -14,7 +14,6 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils.loading_report import LoadStateDictInfo, log_state_dict_report
 
 from fxpeft import adapters
 from fxpeft.adapters.change import changes, changing, ordinary
@@ -37,6 +36,7 @@ from fxpeft.integrations.transformers.model_state import (
     swap,
     train_parts,
 )  # fmt: skip
+from fxpeft.integrations.transformers.releases import LoadStateDictInfo, log_report
 from fxpeft.methods import method_of
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.model.modules import Modules
@@ -128,7 +128,7 @@ def load_adapter(
         # the table of from_pretrained has the user's key_mapping too
         fitted = loading.fit(self, found, name, trainable=is_trainable, conversions=options.weight_mapping)
         # a report of tensors that can't be used is an error, so it comes before anything is changed
-        log_state_dict_report(self, found.source, options.ignore_mismatched_sizes, fitted.info, logger)
+        log_report(self, found.source, options.ignore_mismatched_sizes, fitted.info, logger)
         new = Adapter(name, fitted.plan, fitted.values)
         swap(self, new) if swaps else add(self, new)
         if is_trainable:

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils.hub import create_and_tag_model_card, hf_api
+from transformers.utils.hub import create_and_tag_model_card
 
 from fxpeft import checkpoint
 from fxpeft.adapters.embeddings import embedding_tensors
@@ -22,6 +22,7 @@ from fxpeft.checkpoint.model_card import CARD, write_card
 from fxpeft.files import replace_files
 from fxpeft.integrations.transformers.held import held_adapter, only_active, without_prefix
 from fxpeft.integrations.transformers.model_state import LOADED, adapters_of, logger
+from fxpeft.integrations.transformers.releases import hf_api
 from fxpeft.methods import method_of
 from fxpeft.model.wrappers import plain_name
 from fxpeft.passes.live import Container
