@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers.modeling_utils
 import transformers.utils.hub
 import transformers.utils.loading_report
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, is_offline_mode
 from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def resolve_revision(source: str | os.PathLike[str], revision: str | None, **opt
     if resolve is not None:
         found = resolve(source, revision, **options)
         return found
-    if os.path.exists(source) or options["local_files_only"] or transformers.utils.hub.is_offline_mode():
+    if Path(source).exists() or options["local_files_only"] or is_offline_mode():
         return revision
     try:
         found = hf_api().model_info(str(source), revision=revision, token=options["token"]).sha
