@@ -17,6 +17,7 @@ from typing import Any
 import peft
 import torch
 from families import FAMILIES
+from peer_versions import LORA_ONLY, STACKS
 from safetensors.torch import load_file, save_file
 from tiny import conv_net, randomise, tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class Row:
             made of them on the Transformers of their time.
         base: a bare model. run: its outputs.
         skips: letters of the checks that make no sense here, see test_layouts. why: the reason.
+        since: the least minor release that takes part, and what those before it do.
         wrap: what is put around the model before it gets the adapter. after: what is done to it when it has that.
     """
 
@@ -46,6 +48,7 @@ class Row:
     why: str = ""
     wrap: Callable[[Any], Any] = lambda model: model
     after: Callable[[Any], Any] = lambda model: model
+    since: tuple[int, str] = (17, "is not tried")
 
 
 @torch.no_grad()
@@ -218,7 +221,8 @@ ADAPTERS: dict[str, Row] = {
         peft.LoraConfig(r=3, lora_alpha=7, bias="all", target_modules=["c_attn"]), tiny_gpt2
     ),
     "`bias=\"lora_only\"`": by_peft(
-        peft.LoraConfig(r=3, lora_alpha=7, bias="lora_only", target_modules=["c_fc"]), tiny_gpt2
+        peft.LoraConfig(r=3, lora_alpha=7, bias="lora_only", target_modules=["c_fc"]), tiny_gpt2,
+        since=LORA_ONLY,
     ),
     "embeddings": by_peft(peft.LoraConfig(r=3, lora_alpha=7, target_modules=["embed_tokens", "q_proj"])),
     "`modules_to_save`, a classifier's head": by_peft(
@@ -230,7 +234,7 @@ ADAPTERS: dict[str, Row] = {
     ),
     "`target_parameters`: fused experts": by_peft(
         peft.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj"], target_parameters=["experts.down_proj"]),
-        FAMILIES["mixtral"].build,
+        FAMILIES["mixtral"].build, since=STACKS,
     ),
     "IA3": by_peft(
         peft.IA3Config(target_modules=["v_proj", "o_proj", "down_proj"], feedforward_modules=["o_proj", "down_proj"])

@@ -142,6 +142,7 @@ CASES = {
     "dora": Case("LoraConfig", {**LORA, "target_modules": "all-linear", "use_dora": True}),
     "lora-bias": Case("LoraConfig", {**LORA, "target_modules": r".*\.[ko]_proj", "lora_bias": True}),
     "embeddings": Case("LoraConfig", {**LORA, "target_modules": ["wte", "c_attn"], "bias": "all"}, gpt2),
+    "biases": Case("LoraConfig", {**LORA, "target_modules": ["c_attn", "c_fc"], "bias": "lora_only"}, gpt2),
     "pissa": Case("LoraConfig", {**LORA, "target_modules": ["q_proj"], "init_lora_weights": "pissa"}),
     "classifier": Case("LoraConfig", {**LORA, "target_modules": ["query"], "task_type": "SEQ_CLS"}, bert),
     "convolutions": Case(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fxpeft.checkpoint.keys import apart
-from fxpeft.checkpoint.reading import Checkpoint
+from fxpeft.checkpoint.reading import Checkpoint, minor_of
 from fxpeft.checkpoint.stacks import from_old, has_old
 from fxpeft.errors import CheckpointError, listing
 from fxpeft.methods import method_of
@@ -100,7 +100,11 @@ def assign(
         own = base_state(submodule(model, path))
         taken = {k: take(f"{path}.{k}", v.shape, v.dtype) for k, v in own.items()}
         values.saved[path] = {k: t for k, t in taken.items() if t is not None}
+    unsaved = _unsaved_biases(model, plan, left, found) if misfit is None else {}
+    values.tensors.update(unsaved)
     for path in plan.tensors:
+        if path in unsaved:
+            continue
         owner, _, leaf = path.rpartition(".")
         wrapped = f"{owner}.base_layer.{leaf}"
         tensor = take(wrapped if wrapped in left else path, attribute(model, path).shape)
@@ -143,6 +147,23 @@ def _turn_stacks(plan: AdapterPlan, left: dict[str, Tensor], release: str | None
         a, b = (left[key] for key in keys)
         if has_old(own.kind, own.rank, a, b, release):
             left.update(zip(keys, from_old(own.kind, a, b), strict=True))
+
+
+def _unsaved_biases(
+    model: nn.Module, plan: AdapterPlan, left: Mapping[str, Tensor], found: Checkpoint
+) -> dict[str, Tensor]:
+    """The base's own biases, where PEFT before 0.21 left out those of ``bias="lora_only"`` when it saved."""
+    if getattr(plan.config, "bias", "none") != "lora_only" or (minor_of(found.release) or 0) >= 21:
+        return {}
+    own = {path: attribute(model, path).detach() for path in plan.tensors}
+    if not own or any(key.endswith("bias") for key in left) or any(bias.is_meta for bias in own.values()):
+        return {}
+    warnings.warn(
+        f"{found.source}: bias='lora_only', but no bias is in the file: PEFT before 0.21 saved none. The base's own "
+        "are taken, as in PEFT; the outputs are not those of the trained adapter",
+        stacklevel=5,
+    )
+    return {path: bias.clone() for path, bias in own.items()}
 
 
 def _stored_shared(

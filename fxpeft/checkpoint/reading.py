@@ -179,6 +179,12 @@ def _release(values: Mapping[str, Any]) -> str | None:
     return named if isinstance(named, str) and VERSION.fullmatch(named) else None
 
 
+def minor_of(release: str | None) -> int | None:
+    """21 of ``0.21.2``."""
+    named = re.match(r"0\.(\d{1,4})(?!\d)", release or "")
+    return None if named is None else int(named[1])
+
+
 def stamp(values: Mapping[str, Any]) -> str:
     """A hash of a config's content, however that is written down."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

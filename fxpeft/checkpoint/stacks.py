@@ -6,11 +6,11 @@ the module says ``is_transposed``. PEFT refuses the old files since then, or mis
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 from torch import Tensor
 
+from fxpeft.checkpoint.reading import minor_of
 from fxpeft.passes.targets.operations import ParameterKind
 
 
@@ -27,8 +27,8 @@ def has_old(kind: ParameterKind, rank: int, a: Tensor, b: Tensor, release: str |
     before = _before(kind)
     if shapes != (before.a_shape(rank), before.b_shape(rank)):
         return False
-    named = re.match(r"0\.(\d{1,4})(?!\d)", release or "")
-    return kind.in_features != kind.out_features or (named is not None and int(named[1]) < 19)
+    named = minor_of(release)
+    return kind.in_features != kind.out_features or (named is not None and named < 19)
 
 
 def from_old(kind: ParameterKind, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

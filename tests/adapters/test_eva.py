@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from closeness import assert_close
+from peer_versions import LABELS, needs, since
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from picture import assert_same, picture
 from tiny import VOCABULARY, logits, randomise, tiny_gpt2, tiny_llama, token_ids
@@ -71,6 +72,8 @@ def started(case: str, **config: Any) -> Any:
     ],
 )  # fmt: skip
 def test_ranks_and_components_are_those_of_peft(case: str, config: dict[str, Any], tmp_path: Path) -> None:
+    if config.get("use_label_mask", True):
+        needs(*LABELS)
     make, own = CASES[case]
     theirs = peft.get_peft_model(
         make(), peft.LoraConfig(init_lora_weights="eva", eva_config=peft.EvaConfig(**config), **own)
@@ -103,6 +106,7 @@ def test_ranks_and_components_are_those_of_peft(case: str, config: dict[str, Any
     assert_close(logits(ours), logits(again))
 
 
+@since(*LABELS)
 def test_whitening() -> None:
     """PEFT divides in place, so sites that share an input are divided again and again there; one site is right."""
     values: dict[str, Any] = {"r": 4, "init_lora_weights": "eva", "target_modules": ["down_proj"]}

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from closeness import assert_close
+from peer_versions import LORA_ONLY, needs
 from tiny import conv_net, logits, randomise, tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor, nn
 
@@ -56,6 +57,8 @@ CASES: dict[str, tuple[Callable[[], Any], Any]] = {
 def trained(case: str) -> tuple[Any, dict[str, Tensor]]:
     """PEFT's model with random values in the adapter, and what it would save."""
     make, config = CASES[case]
+    if config.peft_type == "LORA" and config.bias == "lora_only":
+        needs(*LORA_ONLY)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peer: Any = peft.get_peft_model(make(), copy.deepcopy(config)).eval()

@@ -17,6 +17,7 @@ import torch
 import transformers as tf
 from closeness import assert_close
 from families import DECODER, FAMILIES, MOE
+from peer_versions import EXPERTS, since
 from safetensors.torch import save_file
 from tiny import logits, randomise
 from torch import Tensor
@@ -157,6 +158,7 @@ CASES: dict[str, dict[str, Any]] = {
 PEFT_TOO = ("plain",)
 
 
+@since(*EXPERTS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", MODELS)
 def test_one_lora_for_each_expert(name: str, case: str, tmp_path: Path, installed: None) -> None:
@@ -242,6 +244,7 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path, installed: Non
 # --- item 19: a new adapter that names the projections ---
 
 
+@since(*EXPERTS)
 @pytest.mark.filterwarnings("ignore:target_modules names projections")
 @pytest.mark.parametrize("form", ["list", "expression"])
 @pytest.mark.parametrize("way", ["native", "transformers"])
@@ -267,6 +270,7 @@ def test_a_new_adapter_is_pefts(name: str, way: str, form: str, tmp_path: Path, 
     assert_close(logits(loaded), logits(model))
 
 
+@since(*EXPERTS)
 @pytest.mark.parametrize("parameters", [r".*layers\.1\.mlp\.gate\.weight", ["layers.1.mlp.gate.weight"]])
 def test_parameters_that_are_named_beside_them(parameters: Any) -> None:
     experts = MODELS["mixtral"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from closeness import assert_close
 from layouts import ROWS, Row
+from peer_versions import needs, since
 from torch import Tensor
 
 import fxpeft
@@ -107,6 +108,7 @@ def run(group: str, name: str, folder: Path) -> None:
 
 @pytest.mark.parametrize(("group", "name"), CASES)
 def test_layout(group: str, name: str, tmp_path: Path) -> None:
+    needs(*ROWS[group][name].since)
     run(group, name, tmp_path)
 
 
@@ -126,6 +128,7 @@ def table() -> str:
     return "\n".join(lines[1:])
 
 
+@since(*max(row.since for rows in ROWS.values() for row in rows.values()))
 def test_the_table_in_the_guide_says_what_passed(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     for i, (group, name) in enumerate(CASES):
         if (group, name) not in passed:  # this test alone was asked for
