@@ -83,6 +83,7 @@ MODULE_CALL: CodeType = torch.nn.Module._call_impl.__code__  # the frame in whic
 version_of = operator.attrgetter("_version")  # how often a tensor was written
 # into tensors from tensors, in one call without the interpreter between
 copy_each = _found("torch:_foreach_copy_", "a swap")
+zero_each = _found("torch:_foreach_zero_", "a swap")  # the same with zeros
 _graph_task = _found("torch._C:_current_graph_task_id", "a call of a locked model")
 _count_frames = _found("torch._C._dynamo.eval_frame:set_fullgraph_compiled_frame_count", "a call that waits for a swap")
 _CHECKPOINT = {CheckpointFunction.forward.__code__: False, CheckpointFunction.backward.__code__: True}

@@ -131,6 +131,8 @@ def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
 
 def check_together(adapters: list[Adapter]) -> None:
     """Refuse adapters that each bring their own copy of one module or parameter, and two that are active alone."""
+    if len(adapters) < 2:
+        return
     alone: dict[str, list[str]] = {}
     for adapter in adapters:
         alone.setdefault(method_of(adapter.config).alone, []).append(adapter.name)

@@ -22,6 +22,7 @@ from fxpeft.model.wrappers import faces, unwrap
 from fxpeft.passes.base import attribute, join
 from fxpeft.passes.recent import Recent
 from fxpeft.passes.slots.copies import Copies
+from fxpeft.passes.slots.room import Room, Span
 from fxpeft.targets.sites import AdapterPlan
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ class Adapter:
         parts: while attached: host module's name -> what is registered there as ``adapters.<name>``; site of a
             parameter -> what is below that.
         lowered: on a prepared model: site -> slot values. prompt: there, the finished prompt of a prompt method.
-        settled: whether the slot values are contiguous, so that showing them is a plain copy.
-        copies: how to show the adapter alone in the slots, and the list of places where those were.
+        settled: whether the slot values are contiguous, in memory of the adapter's own: showing them is a plain copy.
+        room: that memory; the site's values are views of it where they can be.
+        copies: how to show the adapter alone in the slots: the list of places where those were, the copies, and the
+            rank of each site that has one.
         trained: what :func:`fxpeft.set_requires_grad` said since the active adapters were last chosen.
     """
 
@@ -53,14 +56,22 @@ class Adapter:
     lowered: dict[str, SlotValues] = field(default_factory=dict)
     prompt: Tensor | None = None
     settled: bool = False
-    copies: tuple[list[int], Copies] | None = field(default=None, compare=False)
+    room: Room | None = field(default=None, compare=False)
+    copies: tuple[list[int], Copies, dict[str, int]] | None = field(default=None, compare=False)
     trained: bool | None = None
 
     def __post_init__(self) -> None:
         check_adapter_name(self.name)  # whatever entry it came in by
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "copies": None}  # they lead into this model's slots, not into a copy's
+        state = {**vars(self), "copies": None}  # they lead into this model's slots, not into a copy's
+        if self.room is not None:  # each tensor would bring all of it
+            state |= _parts(self.values, self.lowered, lambda t: self.room.span(t) or t)  # type: ignore[union-attr]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = _parts(state["values"], state["lowered"], lambda t: t.tensor() if isinstance(t, Span) else t)
+        vars(self).update({"room": None, **state, **own})
 
     @property
     def config(self) -> AdapterConfig:
@@ -258,6 +269,12 @@ def _base_parameters(modules: Modules) -> Iterator[tuple[str, nn.Parameter]]:
             if parameter is not None and parameter not in seen:
                 seen.add(parameter)
                 yield join(module_name, name), parameter
+
+
+def _parts(values: Values, lowered: dict[str, SlotValues], function: Callable[[Any], Any]) -> dict[str, Any]:
+    """An adapter's values and slot values with a function applied to each."""
+    own = {s: SlotValues._make(None if t is None else function(t) for t in v) for s, v in lowered.items()}
+    return {"values": values.each(function), "lowered": own}
 
 
 def _owner(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from fxpeft.model.fast_path import fused_above, switch_off
@@ -10,7 +11,8 @@ from fxpeft.model.walk import base_value, base_values
 from fxpeft.model.wrappers import submodule
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
 from fxpeft.passes.live.parameters import read_module, slot_rewrite
-from fxpeft.passes.slots.slot import Slot
+from fxpeft.passes.slots.room import lay_out
+from fxpeft.passes.slots.slot import EXACT, Slot
 from fxpeft.serving import prompts as prompts_serving
 from fxpeft.serving.swap import Serving
 
@@ -34,17 +36,14 @@ def bind_slots(model: nn.Module, serving: Serving) -> None:
         holder.add_module("module", serving.copies[path])
         module.add_module("slot", holder)
         replace_module(module, "slot.module")
+    _make_slots(model, serving)
     _bind_parameters(model, serving)
     for site in dict.fromkeys((*(s for s, kind in serving.kinds.items() if not kind.leaf), *redirects)):
         module = submodule(model, site)
         unbind(module)
         rewrites, place = [], Container()
         if site in serving.kinds:
-            device, dtype = placement(module, model, autocast=False)
-            place = serving.slots[site] = Slot(
-                serving.kinds[site], serving.max_rank, serving.rank, features=serving.features, device=device,
-                dtype=dtype,
-            )  # fmt: skip
+            place = serving.slots[site]
             rewrites.append(place.rewrite())
         for leaf, (_, value) in redirects.get(site, {}).items():
             place.register_buffer(leaf, value, persistent=False)
@@ -52,6 +51,27 @@ def bind_slots(model: nn.Module, serving: Serving) -> None:
         rewrite_module(module, rewrites, name=site, redirects=redirects.get(site), container="slot")
     for module in fused_above(model, serving.hosts()).values():
         switch_off(module)
+
+
+def _make_slots(model: nn.Module, serving: Serving) -> None:
+    """Slots for all sites in one piece of memory, those of one name in all layers side by side.
+
+    So an adapter of the same rank everywhere, whichever names it targets, goes into them in a handful of copies.
+    """
+    wanted: dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype, torch.device]] = {}
+    for site, kind in serving.kinds.items():
+        module = submodule(model, kind.host(site))
+        device, dtype = placement(module, model, autocast=False, leaf=kind.leaf)
+        features = () if kind.leaf else serving.features
+        for name, shape in Slot.shapes(kind, serving.max_rank, features).items():
+            wanted[site, name] = shape, torch.float32 if name in EXACT else dtype, device
+    order = sorted(wanted, key=lambda key: (key[1], key[0].rpartition(".")[2]))
+    room, made = lay_out(wanted[key] for key in order)
+    memory = dict(zip(order, made, strict=True))
+    for site, kind in serving.kinds.items():
+        own = {name: tensor for name in ("a", "b", *EXACT) if (tensor := memory.get((site, name))) is not None}
+        features = () if kind.leaf else serving.features
+        serving.slots[site] = Slot(kind, serving.max_rank, serving.rank, features=features, memory=(room, own))
 
 
 def _bind_parameters(model: nn.Module, serving: Serving) -> None:
@@ -64,11 +84,9 @@ def _bind_parameters(model: nn.Module, serving: Serving) -> None:
         module, place, rewrites = submodule(model, name), Container(), {}
         unbind(module)
         for site in sites:
-            kind = serving.kinds[site]
-            device, dtype = placement(module, model, autocast=False, leaf=kind.leaf)
-            slot = serving.slots[site] = Slot(kind, serving.max_rank, serving.rank, device=device, dtype=dtype)
-            place.add_module(kind.leaf, slot)
-            rewrites[kind.leaf] = [slot_rewrite(slot, kind.leaf)]
+            leaf, slot = serving.kinds[site].leaf, serving.slots[site]
+            place.add_module(leaf, slot)
+            rewrites[leaf] = [slot_rewrite(slot, leaf)]
         module.add_module("slot", place)
         read_module(module, rewrites, name=name)
 

@@ -41,6 +41,7 @@ class ModelLock(SwapLock):
             for adapter in () if state is None else state.adapters.values():
                 held = [[*adapter.values.flat().values()], {**adapter.lowered}, adapter.prompt]
                 memo.update({id(t): t for t in pytree.tree_leaves(held) if isinstance(t, Tensor)})
+                memo[id(adapter.room)] = adapter.room
             twin: nn.Module = copy.deepcopy(module, memo)
             vars(twin)[LOCK].sealed = True
             return twin

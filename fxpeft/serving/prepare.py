@@ -24,8 +24,9 @@ from fxpeft.serving.base_loads import watch_loads
 from fxpeft.serving.binding import bind_slots
 from fxpeft.serving.declared import check_slots
 from fxpeft.serving.guard import ModelLock, drain, guard_forwards, unguard_forwards
+from fxpeft.serving.packing import settle
 from fxpeft.serving.release import leave_slots
-from fxpeft.serving.swap import Serving, check_gains, check_ranks, lower, settle
+from fxpeft.serving.swap import Serving, check_gains, check_ranks, lower
 from fxpeft.targets.parameters import check_hosts
 from fxpeft.targets.saved import saved_modules
 from fxpeft.targets.sites import find_sites
@@ -117,7 +118,7 @@ def _enter_slots(model: nn.Module, serving: Serving, adapters: list[Adapter]) ->
         watch_loads(model)
         state.serving = serving
         for adapter in adapters:
-            settle(lower(model, serving, adapter))
+            settle(lower(model, serving, adapter), serving.slots)
         serving.activate(model, state, state.running())
     except BaseException:
         leave_slots(model, state, serving)

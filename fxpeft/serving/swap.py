@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, ValuesView
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,9 +25,10 @@ from fxpeft.passes.recent import Recent
 from fxpeft.passes.slots.copies import Copies
 from fxpeft.passes.slots.slot import FEATURES, LEAST, ActiveRank, Slot
 from fxpeft.passes.targets.kinds import Kind
-from fxpeft.passes.torch_private import version_of
+from fxpeft.passes.torch_private import version_of, zero_each
 from fxpeft.serving import prompts as prompts_serving
 from fxpeft.serving.guard import ModelLock
+from fxpeft.serving.packing import settle
 from fxpeft.targets.sites import AdapterPlan
 
 
@@ -40,11 +42,13 @@ class Serving(Host):
         prompts: the placeholder of a prompt, where prompts were declared.
         slots: site -> its placeholders. copies: module -> its replaceable copy.
         shown: the adapters that are in the slots now.
-        dirty: site -> number of leading ranks that may hold something other than zero.
+        dirty: site -> number of leading ranks that may hold something other than zero, where there are such.
+        used: site -> number of ranks that its ``idle`` was set for; ``None``: unknown.
         featured: site and feature (gain, shift) that may hold something other than its neutral value.
         holds: module or parameter -> values of the adapter whose copy it holds, ``None`` for the base's.
         plans: config -> plan, of the last ones, so that adapters of one config share the search for their sites.
         places: where the slots' memory is. Copies that were prepared for another list of places are made anew.
+        held: the slots' tensors, as views of the dicts that hold them, which follow where a slot gets others.
         torn: a swap began to write and did not come to its end.
     """
 
@@ -58,16 +62,21 @@ class Serving(Host):
     slots: dict[str, Slot] = field(default_factory=dict)
     copies: dict[str, nn.Module] = field(default_factory=dict)
     shown: list[Adapter] = field(default_factory=list)
-    dirty: dict[str, int] = field(default_factory=dict)
+    dirty: Mapping[str, int] = field(default_factory=dict)
+    used: dict[str, int] | None = None
     featured: set[tuple[str, str]] = field(default_factory=set)
     holds: dict[str, tuple[Values | None, Any]] = field(default_factory=dict)
     plans: Recent[str, AdapterPlan] = field(default_factory=lambda: Recent(limit=64))
     places: list[int] = field(default_factory=list)
+    held: list[ValuesView[Tensor | None]] = field(default_factory=list)
     torn: bool = False
     lock: ModelLock = field(default_factory=ModelLock)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "places": [], "held": []}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({"places": [], "torn": False, **state})
+        vars(self).update({"places": [], "held": [], "torn": False, "used": None, **state})
         self.plans = Recent(state["plans"].items(), limit=64)  # a plain dict in older pickles
 
     @functools.cached_property
@@ -89,7 +98,7 @@ class Serving(Host):
         with changing(model):
             if adapter.name in state.adapters:  # another thread was first
                 raise AdapterError(f"there is an adapter named {adapter.name!r} already")
-            settle(lower(model, self, adapter))
+            settle(lower(model, self, adapter), self.slots)
             self.activate(model, state, [adapter] if state.enabled else [])
             state.adapters[adapter.name] = adapter
             state.active = [adapter.name]
@@ -104,7 +113,7 @@ class Serving(Host):
         """
         for adapter in adapters:
             if not adapter.settled and adapter is not fresh:
-                settle(adapter)
+                settle(adapter, self.slots)
         check_together(adapters)
         check_ranks(self, adapters)
         check_gains(adapters)
@@ -114,7 +123,7 @@ class Serving(Host):
         with changing(model):
             new = lower(model, self, adapter)
             if not owned:
-                settle(new)
+                settle(new, self.slots)
             active = [new if n == new.name else state.adapters[n] for n in state.active]
             check_together(active)
             if state.enabled and new.name in state.active:
@@ -124,6 +133,8 @@ class Serving(Host):
     def rescale(self, model: nn.Module, state: ModelState, name: str, strength: float) -> None:
         with changing(model):
             changed = lower(model, self, replace(state.get(name), strength=strength))
+            if changed.settled:
+                settle(changed, self.slots)
             if state.enabled and name in state.active:
                 self.activate(model, state, [changed if n == name else state.adapters[n] for n in state.active])
             state.adapters[name] = changed
@@ -185,29 +196,12 @@ def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
     return adapter
 
 
-def settle(adapter: Adapter) -> Adapter:
-    """Give an adapter contiguous memory of its own.
-
-    Showing it is then a plain copy, and neither a file that is written over nor a caller's tensor
-    that is changed later can reach it. The values become views of the slot values where they can.
-    """
-    method, values = method_of(adapter.config), adapter.values
-    own: dict[str, SlotValues] = {}
-    for site, v in adapter.lowered.items():
-        a, b = v.a.new_empty(v.a.shape), v.b.new_empty(v.b.shape)
-        own[site] = v._replace(a=a, b=b)
-    Copies(pair for site, v in adapter.lowered.items() for pair in zip(own[site][:2], v[:2], strict=True)).run()
-    sites = {site: method.keep(adapter.plan.sites[site], values.sites[site], own[site]) for site in own}
-    adapter.values = values.clone() if method.unlowered else replace(values.clone(sites=False), sites=sites)
-    adapter.lowered, adapter.copies, adapter.settled = own, None, True
-    return adapter
-
-
 def lower_again(model: nn.Module, state: ModelState) -> None:
     """Lower adapters with gains or shifts anew: those of DoRA follow from the base's weights, which are others now."""
+    serving = serving_of(state)
     for name, adapter in list(state.adapters.items()):
         if any(values.features() for values in adapter.lowered.values()):
-            state.adapters[name] = settle(lower(model, serving_of(state), replace(adapter)))
+            state.adapters[name] = settle(lower(model, serving, replace(adapter)), serving.slots)
 
 
 def reshow(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
@@ -224,7 +218,9 @@ def reshow(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
 
 
 def check_ranks(serving: Serving, adapters: list[Adapter]) -> None:
-    """Refuse adapters whose ranks together are more than a slot holds."""
+    """Refuse adapters whose ranks together are more than a slot holds; of one alone :func:`lower` looked."""
+    if len(adapters) < 2:
+        return
     total: dict[str, int] = {}
     for adapter in adapters:
         for site, value in adapter.lowered.items():
@@ -239,6 +235,8 @@ def check_ranks(serving: Serving, adapters: list[Adapter]) -> None:
 
 def check_gains(adapters: list[Adapter]) -> None:
     """Refuse a gain beside another adapter: a slot multiplies the sum of all, and a DoRA's shift is of one bias."""
+    if len(adapters) < 2:
+        return
     clashes = []
     for adapter in adapters:
         for site, value in adapter.lowered.items():
@@ -257,53 +255,87 @@ def check_gains(adapters: list[Adapter]) -> None:
 
 def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
     """Write the slots. Everything was checked; only copies are left."""
+    _find_places(serving)
     used: dict[str, int] = {}
     copies = []
-    buffers = [slot._buffers for slot in serving.slots.values()]  # as attributes they cost more than their addresses
-    places = [own[name].data_ptr() for own in buffers for name in "abd"]  # type: ignore[union-attr]
-    if places != serving.places:  # ``.to(device)``, ``.data =`` and the like: views made before lead elsewhere
-        serving.places = places
-        for slot in serving.slots.values():
-            slot.windows.clear()
     for adapter in adapters:
-        copies.append(_copies(serving, adapter, used))
-        for site, value in adapter.lowered.items():
-            used[site] = used.get(site, 0) + value.d.numel()
+        each, ranks = _copies(serving, adapter, used)
+        copies.append(each)
+        used = {site: used.get(site, 0) + ranks.get(site, 0) for site in {**used, **ranks}} if used else ranks
     active = serving.max_rank if serving.rank is None else max([LEAST, *used.values()])
-    for site, slot in serving.slots.items():
-        start, dirty = used.get(site, 0), serving.dirty.get(site, 0)
-        stale = min(dirty, active)
-        if stale > start:  # old ranks that this swap would compute with: zero them, they may even be NaN
-            for tensor in _window(slot, start, stale - start):
-                tensor.zero_()
-        serving.dirty[site] = dirty if dirty > active else start
+    same, serving.used = used is serving.used or used == serving.used, None
+    if not (used is serving.dirty or used == serving.dirty):
+        _clear(serving, used, active)
     for each in copies:
         each.run()
     if serving.features:
         _show_features(serving, adapters)
     _show_copies(model, serving, adapters)
     prompts_serving.show(model, serving.prompts, adapters)
-    for site, slot in serving.slots.items():
-        idle = not used.get(site) and not any((site, name) in serving.featured for name in slot.features)
-        if slot.idle is not idle:  # setting an attribute of a module costs more than all the rest here
-            slot.idle = idle
+    if not same or serving.features:
+        for site, slot in serving.slots.items():
+            idle = site not in used and not any((site, name) in serving.featured for name in slot.features)
+            if slot.idle is not idle:  # setting an attribute of a module costs more than all the rest here
+                slot.idle = idle
     if serving.rank is not None and len(serving.rank.carrier) != active:
         serving.rank.set(active)
+    serving.used = used
 
 
-def _copies(serving: Serving, adapter: Adapter, used: Mapping[str, int]) -> Copies:
-    """The copies of an adapter to behind the ranks in use; kept where it is alone."""
-    alone = not used
-    if alone and adapter.copies is not None and adapter.copies[0] is serving.places:
-        return adapter.copies[1]
+def _find_places(serving: Serving) -> None:
+    """Look whether slots have other memory now, by ``.to(device)``, ``.data =`` and the like: views lead elsewhere."""
+    if len(serving.held) != len(serving.slots):  # going by the slots' attributes costs more than the addresses
+        serving.held = [slot._buffers.values() for slot in serving.slots.values()]
+    places = list(map(Tensor.data_ptr, itertools.chain.from_iterable(serving.held)))  # type: ignore[arg-type]
+    if places != serving.places:
+        serving.places = places
+        for slot in serving.slots.values():
+            slot.windows.clear()
+
+
+def _clear(serving: Serving, used: Mapping[str, int], active: int) -> None:
+    """Zero the old ranks that this swap would compute with: they may even be NaN."""
+    stale: list[Tensor] = []
+    dirty = dict[str, int]()
+    for site, slot in serving.slots.items():
+        start, before = used.get(site, 0), serving.dirty.get(site, 0)
+        if min(before, active) > start:
+            stale += _window(slot, start, min(before, active) - start)
+        if left := before if before > active else start:
+            dirty[site] = left
+    serving.dirty = used if dirty == used else dirty
+    if stale:
+        zero_each(stale)
+
+
+def _copies(serving: Serving, adapter: Adapter, used: Mapping[str, int]) -> tuple[Copies, dict[str, int]]:
+    """The copies of an adapter to behind the ranks in use, and its ranks, where it has some.
+
+    The first one's are kept, and have its gains and shifts.
+    """
+    first = not used
+    if first and adapter.copies is not None and adapter.copies[0] is serving.places:
+        return adapter.copies[1:]
     pairs: list[tuple[Tensor, Tensor]] = []
+    written: list[Tensor] = []
+    ranks: dict[str, int] = {}
     for site, value in adapter.lowered.items():
-        window = _window(serving.slots[site], used.get(site, 0), value.d.numel())
-        pairs += zip(window, value[:3], strict=True)
-    copies = Copies(pairs)
-    if alone:
-        adapter.copies = (serving.places, copies)
-    return copies
+        slot = serving.slots[site]
+        if rank := value.d.numel():
+            ranks[site] = rank
+            pairs += zip(_window(slot, used.get(site, 0), rank), value[:3], strict=True)
+            written += (slot.a, slot.b, slot.d)
+        if first and slot.features:
+            for name, own in value.features().items():
+                if name in slot.features:
+                    pairs.append((getattr(slot, name), own))
+                    written.append(getattr(slot, name))
+    if ranks == serving.used:
+        ranks = serving.used  # one dict for all adapters that are alike, and the same one is known sooner than an equal
+    copies = Copies(pairs, written, join=adapter.settled)
+    if first and adapter.settled:
+        adapter.copies = (serving.places, copies, ranks)
+    return copies, ranks
 
 
 def _window(slot: Slot, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -320,12 +352,14 @@ def _window(slot: Slot, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]
 
 def _show_features(serving: Serving, adapters: list[Adapter]) -> None:
     """Gains and shifts: the one adapter's that has them, the sum of shifts, or the neutral value."""
+    first = adapters[0].lowered if adapters else {}
     for site, slot in serving.slots.items():
         lowered = [a.lowered[site] for a in adapters if site in a.lowered]
         for name in slot.features:
             given = [value for v in lowered if (value := getattr(v, name)) is not None]
             if given:
-                getattr(slot, name).copy_(given[0] if len(given) == 1 else torch.stack(given).sum(0))
+                if len(given) > 1 or site not in first or given[0] is not getattr(first[site], name):
+                    getattr(slot, name).copy_(given[0] if len(given) == 1 else torch.stack(given).sum(0))
                 serving.featured.add((site, name))
             elif (site, name) in serving.featured:
                 getattr(slot, name).fill_(FEATURES[name][1])

@@ -11,7 +11,7 @@ is symbolic in a compiled graph, so one graph serves every rank and does only th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -20,11 +20,13 @@ from torch import Tensor
 
 from fxpeft.passes.container import Container
 from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.slots.room import Room, Span
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.torch_private import mark_dynamic
 
 FEATURES = {"g_in": ("in_features", 1.0), "g_out": ("out_features", 1.0), "shift": ("out_features", 0.0)}
 NEUTRAL = {"d": 0, "shift": 0, "g_in": 1, "g_out": 1}  # what is in a slot that holds nothing
+EXACT = ("d", *FEATURES)  # float32 whatever the model's dtype: alpha / rank in bfloat16 would be off by up to 0.4%
 CARRIER = ".carrier"  # where a program's slots read the active rank, in the place of an ActiveRank
 LEAST = 2  # Dynamo specialises sizes 0 and 1, so ranks start at 2; rank 1 is padded
 
@@ -65,6 +67,7 @@ class Slot(Container):
         kind: the site's kind.
         rank: the model's active rank, or ``None`` for static mode.
         features: which of ``g_in`` [in], ``g_out`` [out] and ``shift`` [out] the slot has.
+        memory: its tensors by name, of zeros, and the room where they lie. Default: memory of its own.
 
     ``idle`` says that it holds nothing, so that a graph without it may run; whoever writes slots keeps it true.
     """
@@ -85,25 +88,35 @@ class Slot(Container):
         features: Collection[str] = (),
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        memory: tuple[Room, Mapping[str, Tensor]] | None = None,
     ) -> None:
         super().__init__()
         self.kind, self.rank, self.idle = kind, rank, False
         self.windows: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}  # views, kept by the swap
         self.stacks: tuple[Any, ...] = ()  # what compiled code reads in the place of several slots' A's
-        for name, shape in zip("ab", kind.slot_shapes(max_rank), strict=True):
-            self.register_buffer(name, torch.zeros(shape, device=device, dtype=dtype), persistent=False)
-        # float32 whatever the model's dtype: alpha / rank in bfloat16 would be off by up to 0.4%
-        self.register_buffer("d", torch.zeros(max_rank, device=device, dtype=torch.float32), persistent=False)
-        takes = {"g_in": kind.takes_gain, "g_out": True, "shift": kind.takes_bias}
-        self.features = tuple(name for name in FEATURES if name in features and takes[name])
-        for name, (size, neutral) in FEATURES.items():
-            if name in self.features:
-                value = torch.full((getattr(kind, size),), neutral, device=device, dtype=torch.float32)
-                self.register_buffer(name, value, persistent=False)
+        self.room: Room | None = memory[0] if memory else None
+        given = memory[1] if memory else {}
+        shapes = self.shapes(kind, max_rank, features)
+        self.features = tuple(name for name in FEATURES if name in shapes)
+        for name, shape in shapes.items():
+            value = given.get(name)
+            if value is None:
+                value = torch.zeros(shape, device=device, dtype=torch.float32 if name in EXACT else dtype)
+            if NEUTRAL.get(name):
+                value.fill_(NEUTRAL[name])
+            self.register_buffer(name, value, persistent=False)
         self._announce()
 
+    @staticmethod
+    def shapes(kind: Kind, max_rank: int, features: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the placeholders that a slot has."""
+        takes = {"g_in": kind.takes_gain, "g_out": True, "shift": kind.takes_bias}
+        a, b = kind.slot_shapes(max_rank)
+        own = [name for name in FEATURES if name in features and takes[name]]
+        return {"a": a, "b": b, "d": (max_rank,), **{name: (getattr(kind, FEATURES[name][0]),) for name in own}}
+
     def extra_repr(self) -> str:
-        """Its room, the rank in use, and whether it holds nothing."""
+        """How many ranks it holds, the rank in use, and whether it holds nothing."""
         rank = [] if self.rank is None else [f"rank={self.rank.rank}"]
         return ", ".join([f"max_rank={len(self.d)}", *rank, *self.features, *(["idle"] if self.idle else [])])
 
@@ -113,7 +126,8 @@ class Slot(Container):
             _slots[id(buffer)] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        held = {name: b.tensor() if isinstance(b, Span) else b for name, b in state["_buffers"].items()}
+        super().__setstate__({"room": None, **state, "_buffers": held})  # type: ignore[no-untyped-call]
         self._announce()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
@@ -128,19 +142,26 @@ class Slot(Container):
                 new = self._buffers[name]
                 assert old is not None
                 assert new is not None
-                if name in ("d", *FEATURES):
-                    new = self._buffers[name] = torch.empty_like(old, device=new.device)
+                if name in EXACT:
+                    new = old if new.device == old.device else torch.empty_like(old, device=new.device)
+                    self._buffers[name] = new
                 if old.is_meta:
                     new.fill_(NEUTRAL.get(name, 0))
                 elif new.data_ptr() != old.data_ptr():
                     new.copy_(old)
         self._announce()
         self.stacks = ()
+        if self.room is not None and not any(map(self.room.span, self._buffers.values())):
+            self.room = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # a pickled view would come back as a tensor of its own, and swaps would write beside the slot
-        return {**vars(self), "windows": {}, "stacks": ()}
+        # a pickled view would come back as a tensor of its own, and swaps would write beside the slot; and each
+        # tensor would bring the whole room
+        held: dict[str, Any] = dict(self._buffers)
+        if self.room is not None:
+            held = {name: self.room.span(buffer) or buffer for name, buffer in held.items()}
+        return {**vars(self), "_buffers": held, "windows": {}, "stacks": ()}
 
     def rewrite(self, carrier: Tensor | None = None) -> Rewrite:
         """The site's rewrite; its operands are reachable at ``slot.<name>``.

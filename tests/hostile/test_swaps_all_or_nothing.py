@@ -216,19 +216,22 @@ def test_an_error_that_stays_lets_nobody_see_a_mixture(folders: dict[str, str], 
     _transposed(model)
     fxpeft.set_adapter(model, "a")
     before = _everything(model)
-    for number in range(1, 12):
-        with _Failing(number, MemoryError(), persistent=True):
-            with pytest.raises(MemoryError):
+    for number in range(1, 50):
+        with _Failing(number, MemoryError(), persistent=True) as failing:
+            try:
                 fxpeft.set_adapter(model, "c")
-            with pytest.raises(MemoryError):
-                model(X)
-            assert fxpeft.active_adapters(model) == ["a"]
+            except MemoryError:
+                with pytest.raises(MemoryError):
+                    model(X)
+                assert fxpeft.active_adapters(model) == ["a"]
+        if not failing.raised:
+            break
         assert _same(_everything(model), before)
-    fxpeft.set_adapter(model, "c")
+    assert number > 4
     assert close(model(X), outputs["c"])
 
 
-@pytest.mark.parametrize("number", range(1, 9))
+@pytest.mark.parametrize("number", range(1, 8))
 def test_an_interrupt_between_moves_of_memory(
     number: int, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

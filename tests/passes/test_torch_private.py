@@ -54,6 +54,7 @@ from fxpeft.passes.torch_private import (
     schema_of,
     skip_frame,
     version_of,
+    zero_each,
 )
 
 
@@ -229,6 +230,10 @@ def test_a_tensor_knows_how_often_it_was_written() -> None:
     before = [version_of(t) for t in to]
     copy_each(to, source)
     assert all(map(torch.equal, to, source))
+    assert all(version_of(t) > v for t, v in zip(to, before, strict=True))
+    before = [version_of(t) for t in to]
+    zero_each(to)
+    assert not any(t.any() for t in to)
     assert all(version_of(t) > v for t, v in zip(to, before, strict=True))
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft.passes.slots.copies import Copies
+from fxpeft.passes.slots.room import at
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -110,3 +111,51 @@ def test_what_goes_wrong_in_a_thread_is_raised() -> None:
             copies.run()
     finally:
         torch.set_num_threads(before)
+
+
+def rows(count: int, step: int, start: int, shape: tuple[int, ...], *, seed: int | None) -> list[Tensor]:
+    """Tensors at equal steps in one piece of memory, of zeros without a seed."""
+    memory = torch.zeros(start + count * step + 64) if seed is None else numbers(start + count * step + 64, seed=seed)
+    strides = [1] if len(shape) == 1 else [shape[1], 1]
+    return [at(memory, start + i * step, shape, strides) for i in range(count)]
+
+
+def test_what_lies_in_equal_steps_is_one_copy() -> None:
+    to, source = rows(5, 64, 3, (3, 7), seed=None), rows(5, 21, 0, (3, 7), seed=1)
+    copies = Copies(zip(to, source, strict=True))
+    assert len(copies.others) == 1
+    assert not copies.moves
+    versions = [t._version for t in to]
+    copies.run()
+    assert all(torch.equal(t, s) for t, s in zip(to, source, strict=True))
+    assert all(t._version > version for t, version in zip(to, versions, strict=True))
+    assert not at(to[0], 3 + 21, (43,), (1,)).any()  # what lies between
+
+
+@pytest.mark.parametrize("left_out", [0, 2, 4])
+def test_gaps_other_steps_and_shapes_part_the_runs(left_out: int) -> None:
+    to, source = rows(6, 40, 0, (4, 5), seed=None), rows(6, 20, 0, (4, 5), seed=1)
+    more, given = rows(3, 30, 0, (9,), seed=None), rows(3, 9, 0, (9,), seed=2)
+    pairs = [*zip(to, source, strict=True), *zip(more, reversed(given), strict=True)]
+    kept = [pair for number, pair in enumerate(pairs) if number != left_out]
+    copies = Copies(kept)
+    assert len(copies.others) + len(copies.moves) <= 6
+    copies.run()
+    assert all(torch.equal(t, s) for t, s in kept)
+    assert not to[left_out].any()
+
+
+def test_a_cast_of_many_is_one_copy() -> None:
+    memory = torch.zeros(200, dtype=torch.bfloat16)
+    to, source = [at(memory, 40 * i, (4, 5), (5, 1)) for i in range(5)], rows(5, 20, 0, (4, 5), seed=1)
+    copies = Copies(zip(to, source, strict=True))
+    assert len(copies.others) == 1
+    copies.run()
+    assert all(torch.equal(t, s.bfloat16()) for t, s in zip(to, source, strict=True))
+
+
+def test_one_source_for_all() -> None:
+    to = rows(4, 30, 0, (9,), seed=None)
+    source = numbers(9)
+    Copies((t, source) for t in to).run()
+    assert all(torch.equal(t, source) for t in to)
