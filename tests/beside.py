@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import torch
 from closeness import allowed, assert_close
+from peer_versions import LORA_ONLY, needs
 from tiny import randomise, token_ids
 from torch import Tensor, nn
 
@@ -51,6 +52,8 @@ def output(model: nn.Module) -> Tensor:
 @torch.no_grad()
 def from_peft(case: Case, folder: Path) -> Tensor:
     """Save an adapter with PEFT; what PEFT computes with it."""
+    if case.config.get("bias") == "lora_only":
+        needs(*LORA_ONLY)
     model = peft.get_peft_model(case.build(), peft.LoraConfig(**case.config)).eval()
     randomise(p for p in model.parameters() if p.requires_grad)
     wanted = output(model)

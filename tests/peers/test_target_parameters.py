@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 from beside import Case, check_sums, from_peft, gradients, output
 from closeness import assert_close
+from peer_versions import STACKS, since
 from tiny import VOCABULARY, randomise, tiny_llama
 from torch import Tensor, nn
 
@@ -132,7 +133,9 @@ CASES = {
         {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj"], "target_parameters": EXPERTS},
     ),
 }  # fmt: skip
-EVERY = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+SAME_IN_ALL = ("linear", "gpt-oss")  # matrices, and stacks whose module says is_transposed
+MARKS = {name: () if name in SAME_IN_ALL else (since(*STACKS),) for name in CASES}
+EVERY = pytest.mark.parametrize("case", [pytest.param(c, id=name, marks=MARKS[name]) for name, c in CASES.items()])
 
 
 @EVERY
@@ -195,7 +198,7 @@ def test_slots_and_folds_compute_the_same(case: Case, tmp_path: Path) -> None:
     assert_close(output(theirs), output(model))
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n != "bfloat16"])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS[n]) for n in CASES if n != "bfloat16"])
 def test_gradients_are_pefts(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     from_peft(case, tmp_path)
@@ -212,6 +215,7 @@ def test_gradients_are_pefts(name: str, tmp_path: Path) -> None:
         assert_close(value, wanted[key], size=size)
 
 
+@since(19, "takes one adapter with target_parameters")
 @pytest.mark.parametrize("slots", [False, True], ids=["training", "slots"])
 def test_adapters_add_up_as_in_peft(slots: bool, tmp_path: Path) -> None:
     settings: dict[str, dict[str, Any]] = {
@@ -241,6 +245,7 @@ def test_adapters_of_other_parameters_live_together() -> None:
     assert torch.equal(output(model), bare)
 
 
+@since(*STACKS)
 @pytest.mark.parametrize("init", [True, False, "gaussian"])
 def test_first_values_are_distributed_as_in_peft(init: bool | str) -> None:
     config = {"r": 4, "target_modules": [], "target_parameters": EXPERTS, "init_lora_weights": init}

@@ -6,6 +6,7 @@ from typing import Any
 
 import peft
 import pytest
+from peer_versions import needs
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
@@ -48,6 +49,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_selects_what_peft_selects(case: str) -> None:
+    if CONFIGS[case].get("layers_to_transform") not in (None, []):
+        needs(21, "takes the last number of a name for the layer's, or misses one at its start")
     theirs = peft.LoraConfig(**CONFIGS[case])
     selector = fxpeft.LoraConfig(**CONFIGS[case]).selector()
     # PEFT answers with an excluded marker whose truth value is false
