@@ -10,7 +10,7 @@ from fxpeft.passes.backend import (
     SlotTensor,
 )
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, Skip
-from fxpeft.passes.captured import AtenPass
+from fxpeft.passes.captured import AtenPass, FormPass
 from fxpeft.passes.live import ReadPass, forward_text
 from fxpeft.passes.pipeline import Pipeline, graph_text
 from fxpeft.passes.rewrite import EjectPass, Feed, FeedPass, InjectPass, LiftPass, RedirectPass, Rewrite
@@ -41,9 +41,9 @@ from fxpeft.passes.targets import (
 
 __all__ = [
     "OPERATIONS", "AtenPass", "BackendPass", "CleanPass", "Context", "Conv", "EjectPass", "Embedding", "Feed",
-    "FeedPass", "FoldInactivePass", "GraphPass", "Group", "GroupPass", "InjectPass", "Kind", "LiftPass", "Linear",
-    "MatchPass", "NameSelector", "OpSpec", "ParameterKind", "PassError", "Pattern", "PatternError", "Pipeline",
-    "Places", "ReadPass", "RedirectPass", "Report", "Rewrite", "RewriteResult", "Role", "RolePass", "Skip",
-    "SlotTensor", "Target", "Unsupported", "Weight", "declare", "forward_text", "graph_text", "layers", "pattern",
-    "register_operation", "role",
+    "FeedPass", "FoldInactivePass", "FormPass", "GraphPass", "Group", "GroupPass", "InjectPass", "Kind", "LiftPass",
+    "Linear", "MatchPass", "NameSelector", "OpSpec", "ParameterKind", "PassError", "Pattern", "PatternError",
+    "Pipeline", "Places", "ReadPass", "RedirectPass", "Report", "Rewrite", "RewriteResult", "Role", "RolePass",
+    "Skip", "SlotTensor", "Target", "Unsupported", "Weight", "declare", "forward_text", "graph_text", "layers",
+    "pattern", "register_operation", "role",
 ]  # fmt: skip

@@ -126,6 +126,11 @@ def count_waiting_call() -> None:
         _count_frames(-1)  # nobody counts
 
 
+def is_recorded() -> bool:
+    """Whether something sees each operator of this thread: ``torch.jit.trace``, or a mode of ``make_fx`` or fakes."""
+    return torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def in_backward() -> bool:
     """Whether autograd runs a backward in this thread."""
     return bool(_graph_task() != -1)

@@ -16,6 +16,7 @@ from fxpeft.errors import AdapterError, listing
 from fxpeft.methods.config import AdapterConfig, matching
 from fxpeft.passes.base import PassError
 from fxpeft.passes.captured.dynamo import annotate_sources, name_operands
+from fxpeft.passes.captured.form import FormPass
 from fxpeft.passes.meta import INPUTS, ORIGIN
 from fxpeft.passes.pipeline import Pipeline
 from fxpeft.passes.rewrite.eject import EjectPass
@@ -232,7 +233,7 @@ def _is_new(matched: tuple[dict[str, list[Found]], list[str]], rewrites: Rewrite
 def _inject(graph_module: GraphModule, rewrites: Rewrites, redirects: Redirects, dump: Path | str | None) -> set[str]:
     reads = {read_path(n) for n in graph_module.graph.nodes}
     here = {s: r for s, r in redirects.items() if any(f"{s}.{leaf}" in reads for leaf in r)}
-    pipeline = Pipeline([RedirectPass(here), InjectPass(rewrites)], dump=dump)
+    pipeline = Pipeline([RedirectPass(here), InjectPass(rewrites), FormPass()], dump=dump)
     pipeline(graph_module)
     return set(pipeline.reports[0].matched)
 

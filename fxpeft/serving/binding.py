@@ -44,7 +44,7 @@ def bind_slots(model: nn.Module, serving: Serving) -> None:
         rewrites, place = [], Container()
         if site in serving.kinds:
             place = serving.slots[site]
-            rewrites.append(place.rewrite())
+            rewrites.append(place.live_rewrite())
         for leaf, (_, value) in redirects.get(site, {}).items():
             place.register_buffer(leaf, value, persistent=False)
         module.add_module("slot", place)

@@ -78,6 +78,8 @@ def _simplify(node: Node, values: Mapping[Node, int]) -> tuple[int | None, Node 
     a, b = values.get(first) if first else None, values.get(second) if second else None
     if (node.op == "call_method" and node.target in _SAME) or node.target is torch.narrow:
         return a, first if node.target == "type_as" and a is None else None
+    if node.op == "call_method" and node.target == "sum":
+        return (0 if a == 0 else None), None
     if node.target in (operator.mul, torch.mul):
         if 0 in (a, b):
             return 0, None

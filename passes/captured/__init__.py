@@ -2,5 +2,6 @@
 
 from fxpeft.passes.captured.aten import AtenPass
 from fxpeft.passes.captured.dynamo import annotate_sources, name_operands
+from fxpeft.passes.captured.form import FormPass
 
-__all__ = ["AtenPass", "annotate_sources", "name_operands"]
+__all__ = ["AtenPass", "FormPass", "annotate_sources", "name_operands"]

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, Skip, attribute, join
+from fxpeft.passes.container import Container
 from fxpeft.passes.meta import OPERAND, ORIGIN, REWRITE, SITE, TARGET, Located, Origin
 from fxpeft.passes.targets.match import bound_kind, operands
 
@@ -29,7 +30,8 @@ class Rewrite:
             on proxies, and what it does becomes the subgraph. ``base(x)`` is the target itself; it
             has to be called exactly once.
         operands: path below the site's container -> tensor, module (passed as a callable) or any
-            other object that the graph reads. ``function`` gets each by the last part of its path.
+            other object that the graph reads. ``function`` gets each by the last part of its path,
+            the container itself, ``""``, by its name.
         container: the attribute that holds the operands: ``container.path`` on the root where the
             root is the site, ``container.site.path`` in a larger program, so that modules which
             the program shares with a live model are left alone.
@@ -165,7 +167,7 @@ def _bind(
 
     def function(x: Proxy) -> Proxy:
         given = {
-            path.rpartition(".")[2]: _operand(gm, rewrite.path(target.site, path), value, tracer)
+            path.rpartition(".")[2] or rewrite.container: _operand(gm, rewrite.path(target.site, path), value, tracer)
             for path, value in rewrite.operands.items()
         }
         given |= _own_operands(gm, node, rewrite.reads, tracer)
@@ -192,7 +194,7 @@ def _own_operands(gm: GraphModule, node: Node, reads: Sequence[str], tracer: Gra
 
 def _operand(gm: GraphModule, path: str, value: Any, tracer: GraphAppendingTracer) -> Any:
     install(gm, path, value)
-    if isinstance(value, nn.Module):
+    if isinstance(value, nn.Module) and not isinstance(value, Container):
         return lambda *args: Proxy(tracer.graph.call_module(path, tuple(a.node for a in args)), tracer)
     read = get_attr(tracer.graph, path)
     OPERAND.set(read, True)

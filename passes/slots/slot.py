@@ -12,7 +12,7 @@ is symbolic in a compiled graph, so one graph serves every rank and does only th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakValueDictionary
 
 import torch
@@ -22,8 +22,10 @@ from fxpeft.passes.container import Container
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.slots.room import Room, Span
 from fxpeft.passes.targets.kinds import Kind
-from fxpeft.passes.torch_private import mark_dynamic
+from fxpeft.passes.targets.one_node import one_node
+from fxpeft.passes.torch_private import is_recorded, mark_dynamic, version_of
 
+Ranks: TypeAlias = tuple[Tensor, Tensor, Tensor, bool]
 FEATURES = {"g_in": ("in_features", 1.0), "g_out": ("out_features", 1.0), "shift": ("out_features", 0.0)}
 NEUTRAL = {"d": 0, "shift": 0, "g_in": 1, "g_out": 1}  # what is in a slot that holds nothing
 EXACT = ("d", *FEATURES)  # float32 whatever the model's dtype: alpha / rank in bfloat16 would be off by up to 0.4%
@@ -94,6 +96,7 @@ class Slot(Container):
         self.kind, self.rank, self.idle = kind, rank, False
         self.windows: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}  # views, kept by the swap
         self.stacks: tuple[Any, ...] = ()  # what compiled code reads in the place of several slots' A's
+        self.kept: Kept | None = None  # what a call that is not compiled reads
         self.room: Room | None = memory[0] if memory else None
         given = memory[1] if memory else {}
         shapes = self.shapes(kind, max_rank, features)
@@ -127,7 +130,7 @@ class Slot(Container):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         held = {name: b.tensor() if isinstance(b, Span) else b for name, b in state["_buffers"].items()}
-        super().__setstate__({"room": None, **state, "_buffers": held})  # type: ignore[no-untyped-call]
+        super().__setstate__({"room": None, "kept": None, **state, "_buffers": held})  # type: ignore[no-untyped-call]
         self._announce()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
@@ -150,7 +153,7 @@ class Slot(Container):
                 elif new.data_ptr() != old.data_ptr():
                     new.copy_(old)
         self._announce()
-        self.stacks = ()
+        self.stacks, self.kept = (), None
         if self.room is not None and not any(map(self.room.span, self._buffers.values())):
             self.room = None
         return self
@@ -161,20 +164,24 @@ class Slot(Container):
         held: dict[str, Any] = dict(self._buffers)
         if self.room is not None:
             held = {name: self.room.span(buffer) or buffer for name, buffer in held.items()}
-        return {**vars(self), "_buffers": held, "windows": {}, "stacks": ()}
+        return {**vars(self), "_buffers": held, "windows": {}, "stacks": (), "kept": None}
 
     def rewrite(self, carrier: Tensor | None = None) -> Rewrite:
-        """The site's rewrite; its operands are reachable at ``slot.<name>``.
+        """The site's rewrite in a graph that holds tensors only; they are its operands, at ``slot.<name>``.
 
         Args:
-            carrier: for a graph that holds tensors only: the tensor whose size is the active rank.
+            carrier: the tensor whose size is the active rank; ``None``: all ranks are computed.
         """
-        operands: dict[str, Any] = {n: self._buffers[n] for n in ("a", "b", "d", *FEATURES) if n in self._buffers}
+        operands: dict[str, Any] = {n: self._buffers[n] for n in ("a", "b", "d", *self.features)}
         if carrier is not None:
             return Rewrite("slot", slot_of_carrier, {**operands, CARRIER[1:]: carrier}, container="slot")
-        if self.rank is not None:
-            operands["rank"] = self.rank
         return Rewrite("slot", slot, operands, container="slot")
+
+    def live_rewrite(self) -> Rewrite:
+        """The site's rewrite in a live module, which holds the slot as ``slot``."""
+        operands: dict[str, Any] = {"": self, **{name: self._buffers[name] for name in self.features}}
+        function: Callable[..., Tensor] = live_slot_of_all_ranks if self.rank is None else live_slot
+        return Rewrite("slot", function, operands, container="slot")
 
 
 _slots: WeakValueDictionary[int, Slot] = WeakValueDictionary()
@@ -186,6 +193,78 @@ def slot_of(tensor: Tensor) -> Slot | None:
     return found if found is not None and any(b is tensor for b in found._buffers.values()) else None
 
 
+class Kept(NamedTuple):
+    """A slot's ranks in use, for calls that nothing compiles, with what they were found in."""
+
+    carrier: Tensor | None
+    tensors: tuple[Tensor, Tensor, Tensor]
+    addresses: tuple[int, ...]
+    written: int
+    ranks: Ranks
+
+    def stands(self, slot: Slot) -> bool:
+        """Whether the slot has the same rank, tensors, memory and d still."""
+        rank, own, (a, b, d) = slot.rank, slot._buffers, self.tensors
+        return (
+            (None if rank is None else rank.carrier) is self.carrier
+            and own["a"] is a
+            and own["b"] is b
+            and own["d"] is d
+            and version_of(d) == self.written
+            and (a.data_ptr(), b.data_ptr(), d.data_ptr()) == self.addresses
+        )
+
+
+@one_node
+def in_use(slot: Slot) -> Ranks:
+    """A slot's A, B and d, narrowed to the ranks in use, and whether any of these may be off.
+
+    Narrows dimension 0 only: on any other, ``rank == max_rank`` adds a guard. Where nothing is compiled or traced,
+    the views are kept: to make them, and to ask d for zeros, takes as long as to multiply with them.
+    """
+    if torch.compiler.is_compiling() or is_recorded():
+        return *_narrowed(slot.a, slot.b, slot.d, slot.rank), True
+    kept = slot.kept
+    if kept is None or not kept.stands(slot):
+        tensors = a, b, d = slot.a, slot.b, slot.d
+        if not all(type(t) is Tensor and not t.requires_grad and not t.is_inference() for t in tensors):
+            return *_narrowed(*tensors, slot.rank), True  # torch counts no writes there, or wants to see the views
+        carrier, written = None if slot.rank is None else slot.rank.carrier, version_of(d)
+        with torch.inference_mode(False), torch.no_grad():
+            a, b, d = _narrowed(*tensors, slot.rank)
+            masked = not d.is_cpu or bool((d == 0).any())  # elsewhere the answer would be waited for
+        kept = Kept(carrier, tensors, tuple(map(Tensor.data_ptr, tensors)), written, (a, b, d, masked))
+        vars(slot)["kept"] = kept
+    return kept.ranks
+
+
+def _narrowed(a: Tensor, b: Tensor, d: Tensor, rank: ActiveRank | _Carried | None) -> tuple[Tensor, Tensor, Tensor]:
+    if rank is None:
+        return a, b, d
+    r = rank.carrier.size(0)
+    return a.narrow(0, 0, r), b.narrow(0, 0, r), d.narrow(0, 0, r)
+
+
+def live_slot(kind: Kind, base: Callable[[Tensor], Tensor], x: Tensor, *, slot: Slot, **gains: Tensor) -> Tensor:
+    """The serving subgraph of a live module in dynamic mode, which reads its slot's ranks in one call."""
+    return _live(kind, base, x, slot, narrowed=True, **gains)
+
+
+def live_slot_of_all_ranks(
+    kind: Kind, base: Callable[[Tensor], Tensor], x: Tensor, *, slot: Slot, **gains: Tensor
+) -> Tensor:
+    """The same in static mode."""
+    return _live(kind, base, x, slot, narrowed=False, **gains)
+
+
+def _live(
+    kind: Kind, base: Callable[[Tensor], Tensor], x: Tensor, slot: Slot, *, narrowed: bool, **gains: Tensor
+) -> Tensor:
+    ranks = in_use(slot)
+    a, b, d, masked = ranks[0], ranks[1], ranks[2], ranks[3]  # on a proxy there is nothing to unpack
+    return _served(kind, base, x, lambda x: kind.update_ranks(x, a, b, d, narrowed=narrowed, masked=masked), **gains)
+
+
 def slot(
     kind: Kind,
     base: Callable[[Tensor], Tensor],
@@ -195,18 +274,27 @@ def slot(
     b: Tensor,
     d: Tensor,
     rank: ActiveRank | None = None,
+    **gains: Tensor,
+) -> Tensor:
+    """The serving subgraph."""
+    a, b, d = _narrowed(a, b, d, rank)
+    return _served(kind, base, x, lambda x: kind.update_ranks(x, a, b, d, narrowed=rank is not None), **gains)
+
+
+def _served(
+    kind: Kind,
+    base: Callable[[Tensor], Tensor],
+    x: Tensor,
+    update: Callable[[Tensor], Tensor],
+    *,
     g_in: Tensor | None = None,
     g_out: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """The serving subgraph. Narrows dimension 0 only: on any other, ``rank == max_rank`` adds a guard."""
     if g_in is not None:
         x = (x * kind.per_input(g_in)).type_as(x)
     y = base(x)
-    if rank is not None:
-        r = rank.carrier.size(0)
-        a, b, d = a.narrow(0, 0, r), b.narrow(0, 0, r), d.narrow(0, 0, r)
-    out = y + kind.update_ranks(x, a, b, d, narrowed=rank is not None)
+    out = y + update(x)
     if g_out is not None:
         out = out * kind.per_output(g_out)
     if shift is not None:

@@ -114,11 +114,14 @@ class Kind:
         """What a low-rank method adds to the output; A and B in the shapes of :meth:`a_shape`, :meth:`b_shape`."""
         return self.expand(self.scale(self.reduce(x, a), scale), b)
 
-    def update_ranks(self, x: Tensor, a: Tensor, b: Tensor, d: Tensor, *, narrowed: bool) -> Tensor:
+    def update_ranks(
+        self, x: Tensor, a: Tensor, b: Tensor, d: Tensor, *, narrowed: bool, masked: bool = True
+    ) -> Tensor:
         """:meth:`update` with A, B and a number per rank as slots hold them.
 
         Args:
             narrowed: to a number of ranks which a compiler does not know.
+            masked: whether any of the numbers may be zero; a kind may take it that some are.
         """
         h = self.scale(self.reduce_rows(x, a) if narrowed else self.reduce(x, a), d)
         # a rank that is off adds nothing to any input, and 0 * inf were NaN: chosen, not multiplied away

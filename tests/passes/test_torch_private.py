@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, StrictMinMaxConstraint
 from torch.utils.checkpoint import checkpoint
 
@@ -46,6 +47,7 @@ from fxpeft.passes.torch_private import (
     in_backward,
     inner_backend,
     is_freezing,
+    is_recorded,
     keep_sources,
     key_graph,
     mark_dynamic,
@@ -235,6 +237,24 @@ def test_a_tensor_knows_how_often_it_was_written() -> None:
     zero_each(to)
     assert not any(t.any() for t in to)
     assert all(version_of(t) > v for t, v in zip(to, before, strict=True))
+
+
+def test_what_records_operators_is_known() -> None:
+    found = []
+
+    def asked(x: Tensor) -> Tensor:
+        found.append(is_recorded())
+        return x * 2
+
+    x = torch.ones(3)
+    asked(x)
+    torch.jit.trace(asked, (x,), check_trace=False)
+    for mode in ("real", "fake", "symbolic"):
+        make_fx(asked, tracing_mode=mode)(x)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        asked(x)
+    asked(x)
+    assert found == [False, *[True] * 5, False]
 
 
 def test_a_marked_size_is_a_symbol_from_the_first_call() -> None:

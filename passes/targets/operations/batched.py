@@ -86,7 +86,9 @@ class Batched(ParameterKind):
         near, far = self._ends(self.ranks(a), self.rows(b))
         return self.expand_rows(self.scale(self.reduce_rows(x, near), scale), far)
 
-    def update_ranks(self, x: Tensor, a: Tensor, b: Tensor, d: Tensor, *, narrowed: bool) -> Tensor:
+    def update_ranks(
+        self, x: Tensor, a: Tensor, b: Tensor, d: Tensor, *, narrowed: bool, masked: bool = True
+    ) -> Tensor:
         return super().update_ranks(x, *self._ends(a, b), d, narrowed=True)
 
     def _ends(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.operations.spec import OpSpec, Places
 from fxpeft.passes.targets.reading import Unsupported, Weight
+from fxpeft.passes.targets.update import update
 
 aten = torch.ops.aten
 _ADDED = Places(input=1, weight=(2, "mat2"), bias=(0, "input"), flip=True)
@@ -20,6 +21,11 @@ _ADDED = Places(input=1, weight=(2, "mat2"), bias=(0, "input"), flip=True)
 @dataclass(frozen=True)
 class Linear(Kind):
     """``F.linear``; also ``addmm`` with the weight stored ``[in, out]`` (GPT-2's Conv1D)."""
+
+    def update_ranks(
+        self, x: Tensor, a: Tensor, b: Tensor, d: Tensor, *, narrowed: bool, masked: bool = True
+    ) -> Tensor:
+        return update(x, a, b, d, masked)
 
 
 def _read(node: Node, weight: Weight) -> Linear:

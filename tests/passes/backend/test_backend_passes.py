@@ -19,6 +19,7 @@ from fxpeft.passes.backend.group import Group, groups_of
 from fxpeft.passes.backend.step import Step
 from fxpeft.passes.slots.slot import slot
 from fxpeft.passes.targets.operations import Linear
+from fxpeft.passes.targets.update import update, update_rows
 
 RANK = 3
 SHAPES = {
@@ -60,10 +61,22 @@ def values() -> dict[str, Tensor]:
 
 
 def traced(function: Callable[..., Any]) -> GraphModule:
-    gm = fx.symbolic_trace(function)
+    gm = opened(fx.symbolic_trace(function))
     mode = FakeTensorMode()
     FakeTensorProp(gm, mode).propagate(*values().values())
     return gm
+
+
+def opened(gm: GraphModule) -> GraphModule:
+    """As Dynamo captures it, which looks into functions that torch.fx makes one node of."""
+    return _Opener(gm).transform()
+
+
+class _Opener(fx.Transformer):
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is update:
+            return update_rows.__wrapped__(*args)  # type: ignore[attr-defined]
+        return super().call_function(target, args, kwargs)
 
 
 SITES = {"1": "one", "2": "two"}
@@ -127,7 +140,7 @@ def test_fold_and_clean(graph_snapshot: Any) -> None:
     ids=["trained", "written", "apart", "elsewhere"],
 )
 def test_left_alone(function: Callable[..., Any], trained: bool, reason: str) -> None:
-    gm = traced(function) if function is not written else _with_example(fx.symbolic_trace(function))
+    gm = traced(function) if function is not written else _with_example(opened(fx.symbolic_trace(function)))
     before = gm.code
     result = GroupPass()(gm, context=context(trained=trained))
     assert not result.modified
@@ -169,7 +182,7 @@ def test_clean_keeps_what_writes() -> None:
         return x
 
     x, a = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.ones(2, 4)
-    gm = fx.symbolic_trace(function)
+    gm = opened(fx.symbolic_trace(function))
     nodes = {node.name: node for node in gm.graph.nodes}
     with gm.graph.inserting_after(nodes["relu_"]):  # as Dynamo captures ``cache[0] = h``
         gm.graph.call_function(operator.setitem, (nodes["cache"], 0, nodes["linear"]))
@@ -264,7 +277,7 @@ def test_clean_several_users_and_a_chain() -> None:
         return h.relu() * kept
 
     x, a, kept = torch.randn(3, 4), torch.randn(2, 4), torch.randn(2)
-    gm = fx.symbolic_trace(function)
+    gm = opened(fx.symbolic_trace(function))
     wanted = gm(x, a, kept)
     result = CleanPass()(gm, context=Context({"a": SlotTensor("a", "one", a)}))
     assert set(result.report.matched) == {"exp", "sum_1", "sin", "cos", "add"}
