@@ -164,6 +164,7 @@ def set_trainable(state: ModelState, names: Iterable[str] | None = None) -> None
     for name in state.adapters if names is None else dict.fromkeys(names):
         adapter = state.adapters.get(name)
         if adapter is not None:
+            state.note(adapter)
             usual = name in state.active and not adapter.config.inference_mode
             trains = usual if adapter.trained is None else adapter.trained
             for parameter in adapter.parameters():

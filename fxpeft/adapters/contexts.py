@@ -18,7 +18,7 @@ from fxpeft.adapters.api import disable_adapters, enable_adapters, set_adapter, 
 from fxpeft.adapters.attach import set_trainable
 from fxpeft.adapters.change import changes
 from fxpeft.adapters.penalty import watch_loss
-from fxpeft.adapters.state import ModelState, find_state, state_of
+from fxpeft.adapters.state import ModelState, TrainedBefore, find_state, state_of
 from fxpeft.errors import AdapterError
 from fxpeft.model.wrappers import unwrap
 
@@ -37,24 +37,26 @@ def active(model: nn.Module, names: str | Sequence[str]) -> Iterator[None]:
         AdapterError: as :func:`fxpeft.set_adapter`; nothing was changed.
     """
     model, state = unwrap(model), state_of(model)
-    before, retrain = list(state.active), trained_now(model, state)
-    try:
-        set_adapter(model, names)
-        yield
-    finally:
-        activate_again(model, state, before, retrain)
+    before = list(state.active)
+    with trained_now(model, state) as retrain:
+        try:
+            set_adapter(model, names)
+            yield
+        finally:
+            activate_again(model, state, before, retrain)
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Run the bare base model inside a ``with`` block."""
     model, state = unwrap(model), state_of(model)
-    before, retrain = state.enabled, trained_now(model, state)
-    try:
-        disable_adapters(model)
-        yield
-    finally:
-        _enable_again(model, state, before, retrain)
+    before = state.enabled
+    with trained_now(model, state) as retrain:
+        try:
+            disable_adapters(model)
+            yield
+        finally:
+            _enable_again(model, state, before, retrain)
 
 
 @contextmanager
@@ -81,26 +83,32 @@ def scaled(model: nn.Module, scales: str | Mapping[str, float], factor: float | 
 # --- what they share with ``folded`` ---
 
 
-def trained_now(model: nn.Module, state: ModelState) -> Callable[[], None]:
-    """What puts back which parameters are trained: choosing adapters trains the active ones, whoever froze them."""
+@contextmanager
+def trained_now(model: nn.Module, state: ModelState) -> Iterator[Callable[[], None]]:
+    """What puts back which parameters are trained: choosing adapters trains the active ones, whoever froze them.
+
+    Adapters that nothing inside the block touches are not looked at.
+    """
     if state.serving is not None:  # slots are not trained
-        return lambda: None
-    enabled = state.enabled
-    said = [(adapter, adapter.trained) for adapter in state.adapters.values()]
-    grads = [(p, p.requires_grad) for adapter in state.adapters.values() for p in adapter.parameters()]
+        yield lambda: None
+        return
+    enabled, before = state.enabled, TrainedBefore(state.adapters)
 
     def put_back() -> None:
-        for adapter, trained in said:
+        for adapter, trained, grads in before.noted.values():
             adapter.trained = trained
-        if state.enabled != enabled:  # switched off or on inside for good: what was trained is not what has to be now
-            set_trainable(state)
-        else:
             for parameter, trains in grads:
                 parameter.requires_grad_(trains)
+        if state.enabled != enabled:  # switched off or on inside for good: what was trained is not what has to be now
+            set_trainable(state, (*before.noted, *state.active))
         if state.serving is None:
             watch_loss(model, state)
 
-    return put_back
+    state.notes.append(before)
+    try:
+        yield put_back
+    finally:
+        state.notes.remove(before)
 
 
 @changes

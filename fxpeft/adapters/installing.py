@@ -84,6 +84,7 @@ def switch(model: nn.Module, state: ModelState, names: list[str], enabled: bool)
     named = [name for name, adapter in state.adapters.items() if adapter.trained is not None]
     if enabled == old_enabled:  # adapters were chosen, not switched off or on
         for name in named:
+            state.note(state.adapters[name])
             state.adapters[name].trained = None
     set_trainable(state, (*old, *names, *named))
     watch_loss(model, state)

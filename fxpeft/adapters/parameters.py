@@ -30,6 +30,7 @@ def set_requires_grad(model: nn.Module, names: str | Sequence[str], requires_gra
             "they have parameters again"
         )
     for adapter in adapters:
+        state.note(adapter)
         adapter.trained = requires_grad
         for parameter in adapter.parameters():
             parameter.requires_grad_(requires_grad)

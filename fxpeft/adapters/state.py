@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ class Adapter:
         copies: how to show the adapter alone in the slots: the list of places where those were, the copies, and the
             rank of each site that has one.
         trained: what :func:`fxpeft.set_requires_grad` said since the active adapters were last chosen.
+        stale: the slot values follow from weights that the base no longer has: lowered anew before they are shown.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Adapter:
     room: Room | None = field(default=None, compare=False)
     copies: tuple[list[int], Copies, dict[str, int]] | None = field(default=None, compare=False)
     trained: bool | None = None
+    stale: bool = False
 
     def __post_init__(self) -> None:
         check_adapter_name(self.name)  # whatever entry it came in by
@@ -152,6 +154,24 @@ class Host(ABC):
         """What serves the adapters again that are served now."""
 
 
+class TrainedBefore:
+    """Which parameters are trained of the adapters that change from here on, however many others there are.
+
+    Args:
+        adapters: those of the model. One whose parameters are others later is no longer meant.
+    """
+
+    def __init__(self, adapters: Mapping[str, Adapter]) -> None:
+        self.parts = {name: adapter.parts for name, adapter in adapters.items()}
+        self.noted: dict[str, tuple[Adapter, bool | None, list[tuple[nn.Parameter, bool]]]] = {}
+
+    def note(self, adapter: Adapter) -> None:
+        """Remember an adapter as it is, where it is the first time and the adapter was there."""
+        if adapter.name not in self.noted and self.parts.get(adapter.name) is adapter.parts:
+            grads = [(parameter, parameter.requires_grad) for parameter in adapter.parameters()]
+            self.noted[adapter.name] = adapter, adapter.trained, grads
+
+
 @dataclass
 class ModelState:
     """The adapters of one model. It names the base's modules and holds none: a copy of the model copies it.
@@ -160,6 +180,7 @@ class ModelState:
         serving: what serves the adapters of a prepared model; ``None``: they are modules below those they adapt.
         folded: what is in the base's weights and can be taken out. baked: names of what is there for good.
         dropped: everything was taken out of the model: it is bare.
+        notes: of the ``with`` blocks that are open: which parameters are trained of the adapters that change inside.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -170,6 +191,13 @@ class ModelState:
     folded: Folded | None = None
     baked: list[str] = field(default_factory=list)
     dropped: bool = False
+    notes: list[TrainedBefore] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "notes": []}  # a copy is in no block
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({"notes": [], **state})  # older pickles have none
 
     def get(self, name: str) -> Adapter:
         """The adapter of that name, or an error that lists the names there are."""
@@ -184,6 +212,11 @@ class ModelState:
     def chosen(self, name: str | None) -> Adapter:
         """The adapter of that name; ``None``: the one that is active."""
         return self.get(only_active(self) if name is None else name)
+
+    def note(self, adapter: Adapter) -> None:
+        """Say that which of an adapter's parameters are trained is about to change."""
+        for before in self.notes:
+            before.note(adapter)
 
     def in_weights(self) -> list[str]:
         """Names of the adapters that are in the base's weights, those that stay there first."""

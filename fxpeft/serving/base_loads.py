@@ -32,7 +32,7 @@ def _loaded(model: nn.Module, incompatible: Any) -> None:
             return
         serving = serving_of(state)
         if _give_memory(model, serving):
-            lower_again(model, state)
+            lower_again(state)
         serving.torn = True  # whatever the slots hold, they are written whole
         reshow(model, serving, [state.adapters[adapter.name] for adapter in serving.shown])
 

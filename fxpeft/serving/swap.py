@@ -192,20 +192,24 @@ def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
             f"adapter {adapter.name!r} doesn't fit the slots; nothing was changed.\n{listing(problems)}\n"
             "Prepare the model for it: release_hotswap(model), then prepare_hotswap(...) before compiling."
         )
-    adapter.lowered, adapter.copies = lowered, None
+    adapter.lowered, adapter.copies, adapter.stale = lowered, None, False
     return adapter
 
 
-def lower_again(model: nn.Module, state: ModelState) -> None:
-    """Lower adapters with gains or shifts anew: those of DoRA follow from the base's weights, which are others now."""
-    serving = serving_of(state)
-    for name, adapter in list(state.adapters.items()):
-        if any(values.features() for values in adapter.lowered.values()):
-            state.adapters[name] = settle(lower(model, serving, replace(adapter)), serving.slots)
+def lower_again(state: ModelState) -> None:
+    """Have adapters with gains or shifts lowered anew before they are shown next: those of DoRA follow from the base's
+    weights, which are others now."""
+    needs = slot_needs()
+    for name, adapter in state.adapters.items():
+        if needs.get(method_of(adapter.config).declared(adapter.config)):
+            state.adapters[name] = replace(adapter, stale=True)
 
 
 def reshow(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
     """Write the slots, whatever they hold now. Where that breaks off, they are torn until it is done again."""
+    for adapter in adapters:
+        if adapter.stale:
+            settle(lower(model, serving, adapter), serving.slots)
     if serving.torn:
         serving.dirty = dict.fromkeys(serving.slots, serving.max_rank)
         serving.holds = {}

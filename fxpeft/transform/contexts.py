@@ -42,15 +42,16 @@ def folded(
     if keep not in ("original", "delta"):
         raise AdapterError(f"keep: expected 'original' or 'delta', with which there is a way back, found {keep!r}")
     before = None if state.folded is None else list(state.folded.names)
-    active, retrain = list(state.active), trained_now(model, state)
-    try:
-        if before is None:
-            fold(model, names, keep=keep, safe=safe)
-        else:
-            refold(model, [*before, *active] if names is None else names, safe=safe)
-        yield
-    finally:
-        _unfold_again(model, state, before, active, retrain)
+    active = list(state.active)
+    with trained_now(model, state) as retrain:
+        try:
+            if before is None:
+                fold(model, names, keep=keep, safe=safe)
+            else:
+                refold(model, [*before, *active] if names is None else names, safe=safe)
+            yield
+        finally:
+            _unfold_again(model, state, before, active, retrain)
 
 
 @changes

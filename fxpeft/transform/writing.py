@@ -50,6 +50,6 @@ def _run(model: nn.Module, state: ModelState, active: list[str]) -> None:
         return
     serving = serving_of(state)
     serving.holds = {}  # copies of the base's modules and biases are out of date
-    lower_again(model, state)
+    lower_again(state)
     serving.activate(model, state, [state.adapters[n] for n in active] if state.enabled else [])
     state.active = active
