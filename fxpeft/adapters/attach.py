@@ -82,6 +82,7 @@ def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
     The forward finds them by their order, not by their names: see :meth:`Container.show`.
     """
     inner = {adapter.name: adapter.parameter_sites() for adapter in running}
+    brings = {adapter.name: adapter.values.own() for adapter in running}
     adapted = {host for adapter in running for host in adapter.hosts()}
     for name, module in touched.items():
         rewrites: list[Rewrite] = []
@@ -103,10 +104,8 @@ def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
             for leaf, site in inner[adapter.name].get(name, {}).items():
                 update: Any = method_of(adapter.config).rewrite(place, adapter.config, adapter.parts[site])  # type: ignore[arg-type]
                 parameters.setdefault(leaf, []).append(update)
-            for path in adapter.values.tensors:
-                owner, _, leaf = path.rpartition(".")
-                if owner == name:
-                    redirects[leaf] = (f"{place}.{leaf}", attribute(part, leaf))
+            for leaf in brings[adapter.name].get(name, {}):
+                redirects[leaf] = (f"{place}.{leaf}", attribute(part, leaf))
         container = module._modules.get("adapters")
         if isinstance(container, Container):
             active = [adapter.parts[name] for adapter in here]

@@ -32,10 +32,11 @@ def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Valu
         device, dtype = shared_placement(model, plan.sites, autocast)
         values.shared = {name: torch.empty(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
         method.initialise_shared(config, values.shared)
+    brings = values.own()
     for site, site_plan in plan.sites.items():
         module, leaf = site_module(model, site)
         device, dtype = placement(module, model, autocast, leaf)
-        base = Base(module, values.own(site), shared=values.shared)
+        base = Base(module, brings.get(site, {}), shared=values.shared)
         try:
             values.sites[site] = method.fresh(config, site_plan, base, device=device, dtype=dtype)
         except PassError as error:

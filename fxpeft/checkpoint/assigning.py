@@ -204,8 +204,9 @@ def _restore(model: nn.Module, plan: AdapterPlan, values: Values, source: str) -
         return
     for path in plan.weights:
         values.tensors[path] = attribute(model, path).detach().clone()
+    brings = values.own()
     for site, site_plan in plan.sites.items():
-        base = Base(submodule(model, site), values.own(site), shared=values.shared)
+        base = Base(submodule(model, site), brings.get(site, {}), shared=values.shared)
         shapes = {n: s for n, s in method.shapes(config, site_plan).items() if n in method.frozen(config)}
         device = attribute(base.module, "weight").device if shapes else None
         values.sites[site] |= {n: torch.empty(shape, device=device, dtype=torch.float32) for n, shape in shapes.items()}

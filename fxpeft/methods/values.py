@@ -28,9 +28,13 @@ class Values:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({"shared": {}, **state})  # older pickles have none
 
-    def own(self, site: str) -> dict[str, Tensor]:
-        """Parameter name -> the adapter's own value of the base's parameters at a site."""
-        return {p.rpartition(".")[2]: v for p, v in self.tensors.items() if p.rpartition(".")[0] == site}
+    def own(self) -> dict[str, dict[str, Tensor]]:
+        """Module -> name of a parameter of the base there -> the adapter's own value of it."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for path, value in self.tensors.items():
+            owner, _, leaf = path.rpartition(".")
+            found.setdefault(owner, {})[leaf] = value
+        return found
 
     def flat(self) -> dict[tuple[str, str, str], Tensor]:
         """Every tensor: by which of the fields has it, the place there, and the name at that place."""

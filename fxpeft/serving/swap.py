@@ -176,10 +176,10 @@ def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
     needed = method.declared(adapter.config)
     if needed not in serving.methods and not method.unlowered:
         problems.append(f"its method, {needed}: declare methods={(*serving.methods, needed)}")
-    lowered: dict[str, SlotValues] = {}
+    brings, lowered = values.own(), dict[str, SlotValues]()
     problems += prompts_serving.lower(serving.prompts, adapter)
     for site, parameters in sites.items():
-        plan, base = adapter.plan.sites[site], Base(model, values.own(site), site, values.shared)
+        plan, base = adapter.plan.sites[site], Base(model, brings.get(site, {}), site, values.shared)
         try:
             lowered[site] = method.lower(plan.scaled(adapter.strength), parameters, base)
         except PassError as error:
@@ -200,9 +200,8 @@ def lower_again(state: ModelState) -> None:
     """Have adapters with gains or shifts lowered anew before they are shown next: those of DoRA follow from the base's
     weights, which are others now."""
     needs = slot_needs()
-    for name, adapter in state.adapters.items():
-        if needs.get(method_of(adapter.config).declared(adapter.config)):
-            state.adapters[name] = replace(adapter, stale=True)
+    for adapter in state.adapters.values():
+        adapter.stale = bool(needs.get(method_of(adapter.config).declared(adapter.config)))
 
 
 def reshow(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:

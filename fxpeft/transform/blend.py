@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,6 +15,7 @@ from fxpeft.adapters.installing import check_name
 from fxpeft.adapters.state import Adapter, state_of
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
+from fxpeft.methods.values import Values
 from fxpeft.model.wrappers import submodule, unwrap
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.transform.derived import add_lora, brought, factorise, in_order, refactorise, refuse_parameters
@@ -80,7 +81,8 @@ def add_weighted_adapter(
     whole = combination_type.endswith("svd")
     values = brought(sources)
     sites = in_order(model, sources)
-    shares = {site: _shares(model, site, sources, weights) for site in sites}
+    weighted = [(adapter, adapter.current(), weight) for adapter, weight in zip(sources, weights, strict=True)]
+    shares = {site: _shares(site, weighted) for site in sites}
     _check_sites(model, shares, rule, whole)
     rank = svd_rank or max(share.rank for each in shares.values() for share in each)
     biased = any(share.bias is not None for each in shares.values() for share in each)
@@ -138,13 +140,13 @@ class _Share:
         return len(self.a)
 
 
-def _shares(model: nn.Module, site: str, sources: Sequence[Adapter], weights: Sequence[float]) -> list[_Share]:
+def _shares(site: str, sources: Iterable[tuple[Adapter, Values, float]]) -> list[_Share]:
     found = []
-    for adapter, weight in zip(sources, weights, strict=True):
+    for adapter, values, weight in sources:
         if site not in adapter.plan.sites:
             continue
         plan = adapter.plan.sites[site].scaled(adapter.strength)
-        parts = {k: v.detach() for k, v in adapter.current().sites[site].items()}
+        parts = {k: v.detach() for k, v in values.sites[site].items()}
         a, b, bias = parts["lora_A"], parts["lora_B"], parts.get("lora_B_bias")
         own = None if bias is None else bias.float()
         found.append(_Share(adapter.name, plan.kind, a.float(), b.float(), own, plan.scaling, float(weight), a.dtype))

@@ -56,12 +56,13 @@ def convert(
         raise AdapterError(f"rank: expected a positive integer, found {rank}")
     refuse_parameters([adapter], "convert")
     values, current = brought([adapter]), adapter.current()
+    brings = current.own()
     errors: dict[str, float] = {}
     problems: list[str] = []
     for site in in_order(model, [adapter]):
         module = submodule(model, site)
         plan = adapter.plan.sites[site].scaled(adapter.strength)
-        own = current.own(site)
+        own = brings.get(site, {})
         dtype = next(iter(current.sites[site].values())).dtype
         base = Base(module, own, shared=current.shared)
         try:
