@@ -10,7 +10,7 @@ from torch import nn
 from fxpeft.model.reads import idle
 from fxpeft.model.walk import base_modules
 from fxpeft.model.wrappers import unwrap
-from fxpeft.passes.live import kind_of
+from fxpeft.passes.live import Container, kind_of
 from fxpeft.passes.targets.kinds import Kind
 
 
@@ -43,6 +43,10 @@ class Modules(Mapping[str, nn.Module]):
 
     def __len__(self) -> int:
         return len(self._named)
+
+    def is_leaf(self, name: str) -> bool:
+        """Whether a module has none of the base's below it."""
+        return all(isinstance(child, Container) for child in self._named[name].children())
 
     def idle(self, name: str) -> str | None:
         """Why an adapter at a module would do nothing, or ``None``; see :func:`fxpeft.model.reads.idle`."""

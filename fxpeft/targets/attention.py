@@ -30,4 +30,4 @@ def attention_targets(model: nn.Module | Modules) -> list[str]:
 
 def _can_adapt(name: str, modules: Modules) -> bool:
     """Whether the projection is a module's own: an attention that reads its weights projects itself."""
-    return next(modules[name].children(), None) is None and not modules.idle(name)
+    return modules.is_leaf(name) and not modules.idle(name)

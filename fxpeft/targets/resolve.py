@@ -94,7 +94,7 @@ def known_roles(modules: Modules, patterns: Iterable[Pattern], known: Roles | No
 def kind_or_none(name: str, modules: Modules) -> Kind | None:
     """The kind of a module that a rewrite can take, else ``None``."""
     module = modules[name]
-    if module_kind(module) is None and (not module._parameters or next(module.children(), None) is not None):
+    if module_kind(module) is None and (not module._parameters or not modules.is_leaf(name)):
         return None  # a container: tracing it would be tracing the model
     if modules.idle(name):
         return None

@@ -29,7 +29,7 @@ from fxpeft.passes.targets.match import MatchPass, Target, module_kind, read_tar
 from fxpeft.passes.targets.operations.registry import kind_names, operation_of
 from fxpeft.passes.targets.reading import Unsupported
 
-_kinds: Recent[tuple[Any, ...], Kind] = Recent()
+_kinds: Recent[tuple[Any, ...], Kind | str] = Recent()  # or why it is none
 _weights: Recent[tuple[Any, ...], tuple[str, bool]] = Recent()  # a weight's name, and whether it is stored [in, out]
 
 
@@ -136,12 +136,17 @@ def kind_of(module: nn.Module) -> Kind:
         PassError: as :func:`trace_module`.
     """
     key = signature(module)
-    kind = _kinds.recent(key) if key else None
-    if kind is None:
-        kind = target_of(trace_module(module)).kind
+    found = _kinds.recent(key) if key else None
+    if found is None:
+        try:
+            found = target_of(trace_module(module)).kind
+        except PassError as error:
+            found = str(error)
         if key:
-            _kinds[key] = kind
-    return kind
+            _kinds[key] = found
+    if isinstance(found, str):
+        raise PassError(found)
+    return found
 
 
 def base_weight(module: nn.Module) -> Tensor:

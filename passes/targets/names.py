@@ -54,7 +54,7 @@ class Selection:
         if self._expression is not None:
             return self._expression.fullmatch(key)
         assert self._names is not None
-        return any(end in self._names for end in _dotted_ends(key))
+        return any(end in self._names for end in dotted_ends(key))
 
 
 class Endings:
@@ -117,7 +117,7 @@ class PatternTable:
         return [key for index, key in enumerate(self._keys) if index not in used]
 
     def _looked_up(self, name: str) -> Iterator[int]:
-        for end in _dotted_ends(name):
+        for end in dotted_ends(name):
             for free, texts in self._simple.get(len(end), {}).items():
                 text = "".join(sign for at, sign in enumerate(end) if at not in free) if free else end
                 for index, whole in texts.get(text, ()):
@@ -221,7 +221,7 @@ class NameSelector:
         return int(found["idx"]) if found else None
 
 
-def _dotted_ends(name: str) -> Iterator[str]:
+def dotted_ends(name: str) -> Iterator[str]:
     """The name, and what follows each of its dots."""
     yield name
     at = name.find(".")

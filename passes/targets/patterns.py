@@ -27,6 +27,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 
 from fxpeft.passes.targets.grammar import KEYS, SHOWN
+from fxpeft.passes.targets.names import dotted_ends
 from fxpeft.passes.targets.regex import spend
 from fxpeft.passes.targets.terms import (
     AnyOf,
@@ -123,8 +124,10 @@ def select(wanted: Pattern, subjects: Iterable[Subject], where: str) -> list[Sub
 def explain(wanted: Pattern, subjects: Sequence[Subject]) -> list[str]:
     """One line for each term that takes no site, with the nearest that there is; terms behind a ``~`` left out."""
     lines = []
-    for term in list(dict.fromkeys(wanted.terms(negated=False)))[:1000]:
-        if any(term(s) for s in subjects):
+    terms = list(dict.fromkeys(wanted.terms(negated=False)))[:1000]
+    ends = {end for subject in subjects for end in dotted_ends(subject.name)}
+    for term in terms:
+        if term.name in ends if isinstance(term, Suffix) else any(term(s) for s in subjects):
             continue
         words = list(dict.fromkeys(w for s in subjects for w in term.words(s)))
         asked = re.sub(r"[*?{}\\()^$]", "", term.word[:SHOWN])

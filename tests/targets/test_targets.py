@@ -199,3 +199,12 @@ def test_an_unresolved_config_survives_its_json(targets: Any) -> None:
     config = LoraConfig(target_modules=targets)
     again = LoraConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert sites(adapted(again.target_modules)) == sites(adapted(targets))
+
+
+def test_a_second_adapter_by_a_pattern_finds_what_the_first_one_found() -> None:
+    """Of Transformers' Conv1D, whose kind is read off its graph: what fxpeft put below it makes it no container."""
+    model = adapted("kind:linear", factory=tiny_gpt2)
+    fxpeft.add_adapter(model, LoraConfig(r=3, target_modules="kind:linear"), "other")
+    own = state_of(model).adapters
+    assert list(own["other"].plan.sites) == list(own["default"].plan.sites)
+    assert len(own["other"].plan.sites) == 9
