@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
@@ -9,7 +10,7 @@ import os
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,6 +22,7 @@ from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 from fxpeft.errors import AdapterError
+from fxpeft.model.repeats import Repeats
 from fxpeft.model.wrappers import named_modules, unwrap
 from fxpeft.passes.base import PassError, join
 from fxpeft.passes.live import Container, base_class, unbind
@@ -35,6 +37,8 @@ warn_untried("transformers", transformers.__version__)  # every other module of 
 BATCH, LENGTH = 2, 6
 _tracing = threading.RLock()  # torch.export keeps what it is at in variables of the process
 _flows: WeakKeyDictionary[nn.Module, tuple[list[Any], Flow]] = WeakKeyDictionary()
+_shorts: WeakKeyDictionary[nn.Module, tuple[list[Any], list[tuple[Repeats, Flow]]]] = WeakKeyDictionary()
+_LEFT_OUT = nn.Identity()
 
 
 @contextmanager
@@ -53,9 +57,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_free_after_fork)
 
 
-def skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy of the base model with fake tensors on one device: no weight is read, no adapter and no hook is in it."""
-    memo: dict[int, Any] = {}
+def skeleton(model: nn.Module, mode: FakeTensorMode, without: Collection[nn.Module] = ()) -> nn.Module:
+    """A copy of the base model with fake tensors on one device: no weight is read, no adapter and no hook is in it.
+
+    Args:
+        without: modules to leave out of the lists that hold them, which are numbered anew.
+    """
+    memo: dict[int, Any] = {id(part): _LEFT_OUT for part in without}
     for part in model.modules():
         for tensor in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
             if isinstance(tensor, Tensor):
@@ -71,6 +79,9 @@ def skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
             part._modules[name] = None if child is None else unwrap(child)
     for part in list(copied.modules()):
         unbind(part)
+        if _LEFT_OUT in part._modules.values():
+            stay = [child for child in part._modules.values() if child is not _LEFT_OUT]
+            part._modules = {str(number): child for number, child in enumerate(stay)}
         for name, child in list(part._modules.items()):
             if isinstance(child, Container):
                 del part._modules[name]
@@ -130,19 +141,22 @@ def example_inputs(model: nn.Module) -> dict[str, Any] | None:
     return found
 
 
-def trace_model(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> GraphModule:
+def trace_model(
+    model: nn.Module, inputs: Mapping[str, Any] | None = None, without: Collection[nn.Module] = ()
+) -> GraphModule:
     """The graph of a whole model, from ``torch.export`` on its :func:`skeleton`.
 
     Args:
         inputs: keyword arguments of ``forward``; only shapes and dtypes of tensors matter. Default:
             :func:`example_inputs`.
+        without: modules to leave out, as in :func:`skeleton`.
 
     Raises:
         AdapterError: no inputs are known, or the model can't be exported.
     """
     check_module_names(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    bare = skeleton(model, mode)
+    bare = skeleton(model, mode, without)
     given = example_inputs(model) if inputs is None else dict(inputs)
     if not given:
         raise AdapterError(
@@ -154,7 +168,8 @@ def trace_model(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Gr
     # a model for several kinds of input may take them all only with values that fit; its first is worth a try
     first = getattr(model, "main_input_name", None)
     tries = [given]
-    if inputs is None and first in given and sum(isinstance(v, Tensor) for v in given.values()) > 1:
+    # but not without layers: it has to run as the whole one does
+    if inputs is None and not without and first in given and sum(isinstance(v, Tensor) for v in given.values()) > 1:
         tries.append({k: v for k, v in given.items() if k == first or not isinstance(v, Tensor)})
     failure: Exception | None = None
     for attempt in tries:
@@ -219,30 +234,60 @@ def model_flow(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Flo
     """
     if inputs is not None:
         return _flow(unwrap(model), inputs)
-    model = unwrap(model)
-    own = [(name, base_class(m), *(t.shape for t in m._parameters.values() if t is not None))
-           for name, m in named_modules(model)]  # fmt: skip
+    model, own = unwrap(model), _outline(model)
     with tracing():
         if model not in _flows or _flows[model][0] != own:
             _flows[model] = (own, _flow(model, None))
         return _flows[model][1]
 
 
-def _flow(model: nn.Module, inputs: Mapping[str, Any] | None) -> Flow:
-    flow = flow_of(trace_model(model, inputs))
+def _outline(model: nn.Module) -> list[Any]:
+    """What a trace of a model is kept by."""
+    return [
+        (name, base_class(m), *(t.shape for t in m._parameters.values() if t is not None))
+        for name, m in named_modules(model)
+    ]
+
+
+def _flow(model: nn.Module, inputs: Mapping[str, Any] | None, repeats: Repeats | None = None) -> Flow:
+    flow = flow_of(trace_model(model, inputs, () if repeats is None else repeats.dropped))
     modules = list(named_modules(model, remove_duplicate=False))
     first = {module: name for name, module in reversed(modules)}
     names = {name: first[module] for name, module in modules}
     for _, attributes in flow.nodes(data=True):
-        attributes["site"] = names.get(attributes["site"], attributes["site"])
+        site = attributes["site"] if repeats is None else repeats.name(attributes["site"])
+        attributes["site"] = names.get(site, site)
     return flow
+
+
+def _short_flows(model: nn.Module, inputs: Mapping[str, Any] | None) -> Iterator[tuple[Repeats, Flow]]:
+    """The data flow of a model with a few layers of each kind; a model may not run without some of them.
+
+    Kept as :func:`model_flow` is.
+    """
+    own = _outline(model)
+    found = _shorts[model][1] if inputs is None and model in _shorts and _shorts[model][0] == own else None
+    if found is not None:
+        yield from found
+        return
+    found = []
+    for nested in (True, False):
+        repeats = Repeats.of(model, nested=nested)
+        if not repeats.dropped or (found and len(found[0][0].lists) == len(repeats.lists)):
+            continue
+        with contextlib.suppress(AdapterError):
+            found.append((repeats, _flow(model, inputs, repeats)))
+            if inputs is None:
+                _shorts[model] = (own, found)
+            yield found[-1]
 
 
 def roles(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dict[str, tuple[str, ...]]:
     """What each module does in the model's data flow: dotted name -> roles.
 
-    The model is traced once with fake tensors; no weight is read and nothing is changed. See
-    :data:`fxpeft.passes.targets.roles.ROLES` for the roles and :class:`fxpeft.passes.targets.roles.Role` for your own.
+    The model is traced once with fake tensors, of layers that are alike a few; no weight is read and nothing is
+    changed. See :data:`fxpeft.passes.targets.roles.ROLES` for the roles and
+    :class:`fxpeft.passes.targets.roles.Role` for your own.
 
     Args:
         inputs: keyword arguments of ``forward``, as in :func:`trace_model`.
@@ -250,4 +295,11 @@ def roles(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dict[str
     Raises:
         AdapterError: the model can't be traced.
     """
-    return roles_of_sites(model_flow(model, inputs))
+    model = unwrap(model)
+    with tracing():
+        for repeats, flow in _short_flows(model, inputs):
+            found = repeats.expand(roles_of_sites(flow))
+            if found is not None:
+                order = {name: at for at, (name, _) in enumerate(named_modules(model))}
+                return dict(sorted(found.items(), key=lambda item: order.get(item[0], -1)))
+        return roles_of_sites(model_flow(model, inputs))

@@ -45,11 +45,7 @@ def signature(module: nn.Module) -> tuple[Any, ...] | None:
 def _signature(module: nn.Module) -> tuple[Any, ...]:
     if given_forward(module) is not None:
         raise Unknown
-    plain = [
-        (name, frozen(value))
-        for name, value in vars(module).items()
-        if name not in _NOT_TRACED and not name.endswith("_hooks") and "_hooks_" not in name
-    ]
+    plain = [(name, frozen(value)) for name, value in traced_attributes(module)]
     tensors = [
         (name, None if tensor is None else (type(tensor), tensor.shape, tensor.dtype))
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
@@ -63,6 +59,13 @@ def _signature(module: nn.Module) -> tuple[Any, ...]:
         children.append((name, None if child is None else _signature(child)))
     cls = base_class(module)
     return cls, tuple(plain), tuple(tensors), tuple(children), tuple(_of_class(cls))
+
+
+def traced_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The attributes of a module itself, beside tensors and children, that its forward may read."""
+    for name, value in vars(module).items():
+        if name not in _NOT_TRACED and not name.endswith("_hooks") and "_hooks_" not in name:
+            yield name, value
 
 
 def frozen(value: Any) -> Any:
