@@ -17,8 +17,23 @@ FORMAT = 1
 P = TypeVar("P", bound="PlanData")
 
 
+class Later:
+    """A dataclass, some fields of which are found out where one of them is first asked for: what finds them stands in
+    ``_later`` till then. A pickle or a copy has them all."""
+
+    def __getattr__(self, name: str) -> Any:
+        later = vars(self).get("_later")
+        if later is None or name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        later(name)
+        return getattr(self, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
-class PlanRow:
+class PlanRow(Later):
     """One site's row in a :class:`fxpeft.Plan`: for people, where a ``SitePlan`` is what an adapter is made by.
 
     Args:
@@ -56,7 +71,7 @@ class SharedRow:
 
 
 @dataclass(frozen=True)
-class PlanData:
+class PlanData(Later):
     """What :class:`fxpeft.Plan` holds.
 
     Args:
@@ -70,11 +85,11 @@ class PlanData:
     model: str
     config: AdapterConfig
     sites: tuple[PlanRow, ...]
-    skipped: tuple[Skip, ...] = ()
+    skipped: tuple[Skip, ...] = field(default_factory=tuple)  # a default of the class would hide that it comes later
     saved: tuple[str, ...] = ()
     tensors: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    flow: Flow | None = field(default=None, compare=False, repr=False)
+    notes: tuple[str, ...] = field(default_factory=tuple)
+    flow: Flow | None = field(default_factory=lambda: None, compare=False, repr=False)
     shared: tuple[SharedRow, ...] = ()
 
     @property

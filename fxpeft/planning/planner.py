@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from fxpeft.model.modules import Modules
 from fxpeft.model.placement import placement
 from fxpeft.model.reads import read_past
 from fxpeft.model.trace import model_flow
+from fxpeft.model.trace import roles as roles_of
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import Skip
 from fxpeft.passes.draw import Picture
@@ -28,13 +30,12 @@ from fxpeft.passes.live import base_class
 from fxpeft.passes.targets.flow import Flow
 from fxpeft.passes.targets.names import NameSelector, pattern_value
 from fxpeft.passes.targets.patterns import explain, from_peft
-from fxpeft.passes.targets.roles import roles_of_sites
-from fxpeft.passes.targets.terms import Subject
+from fxpeft.passes.targets.terms import Pattern, Subject
 from fxpeft.planning.data import PlanData, PlanRow, SharedRow
 from fxpeft.planning.picture import draw_plan
 from fxpeft.planning.table import PlanDiff, diff_plans, plan_text
 from fxpeft.targets.experts import converted
-from fxpeft.targets.resolve import has_pattern, subjects_of
+from fxpeft.targets.resolve import Roles, has_pattern, subjects_of
 from fxpeft.targets.sites import AdapterPlan, make_plan
 
 PlanSite = PlanRow  # its name in plans that 0.1.0 pickled
@@ -76,26 +77,24 @@ def plan(
 ) -> Plan:
     """What ``add_adapter(model, config)`` would do. Nothing is changed, no weight is read.
 
+    The model is traced for the roles of its modules where these are first asked for: by a pattern, ``print``,
+    ``site.role``, what was skipped, the notes, JSON. Until then, and until it is drawn, the plan holds the model.
+
     Args:
         model: may be on the meta device, made before any weight is loaded.
         inputs: keyword arguments of ``forward``, for a model that fxpeft knows no inputs of.
-        roles: trace the model for the roles of its modules. Where it can't be traced the plan has a note.
+        roles: let the plan have roles. Where the model can't be traced it has a note.
 
     Raises:
         AdapterError: as :func:`fxpeft.add_adapter`.
     """
     model = unwrap(model)
     modules = Modules(model)
-    notes: list[str] = []
-    flow: Flow | None = None
-    if roles:
-        try:
-            flow = model_flow(model, inputs)
-        except AdapterError as error:
-            notes.append(f"no roles: {str(error).splitlines()[0]}")
-    known = None if flow is None else roles_of_sites(flow)
+    given = copy.deepcopy(config)  # reasons are told in its words, whatever becomes of it until then
+    early = _roles(model, inputs) if roles and inputs is not None else None
+    known = None if early is None or early[1] else early[0]
     found = make_plan(modules, converted(modules, config), roles=known)
-    known, method = known or {}, method_of(found.config)
+    method = method_of(found.config)
     sites = []
     for name, site in found.sites.items():
         host = site.kind.host(name)
@@ -110,26 +109,76 @@ def plan(
             alpha = pattern_value(own, name, found.config.lora_alpha, "alpha_pattern")
         sites.append(
             PlanRow(
-                name, ", ".join(known.get(host, ())), site.kind.name, site.kind.in_features, site.kind.out_features,
+                name, "", site.kind.name, site.kind.in_features, site.kind.out_features,
                 site.rank, alpha, site.scaling, count, count * dtype.itemsize, flops,
             )
         )  # fmt: skip
+    made = Plan(
+        base_class(model).__name__, dataclasses.replace(found.config), tuple(sites), (), tuple(found.saved),
+        tuple(found.tensors), (), None, _shared(model, found),
+    )  # fmt: skip
+
+    def later(name: str) -> None:
+        if name == "flow":
+            vars(made)["flow"] = _flow(model, inputs)
+        else:
+            known, untold = early or _roles(model, inputs) if roles else ({}, [])
+            skipped, notes = _told(given, found, modules, known)
+            for site in sites:
+                vars(site)["role"] = ", ".join(known.get(found.sites[site.name].kind.host(site.name), ()))
+                vars(site).pop("_later", None)
+            vars(made).update(skipped=skipped, notes=(*untold, *notes))
+        if vars(made).keys() >= {"skipped", "flow"}:
+            vars(made).pop("_later", None)
+
+    if not roles:
+        later("skipped")
+        return made
+    for each, names in ((made, ("skipped", "notes", "flow")), *((site, ("role",)) for site in sites)):
+        for name in names:
+            del vars(each)[name]
+        vars(each)["_later"] = later
+    return made
+
+
+def _flow(model: nn.Module, inputs: Mapping[str, Any] | None) -> Flow | None:
+    """A model's data flow, where it can be traced."""
+    try:
+        return model_flow(model, inputs)
+    except AdapterError:
+        return None
+
+
+def _roles(model: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[Roles, list[str]]:
+    """What a model's modules do; where it can't be traced nothing, and a note that says why."""
+    try:
+        return roles_of(model, inputs), []
+    except AdapterError as error:
+        return {}, [f"no roles: {str(error).splitlines()[0]}"]
+
+
+@matching()
+def _told(
+    config: AdapterConfig, found: AdapterPlan, modules: Modules, known: Roles
+) -> tuple[tuple[Skip, ...], list[str]]:
+    """What is left out and why, and what else there is to say."""
+    method = method_of(found.config)
     subjects = subjects_of(modules, known) if method.targeted else []
     selector = found.config.selector() if subjects else None
+    targets, exclude = (
+        from_peft(value) if value is not None and has_pattern(value) else None
+        for value in (config.target_modules, config.exclude_modules)
+    )
     hosts = {site.kind.host(name) for name, site in found.sites.items()}
     unread = {n: why for n in modules if n and (why := modules.idle(n))} if method.targeted else {}
     reasons = {
-        subject.name: _why_not(config, selector, subject, modules[subject.name])
+        subject.name: _why_not(targets, exclude, selector, subject, modules[subject.name])
         for subject in subjects
         if subject.name not in hosts
     } | unread
-    skipped = [Skip(name, reasons[name]) for name in modules if name in reasons]
-    notes += _beside([name for name in modules if name in hosts], modules)
-    notes += _unused(config, subjects) if subjects else []
-    return Plan(
-        base_class(model).__name__, dataclasses.replace(found.config), tuple(sites), tuple(skipped), tuple(found.saved),
-        tuple(found.tensors), tuple(notes), flow, _shared(model, found),
-    )  # fmt: skip
+    skipped = tuple(Skip(name, reasons[name]) for name in modules if name in reasons)
+    notes = _beside([name for name in modules if name in hosts], modules)
+    return skipped, notes + (_unused(config, subjects) if subjects else [])
 
 
 def _shared(model: nn.Module, found: AdapterPlan) -> tuple[SharedRow, ...]:
@@ -170,14 +219,19 @@ def _flops(site: SitePlan, shapes: Iterable[tuple[int, ...]]) -> int:
     return sum(math.prod(shape) * (2 if sum(d > 1 for d in shape) > 1 else 1) for shape in shapes)
 
 
-def _why_not(config: AdapterConfig, selector: NameSelector | None, subject: Subject, module: nn.Module) -> str:
-    """Why a module is no site, in the words of the config that was given."""
-    targets, exclude = config.target_modules, config.exclude_modules
+def _why_not(
+    targets: Pattern | None, exclude: Pattern | None, selector: NameSelector | None, subject: Subject, module: nn.Module
+) -> str:
+    """Why a module is no site, in the words of the config that was given.
+
+    Args:
+        targets, exclude: of that config, where they are patterns. selector: of the one with all filled in.
+    """
     if subject.kind is None:
         return f"{base_class(module).__name__} is no kind of target"
-    if exclude is not None and has_pattern(exclude) and from_peft(exclude)(subject):
+    if exclude is not None and exclude(subject):
         return "matches exclude_modules"
-    why = from_peft(targets).why_not(subject) if targets is not None and has_pattern(targets) else None
+    why = targets.why_not(subject) if targets is not None else None
     return why or (selector.why_not(subject.name) if selector is not None else None) or "matches no target"
 
 

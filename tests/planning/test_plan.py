@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -16,6 +19,8 @@ from transformers import LlamaForCausalLM
 import fxpeft
 from fxpeft import AdapterError, LoraConfig, Plan
 from fxpeft.adapters.state import state_of
+from fxpeft.passes.live import tracing
+from fxpeft.planning import planner
 from fxpeft.planning.table import collapse, size
 
 CONFIG: dict[str, Any] = {
@@ -264,3 +269,58 @@ def test_a_plan_that_0_1_0_pickled_loads() -> None:
     old = old.replace(b"fxpeft.planning.planner\nPlan", b"fxpeft.planner\nPlan")
     assert b"fxpeft.planning" not in old
     assert pickle.loads(old) == plan
+
+
+def test_the_model_is_traced_where_roles_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, model = [], tiny_llama()
+    for name in ("roles_of", "model_flow"):
+        real = getattr(planner, name)
+        monkeypatch.setattr(planner, name, lambda *args, real=real, name=name: asked.append(name) or real(*args))
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "lm_haed"])
+    whole = {
+        "print": str, "role": lambda plan: plan.sites[1].role, "row": lambda plan: repr(plan.sites[0]),
+        "skipped": lambda plan: plan.skipped, "notes": lambda plan: plan.notes,
+    }  # fmt: skip
+    flow: dict[str, Any] = {"draw": lambda plan: plan.draw(), "pickle": pickle.dumps, "copy": copy.deepcopy}
+    for name, ask in {**whole, "json": lambda plan: plan.to_json(), **flow}.items():
+        plan = fxpeft.plan(model, config)
+        assert [site.name[-6:] for site in plan.sites] == ["q_proj", "q_proj"]
+        assert plan.parameters == 2 * 3 * 64
+        fxpeft.apply(plan, tiny_llama())
+        assert asked == []  # they took 15 seconds for 32 layers
+        for _ in range(2):
+            ask(plan)
+        assert asked.count("roles_of") == (name != "draw")
+        assert asked.count("model_flow") == (name in flow), name
+        asked.clear()
+    plan = fxpeft.plan(model, config)
+    assert pickle.loads(pickle.dumps(plan)) == plan == copy.deepcopy(plan) == Plan.from_json(plan.to_json())
+    assert plan.sites[0].role == "attention.query"
+    assert any("mlp" in skip.site for skip in plan.skipped)
+    assert [note.partition(";")[0] for note in plan.notes] == ["target_modules: lm_haed matches none of 16 sites"]
+    with pytest.raises(AttributeError, match="'Plan' object has no attribute 'rolls'"):
+        plan.rolls  # noqa: B018
+
+
+def test_a_plan_lets_its_model_go_once_it_told_all() -> None:
+    config, model = LoraConfig(target_modules=["q_proj"]), tiny_llama()
+    known, printed = weakref.ref(model), fxpeft.plan(model, config)
+    bare = fxpeft.plan(model, config, roles=False)
+    del model
+    assert bare.sites[0].role == ""
+    assert bare.flow is None
+    assert "attention.query" in str(printed)
+    assert printed.flow is not None
+    gc.collect()
+    assert known() is None
+
+
+@pytest.mark.parametrize("targets", ["all-linear", [f"model.layers.{i}.mlp.up_proj" for i in range(2)]])
+def test_no_module_is_traced_twice(targets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    traced: list[str] = []
+    real = tracing.trace_any
+    monkeypatch.setattr(tracing, "trace_any", lambda module: traced.append(type(module).__name__) or real(module))
+    for _ in range(2):
+        fxpeft.plan(model, LoraConfig(target_modules=targets), roles=False)
+    assert len(traced) == len(set(traced))  # each norm was, with each plan: most of the time that one took
