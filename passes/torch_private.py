@@ -241,6 +241,13 @@ def captured_graphs() -> tuple[int, dict[str, int]]:
     return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 
+def cudagraph_skips() -> int:
+    """How many graphs Inductor made no CUDA graph of in this process, though it was asked to."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["inductor"]["cudagraph_skips"])
+
+
 def compilations() -> list[Any]:
     """What Dynamo compiled last, in all threads, each with ``co_name``, ``recompile_reason`` and ``fail_type``."""
     return list(_found("torch._dynamo.utils:get_compilation_metrics", "counting recompiles")())

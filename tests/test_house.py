@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 # from the ground up; the first part of a module's name after ``fxpeft.``
 LAYERS = (
     "moved", "errors", "files", "outside", "passes", "model", "methods", "targets", "checkpoint", "adapters", "serving",
-    "planning", "transform", "programs", "integrations", "live_model", "", "testing", "tools", "__main__",
+    "planning", "transform", "programs", "integrations", "live_model", "", "testing", "tools", "gpu_check", "__main__",
 )  # fmt: skip
 # the same inside passes; a file that isn't named here is at its root, and lies on the ground
 WINGS = ("targets", "rewrite", "slots", "live", "captured", "backend", "")

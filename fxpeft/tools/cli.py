@@ -22,6 +22,7 @@ from rich.text import Text
 
 import fxpeft
 from fxpeft.errors import AdapterError
+from fxpeft.tools.gpu_check import gpu_check
 
 if TYPE_CHECKING:
     from fxpeft.checkpoint import Checkpoint
@@ -336,6 +337,9 @@ def bench(
         table.add_row(name, f"{milliseconds:.3f}", share)
     _print(as_json, result, f"{result.sites} sites, rank {rank} of {max_rank}, {result.device}", table,
            f"graphs: {result.graphs}")  # fmt: skip
+
+
+app.command("gpu-check")(gpu_check)
 
 
 def main() -> None:

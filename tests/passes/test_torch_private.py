@@ -39,6 +39,7 @@ from fxpeft.passes.torch_private import (
     compilations,
     copy_each,
     count_waiting_call,
+    cudagraph_skips,
     error_on_recompile,
     fake_mode_of,
     graph_counter,
@@ -400,3 +401,9 @@ def test_a_modules_call_is_the_frame_around_its_hooks() -> None:
     module.register_forward_pre_hook(hook)
     module(torch.ones(1))
     assert callers.count(MODULE_CALL) == 1
+
+
+def test_graphs_of_which_inductor_makes_no_cuda_graph_are_counted() -> None:
+    before = cudagraph_skips()
+    torch.compile(lambda x: x.sin() + 1, mode="reduce-overhead")(torch.ones(3))  # on a CPU there is none
+    assert cudagraph_skips() == before + 1

@@ -1,0 +1,125 @@
+"""Each method's slots against its own training subgraph, in float32 and in half precision."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import fxpeft
+from fxpeft.methods.config import AdapterConfig
+from fxpeft.tools.gpu_check.check import Check, Setting
+from fxpeft.tools.gpu_check.compare import TOLERANCE, Outputs
+from fxpeft.tools.gpu_check.models import ALL, MAX_RANK, llama, randomise, served
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+VIRTUAL = 5
+HALVED = (torch.float32, torch.bfloat16)
+LORA = {"r": 6, "lora_alpha": 9, "target_modules": TARGETS, "rank_pattern": {"down_proj": 11}}
+
+
+def _lora(**values: Any) -> AdapterConfig:
+    return fxpeft.LoraConfig(**{**LORA, **values})
+
+
+# what the slots are declared for -> a config of it
+CASES: dict[str, Callable[[], AdapterConfig]] = {
+    "lora": partial(_lora, use_rslora=True),
+    "lora_bias": partial(_lora, lora_bias=True),
+    "dora": partial(_lora, use_dora=True),
+    "adalora": lambda: fxpeft.AdaLoraConfig(init_r=6, lora_alpha=9, total_step=9, target_modules=TARGETS),
+    "ia3": lambda: fxpeft.IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+    "prompt_tuning": lambda: fxpeft.PromptTuningConfig(num_virtual_tokens=VIRTUAL),
+    "p_tuning": lambda: fxpeft.PromptEncoderConfig(num_virtual_tokens=VIRTUAL, encoder_hidden_size=24),
+    "prefix_tuning": lambda: fxpeft.PrefixTuningConfig(num_virtual_tokens=VIRTUAL),
+}
+PROMPTS = ("prompt_tuning", "p_tuning", "prefix_tuning")
+
+
+def prepared_for(name: str) -> dict[str, Any]:
+    """Arguments of ``prepare_hotswap`` for a method."""
+    return {"targets": None, "num_virtual_tokens": VIRTUAL} if name in PROMPTS else {"targets": ALL}
+
+
+def method(setting: Setting, name: str) -> dict[str, Any]:
+    """Two adapters of one method and "off", swapped in slots."""
+    seen: dict[str, Any] = {}
+    for dtype in HALVED:
+        configs = {"first": CASES[name](), "second": CASES[name]()}
+        make = partial(llama, setting, dtype)
+        with served(setting, configs, make=make, methods=(name,), prepare=prepared_for(name)) as each:
+            each.walk(each.model, rounds=1)
+            seen[f"error in {str(dtype).removeprefix('torch.')}"] = f"{each.outputs.worst:.1g}"
+    return seen
+
+
+class Layers(nn.Module):
+    """The other kinds of targets in a row: an embedding, transformers' Conv1D, convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.conv1d = nn.Embedding(50, 48), Conv1D(36, 48)  # type: ignore[no-untyped-call]
+        self.line = nn.Conv1d(36, 24, 3, padding=1)
+        self.plane, self.space = nn.Conv2d(4, 6, (3, 2), stride=(1, 2)), nn.Conv3d(1, 3, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Takes ``[batch, 16]``."""
+        h = self.conv1d(self.embedding(ids) * 3).tanh()  # [batch, 16, 36]
+        h = self.line(h.transpose(1, 2)).tanh()  # [batch, 24, 16]
+        h = self.plane(h.reshape(-1, 4, 6, 16) * 3).tanh()  # [batch, 6, 4, 8]
+        return self.space(h.unsqueeze(1) * 3).flatten(1)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def layers(setting: Setting) -> dict[str, Any]:
+    """LoRA and DoRA at the targets that a Llama has none of."""
+    seen: dict[str, Any] = {}
+    targets = ["embedding", "conv1d", "line", "plane", "space"]
+    ids = torch.randint(1, 50, (3, 16), generator=torch.Generator().manual_seed(1)).to(setting.device)
+    for dtype in HALVED:
+
+        def make(dtype: torch.dtype = dtype) -> Layers:
+            torch.manual_seed(0)
+            return Layers().to(setting.device, dtype).eval().requires_grad_(False)
+
+        with tempfile.TemporaryDirectory(prefix="fxpeft-gpu-check-") as root:
+            model, wanted = make(), {"off": make()(ids)}
+            fxpeft.prepare_hotswap(model, MAX_RANK, targets=targets, methods=("lora", "dora"))
+            for seed, dora in enumerate((False, True)):
+                one, name = make(), "dora" if dora else "lora"
+                config = fxpeft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_dora=dora)
+                fxpeft.add_adapter(one, config)
+                with torch.enable_grad():
+                    randomise(one, seed)
+                wanted[name] = one(ids)
+                fxpeft.save_adapter(one, Path(root, name))
+                fxpeft.load_adapter(model, Path(root, name), name)
+            outputs = Outputs(wanted, TOLERANCE[dtype])
+            for name in ("lora", "dora", "lora"):
+                fxpeft.set_adapter(model, name)
+                outputs.expect(model(ids), name, name)
+            fxpeft.disable_adapters(model)
+            outputs.expect(model(ids), "off", "off")
+            seen[f"error in {str(dtype).removeprefix('torch.')}"] = f"{outputs.worst:.1g}"
+    return seen
+
+
+CHECKS = (
+    *(
+        Check(
+            f"method-{name.replace('_', '-')}",
+            f"Slots declared for `{name}` give what its training subgraph gives, in float32 and half precision.",
+            partial(method, name=name),
+        )
+        for name in CASES
+    ),
+    Check("layers", "Embeddings, Conv1D and convolutions in slots give what their training subgraphs give.", layers),
+)
