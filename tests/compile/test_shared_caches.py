@@ -1,0 +1,79 @@
+"""Caches on disk: a second start compiles nothing, with swaps, other names, paths and ranks; so with artifacts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import json, torch, fxpeft
+from pathlib import Path
+from torch._dynamo.utils import counters
+from adapter_files import save
+from block_nets import TARGETS, inputs, net
+from closeness import assert_close
+
+name, rank, artifacts, root = {name!r}, {rank}, {artifacts!r}, Path({root!r})
+if artifacts == "load":
+    assert torch.compiler.load_cache_artifacts((root / "artifacts").read_bytes()) is not None
+config = fxpeft.LoraConfig(r=rank, lora_alpha=3, target_modules=["query", "out"], rank_pattern={{"0.out": 5}})
+folder = save(net(), config, root / name, seed=rank)
+x = inputs()
+for compiler in (torch.compile, fxpeft.compile):
+    torch._dynamo.reset()
+    model = net()
+    fxpeft.prepare_hotswap(model, 8, targets=TARGETS)
+    fxpeft.load_adapter(model, folder, name)
+    compiled = compiler(model, fullgraph=True)
+    fresh = net()
+    fxpeft.load_adapter(fresh, folder)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        assert_close(compiled(x), fresh(x))
+        with fxpeft.disabled(model):
+            assert_close(compiled(x), net()(x))
+        fxpeft.hotswap(model, folder, name)
+        fxpeft.set_scale(model, name, 0.5)
+        fxpeft.set_scale(fresh, "default", 0.5)
+        assert_close(compiled(x), fresh(x))
+if artifacts == "save":
+    (root / "artifacts").write_bytes(torch.compiler.save_cache_artifacts()[0])
+print(json.dumps({{
+    "aot hits": counters["aot_autograd"]["autograd_cache_hit"],
+    "aot misses": counters["aot_autograd"]["autograd_cache_miss"],
+    "aot bypassed": counters["aot_autograd"]["autograd_cache_bypass"],
+    "graph misses": counters["inductor"]["fxgraph_cache_miss"],
+    "graph bypassed": counters["inductor"]["fxgraph_cache_bypass"],
+}}))
+"""
+
+
+def start(cache: Path, **values: Any) -> dict[str, int]:
+    """What a process found in its caches."""
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1]), **{"artifacts": "", **values})
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
+    """One graph of torch.compile's, which fxpeft.compile finds again, and its own one without slots."""
+    first = start(tmp_path / "one", name="a", rank=3, root=str(tmp_path / "first"), artifacts="save")
+    assert first["aot misses"] == 2
+    assert first["aot bypassed"] == first["graph bypassed"] == 0
+    nothing = {"aot hits": 3, "aot misses": 0, "aot bypassed": 0, "graph misses": 0, "graph bypassed": 0}
+    again = start(tmp_path / "one", name="user-7", rank=6, root=str(tmp_path / "elsewhere" / "second"))
+    assert again == nothing
+    # on another machine: an empty folder, and what save_cache_artifacts gave
+    moved = start(tmp_path / "two", name="b", rank=2, root=str(tmp_path / "first"), artifacts="load")
+    assert moved == nothing
