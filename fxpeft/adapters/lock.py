@@ -34,6 +34,7 @@ class SwapLock:
         hold_generate: whether a whole ``generate`` is one read.
 
     ``version`` counts the swaps. While ``repair`` is set the slots may be torn: nobody reads them before it ran.
+    ``before_read`` is called by every forward, inside: it orders what devices do. ``None``: there is nothing to order.
     """
 
     def __init__(self, timeout: float = TIMEOUT, hold_generate: bool = True) -> None:
@@ -42,6 +43,7 @@ class SwapLock:
         self.timeout, self.hold_generate = float(timeout), hold_generate
         self.version = 0
         self.repair: Callable[[], None] | None = None
+        self.before_read: Callable[[], None] | None = None
         self.readers: dict[object, int] = {}  # thread, or what stands for a hold -> thread
         self.claim: dict[str, int] = {}  # "writer": the thread that swaps, or waits to; "writing": it is alone now
         self.waiting: dict[object, int] = {}  # readers that wait for a swap
@@ -78,8 +80,11 @@ class SwapLock:
             with self.write():
                 pass  # it repairs, or says why it can't
             self.acquire_read(key)
-        elif self.gates:
+            return
+        if self.gates:
             self.wake()
+        if self.before_read is not None:
+            self.before_read()
 
     def release_read(self, key: object) -> None:
         """End what began under that key."""

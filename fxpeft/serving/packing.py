@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from operator import itemgetter
 
+import torch
 from torch import Tensor
 
 from fxpeft.adapters.state import Adapter
@@ -14,6 +15,7 @@ from fxpeft.methods.base import SlotValues
 from fxpeft.passes.slots.copies import Copies
 from fxpeft.passes.slots.room import Room, lay_out
 from fxpeft.passes.slots.slot import Slot
+from fxpeft.serving.staging import ACCELERATORS
 
 
 def settle(adapter: Adapter, slots: Mapping[str, Slot]) -> Adapter:
@@ -35,24 +37,33 @@ def pack(
 ) -> tuple[dict[str, SlotValues], Room]:
     """Copies of slot values that lie in the order of the slots' memory, and the room where they do.
 
+    For slots on an accelerator that is pinned memory of the host, a piece for each device and dtype.
+
     Args:
         before: what lies there already stays: the factors of an adapter whose scale is another now.
     """
     own = {site: {"a": v.a, "b": v.b, "d": v.d, **v.features()} for site, v in lowered.items()}
-    found, kept = list[tuple[int, str, str, Tensor]](), set[int]()
+    found = dict[torch.device, list[tuple[int, str, str, Tensor]]]()
+    kept = set[int]()
     for site, parts in own.items():
-        places = slots[site]._buffers
+        slot = slots[site]
         for name, value in parts.items():
             span = None if before is None or not value.is_contiguous() else before.span(value)
             if span is not None:
                 kept.add(span.piece)
-            else:
-                place = places.get(name)
-                found.append((0 if place is None else place.data_ptr(), site, name, value))
-    found.sort(key=itemgetter(0))
-    room, made = lay_out([(value.shape, value.dtype, value.device) for *_, value in found], align=16)
-    Copies((to, value) for to, (*_, value) in zip(made, found, strict=True)).run()
-    for to, (_, site, name, _) in zip(made, found, strict=True):
-        own[site][name] = to
+                continue
+            place = slot._buffers.get(name)
+            found.setdefault(slot.a.device, []).append((0 if place is None else place.data_ptr(), site, name, value))
+    room = Room()
+    for device, values in found.items():
+        values.sort(key=itemgetter(0))
+        pin = device.type in ACCELERATORS
+        homes = [torch.device("cpu") if pin or device.type == "cpu" else v.device for *_, v in values]
+        wanted = [(v.shape, v.dtype, home) for (*_, v), home in zip(values, homes, strict=True)]
+        part, made = lay_out(wanted, align=16, pin=pin)
+        Copies((to, value) for to, (*_, value) in zip(made, values, strict=True)).run()
+        for to, (_, site, name, _) in zip(made, values, strict=True):
+            own[site][name] = to
+        room.pieces += part.pieces
     room.pieces += [before.pieces[number] for number in sorted(kept)] if before is not None else []
     return {site: SlotValues(**parts) for site, parts in own.items()}, room

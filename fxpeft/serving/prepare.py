@@ -26,7 +26,8 @@ from fxpeft.serving.declared import check_slots
 from fxpeft.serving.guard import ModelLock, drain, guard_forwards, unguard_forwards
 from fxpeft.serving.packing import settle
 from fxpeft.serving.release import leave_slots
-from fxpeft.serving.swap import Serving, check_gains, check_ranks, lower
+from fxpeft.serving.swap import Serving, lower
+from fxpeft.serving.together import check_gains, check_ranks
 from fxpeft.targets.parameters import check_hosts
 from fxpeft.targets.saved import saved_modules
 from fxpeft.targets.sites import find_sites
@@ -92,7 +93,7 @@ def prepare_hotswap(
     # everything that can be refused is refused on copies, before the model is touched
     trial = [lower(model, serving, Adapter(a.name, a.plan, a.current(), a.strength)) for a in adapters]
     active = existing.active if existing is not None else []
-    check_ranks(serving, [a for a in trial if a.name in active])
+    check_ranks([a for a in trial if a.name in active], max_rank)
     check_gains([a for a in trial if a.name in active])
 
     with serving.lock.write():  # nobody else has it; from here on they wait at it

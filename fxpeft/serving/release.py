@@ -9,6 +9,7 @@ from fxpeft.adapters.change import changes
 from fxpeft.adapters.inplace import exchange
 from fxpeft.adapters.penalty import unwatch_loss, watch_loss
 from fxpeft.adapters.state import ModelState, drop_state, state_of
+from fxpeft.adapters.values import placed
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.live import unbind
 from fxpeft.serving.base_loads import unwatch_loads
@@ -55,6 +56,9 @@ def leave_slots(model: nn.Module, state: ModelState, serving: Serving) -> None:
     release_slots(model, state, serving)
     for adapter in state.adapters.values():
         if not adapter.parts:
+            if adapter.settled:  # one piece of memory, which parameters must not share, and on whatever device
+                adapter.values = placed(model, adapter.values, autocast=False)
+            adapter.room, adapter.settled = None, False
             attach(model, adapter)
     rebind(hosts(model, state.adapters.values()), state.running())
     set_trainable(state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, ValuesView
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +30,8 @@ from fxpeft.passes.torch_private import version_of, zero_each
 from fxpeft.serving import prompts as prompts_serving
 from fxpeft.serving.guard import ModelLock
 from fxpeft.serving.packing import settle
+from fxpeft.serving.staging import ACCELERATORS, StreamOrder
+from fxpeft.serving.together import check_gains, check_ranks
 from fxpeft.targets.sites import AdapterPlan
 
 
@@ -49,6 +52,7 @@ class Serving(Host):
         plans: config -> plan, of the last ones, so that adapters of one config share the search for their sites.
         places: where the slots' memory is. Copies that were prepared for another list of places are made anew.
         held: the slots' tensors, as views of the dicts that hold them, which follow where a slot gets others.
+        order: of reads and writes on accelerators, where slots are on such.
         torn: a swap began to write and did not come to its end.
     """
 
@@ -69,14 +73,15 @@ class Serving(Host):
     plans: Recent[str, AdapterPlan] = field(default_factory=lambda: Recent(limit=64))
     places: list[int] = field(default_factory=list)
     held: list[ValuesView[Tensor | None]] = field(default_factory=list)
+    order: StreamOrder | None = None
     torn: bool = False
     lock: ModelLock = field(default_factory=ModelLock)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "places": [], "held": []}
+        return {**vars(self), "places": [], "held": [], "order": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({"places": [], "held": [], "torn": False, "used": None, **state})
+        vars(self).update({"places": [], "held": [], "order": None, "torn": False, "used": None, **state})
         self.plans = Recent(state["plans"].items(), limit=64)  # a plain dict in older pickles
 
     @functools.cached_property
@@ -115,14 +120,14 @@ class Serving(Host):
             if not adapter.settled and adapter is not fresh:
                 settle(adapter, self.slots)
         check_together(adapters)
-        check_ranks(self, adapters)
+        check_ranks(adapters, self.max_rank)
         check_gains(adapters)
         reshow(model, self, adapters)
 
     def replace(self, model: nn.Module, state: ModelState, adapter: Adapter, *, owned: bool) -> None:
         with changing(model):
             new = lower(model, self, adapter)
-            if not owned:
+            if not owned or self.order is not None:
                 settle(new, self.slots)
             active = [new if n == new.name else state.adapters[n] for n in state.active]
             check_together(active)
@@ -180,6 +185,9 @@ def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
     problems += prompts_serving.lower(serving.prompts, adapter)
     for site, parameters in sites.items():
         plan, base = adapter.plan.sites[site], Base(model, brings.get(site, {}), site, values.shared)
+        slot = serving.slots.get(site)
+        if slot is not None and slot.features and slot.a.device.type in ACCELERATORS:  # gains follow from the base
+            parameters = {name: value.to(slot.a.device) for name, value in parameters.items()}
         try:
             lowered[site] = method.lower(plan.scaled(adapter.strength), parameters, base)
         except PassError as error:
@@ -220,42 +228,6 @@ def reshow(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
     serving.torn = False
 
 
-def check_ranks(serving: Serving, adapters: list[Adapter]) -> None:
-    """Refuse adapters whose ranks together are more than a slot holds; of one alone :func:`lower` looked."""
-    if len(adapters) < 2:
-        return
-    total: dict[str, int] = {}
-    for adapter in adapters:
-        for site, value in adapter.lowered.items():
-            total[site] = total.get(site, 0) + value.d.numel()
-    over = [f"{site}: {rank} ranks" for site, rank in total.items() if rank > serving.max_rank]
-    if over:
-        raise AdapterError(
-            f"the active adapters need more than max_rank {serving.max_rank} ranks together:\n{listing(over)}\n"
-            "Activate fewer at a time, or prepare with a larger max_rank."
-        )
-
-
-def check_gains(adapters: list[Adapter]) -> None:
-    """Refuse a gain beside another adapter: a slot multiplies the sum of all, and a DoRA's shift is of one bias."""
-    if len(adapters) < 2:
-        return
-    clashes = []
-    for adapter in adapters:
-        for site, value in adapter.lowered.items():
-            brought = f"{site}.bias" if value.shift is not None else None
-            others = [
-                a.name for a in adapters if a is not adapter and (site in a.lowered or brought in a.values.tensors)
-            ]
-            if others and (value.g_in is not None or value.g_out is not None):
-                clashes.append(f"{site}: {adapter.name} ({method_of(adapter.config).name}) and {', '.join(others)}")
-    if clashes:
-        raise AdapterError(
-            "these adapters can't share a slot, since a gain multiplies what the others add:\n"
-            f"{listing(clashes)}\nset one of them active, or release_hotswap(model) to run them one after the other"
-        )
-
-
 def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
     """Write the slots. Everything was checked; only copies are left."""
     _find_places(serving)
@@ -267,14 +239,19 @@ def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
         used = {site: used.get(site, 0) + ranks.get(site, 0) for site in {**used, **ranks}} if used else ranks
     active = serving.max_rank if serving.rank is None else max([LEAST, *used.values()])
     same, serving.used = used is serving.used or used == serving.used, None
-    if not (used is serving.dirty or used == serving.dirty):
-        _clear(serving, used, active)
-    for each in copies:
-        each.run()
-    if serving.features:
-        _show_features(serving, adapters)
-    _show_copies(model, serving, adapters)
-    prompts_serving.show(model, serving.prompts, adapters)
+    with nullcontext() if serving.order is None else serving.order.writing() as ready:
+        if ready is not None:
+            for each in copies:
+                each.stage()
+            ready()
+        if not (used is serving.dirty or used == serving.dirty):
+            _clear(serving, used, active)
+        for each in copies:
+            each.run()
+        if serving.features:
+            _show_features(serving, adapters)
+        _show_copies(model, serving, adapters)
+        prompts_serving.show(model, serving.prompts, adapters)
     if not same or serving.features:
         for site, slot in serving.slots.items():
             idle = site not in used and not any((site, name) in serving.featured for name in slot.features)
@@ -287,13 +264,24 @@ def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
 
 def _find_places(serving: Serving) -> None:
     """Look whether slots have other memory now, by ``.to(device)``, ``.data =`` and the like: views lead elsewhere."""
-    if len(serving.held) != len(serving.slots):  # going by the slots' attributes costs more than the addresses
+    if not serving.held:  # going by the slots' attributes costs more than the addresses
         serving.held = [slot._buffers.values() for slot in serving.slots.values()]
+        if serving.prompts is not None:
+            serving.held.append(serving.prompts._buffers.values())
     places = list(map(Tensor.data_ptr, itertools.chain.from_iterable(serving.held)))  # type: ignore[arg-type]
     if places != serving.places:
         serving.places = places
         for slot in serving.slots.values():
             slot.windows.clear()
+        found = {
+            t.device
+            for t in itertools.chain(*serving.held, *(c.buffers() for c in serving.copies.values()))
+            if t is not None
+        }
+        devices = {device for device in found if device.type in ACCELERATORS}
+        if devices != set(serving.order.devices if serving.order else ()):
+            serving.order = StreamOrder(devices) if devices else None
+            serving.lock.before_read = serving.order.before_read if serving.order else None
 
 
 def _clear(serving: Serving, used: Mapping[str, int], active: int) -> None:
@@ -303,7 +291,7 @@ def _clear(serving: Serving, used: Mapping[str, int], active: int) -> None:
     for site, slot in serving.slots.items():
         start, before = used.get(site, 0), serving.dirty.get(site, 0)
         if min(before, active) > start:
-            stale += _window(slot, start, min(before, active) - start)
+            stale += slot.window(start, min(before, active) - start)
         if left := before if before > active else start:
             dirty[site] = left
     serving.dirty = used if dirty == used else dirty
@@ -326,7 +314,7 @@ def _copies(serving: Serving, adapter: Adapter, used: Mapping[str, int]) -> tupl
         slot = serving.slots[site]
         if rank := value.d.numel():
             ranks[site] = rank
-            pairs += zip(_window(slot, used.get(site, 0), rank), value[:3], strict=True)
+            pairs += zip(slot.window(used.get(site, 0), rank), value[:3], strict=True)
             written += (slot.a, slot.b, slot.d)
         if first and slot.features:
             for name, own in value.features().items():
@@ -339,18 +327,6 @@ def _copies(serving: Serving, adapter: Adapter, used: Mapping[str, int]) -> tupl
     if first and adapter.settled:
         adapter.copies = (serving.places, copies, ranks)
     return copies, ranks
-
-
-def _window(slot: Slot, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of a slot's ranks, kept: making three views costs more than copying a small adapter."""
-    key = (start, count)
-    if key not in slot.windows:
-        if len(slot.windows) > 64:
-            slot.windows.clear()
-        a, b, d = (t.narrow(0, start, count) for t in (slot.a, slot.b, slot.d))
-        slot.windows[key] = (a, b, d)
-    window: tuple[Tensor, Tensor, Tensor] = slot.windows[key]
-    return window
 
 
 def _show_features(serving: Serving, adapters: list[Adapter]) -> None:

@@ -32,6 +32,7 @@ class Lock(Protocol):
     version: int
     hold_generate: bool
     classes: dict[type, type]
+    before_read: Callable[[], None] | None
 
     def reads(self, thread: int) -> bool: ...
     def acquire_read(self, key: object) -> None: ...
@@ -113,6 +114,8 @@ def _locked(inner: Callable[..., Any], made: type[nn.Module]) -> Callable[..., A
         if lock is None or me in lock.readers or lock.reads(me):
             if not isinstance(self, made):
                 return type(self).forward(self, *args, **kwargs)
+            if lock is not None and lock.before_read is not None and me not in lock.readers:
+                lock.before_read()  # inside of a hold, which may have begun on another stream
             if lock is not None and (not torch.is_grad_enabled() or in_backward()):
                 _watch(lock)
             return inner(self, *args, **kwargs)

@@ -33,7 +33,7 @@ class Copies:
     Args:
         written: the tensors that the pairs write parts of, where the caller sees to it that all memory stays where it
             is: looking at hundreds of tensors that no cache holds any more costs as much as many of their bytes.
-        join: look for neighbours, which takes longer than the copies do once.
+        join: look for neighbours, and for what goes to a device together, which takes longer than the copies do once.
     """
 
     def __init__(self, pairs: Iterable[Pair], written: Sequence[Tensor] | None = None, *, join: bool = True) -> None:
@@ -44,11 +44,20 @@ class Copies:
         self.moves: list[tuple[int, int, int]] = []
         moved: list[Tensor] = []
         self.others: list[Pair] = []
+        self.sent: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, list[Pair]]] = {}
+        self.arrived: list[Pair] = []
         for run in _runs(self.pairs) if self.join else ([pair] for pair in self.pairs):
             to, source = run[0]
             if len(run) > 1:
-                self.others.append(_joined(run))
+                to, source = _joined(run)
                 moved += [to for to, _ in run]
+            if self.join and source.is_cpu and not to.is_cpu and type(source) is Tensor:
+                memory = source.untyped_storage()
+                key = to.device, source.dtype, memory.data_ptr()
+                whole = at(source, 0, (memory.nbytes() // source.itemsize,), (1,))
+                self.sent.setdefault(key, (whole, []))[1].append((to, source))
+            elif len(run) > 1:
+                self.others.append((to, source))
             elif _is_plain(to) and _is_plain(source) and to.dtype is source.dtype and to.shape == source.shape:
                 self.moves.append((to.data_ptr(), source.data_ptr(), to.nbytes))
                 moved.append(to)
@@ -62,10 +71,22 @@ class Copies:
         # a backward that saved the old values has to notice; tensors of inference mode are in none
         self.counted = [to for to in self.written or moved if not to.is_inference()]
 
+    def stage(self) -> None:
+        """Begin the copies from the host to devices: a piece of memory goes there whole, and from there to its places.
+
+        From pinned memory that is one transfer, beside all else that the device does.
+        """
+        self.arrived = []
+        for (device, *_), (whole, pairs) in self.sent.items():
+            there = whole.to(device, non_blocking=True)
+            self.arrived += [(to, at(there, int(t.storage_offset()), t.shape, t.stride())) for to, t in pairs]
+
     def run(self) -> None:
         """Copy everything."""
         if list(map(_address, self.placed)) != self.addresses:
             self._prepare()
+        if self.sent and not self.arrived:
+            self.stage()
         spread = len(self.others) >= 32 and all(to.is_cpu for to, _ in self.others)
         count = torch.get_num_threads() if spread else 1
         running: list[Future[None]] = []
@@ -76,7 +97,9 @@ class Copies:
                 ctypes.memmove(to, source, size)
             torch.autograd.graph.increment_version(self.counted)
             _copy(self.others[::count])
+            _copy(self.arrived)
         finally:
+            self.arrived = []
             _finish(running)
         for part in running:
             part.result()

@@ -47,19 +47,20 @@ def at(memory: Tensor, offset: int, shape: Sequence[int], stride: Sequence[int])
 
 
 def lay_out(
-    wanted: Iterable[tuple[Sequence[int], torch.dtype, torch.device]], *, align: int = 64
+    wanted: Iterable[tuple[Sequence[int], torch.dtype, torch.device]], *, align: int = 64, pin: bool = False
 ) -> tuple[Room, list[Tensor]]:
     """Contiguous tensors of zeros, those of one dtype and device side by side in this order.
 
     Args:
         wanted: shape, dtype and device of each. align: bytes that every one's place is a multiple of.
+        pin: in pages that stay, from which an accelerator copies by itself.
     """
     wanted, ends, offsets = list(wanted), dict[tuple[torch.dtype, torch.device], int](), []
     for shape, dtype, device in wanted:
         step = align // dtype.itemsize
         offsets.append(ends.get((dtype, device), 0))
         ends[dtype, device] = offsets[-1] + -(-prod(shape) // step) * step
-    pieces = {key: torch.zeros(end, dtype=key[0], device=key[1]) for key, end in ends.items()}
+    pieces = {key: torch.zeros(end, dtype=key[0], device=key[1], pin_memory=pin) for key, end in ends.items()}
     made = []
     for (shape, dtype, device), offset in zip(wanted, offsets, strict=True):
         if device.type == "meta":

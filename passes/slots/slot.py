@@ -94,7 +94,7 @@ class Slot(Container):
     ) -> None:
         super().__init__()
         self.kind, self.rank, self.idle = kind, rank, False
-        self.windows: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}  # views, kept by the swap
+        self.windows: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         self.stacks: tuple[Any, ...] = ()  # what compiled code reads in the place of several slots' A's
         self.kept: Kept | None = None  # what a call that is not compiled reads
         self.room: Room | None = memory[0] if memory else None
@@ -117,6 +117,16 @@ class Slot(Container):
         a, b = kind.slot_shapes(max_rank)
         own = [name for name in FEATURES if name in features and takes[name]]
         return {"a": a, "b": b, "d": (max_rank,), **{name: (getattr(kind, FEATURES[name][0]),) for name in own}}
+
+    def window(self, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of some ranks of A, B and d, kept: making three costs more than copying a small adapter."""
+        key = (start, count)
+        if key not in self.windows:
+            if len(self.windows) > 64:
+                self.windows.clear()
+            a, b, d = (t.narrow(0, start, count) for t in (self.a, self.b, self.d))
+            self.windows[key] = (a, b, d)
+        return self.windows[key]
 
     def extra_repr(self) -> str:
         """How many ranks it holds, the rank in use, and whether it holds nothing."""

@@ -176,6 +176,17 @@ def test_a_pickle_has_an_adapter_once() -> None:
     assert writes.calls <= 6
 
 
+def test_parameters_after_a_release_share_no_memory() -> None:
+    model = prepared(config(), config(use_dora=True), methods=("lora", "dora"))
+    before = model(X)
+    fxpeft.release_hotswap(model)
+    assert is_close(model(X), before)
+    own = [p for n, p in model.named_parameters() if "lora" in n]
+    assert len({p.untyped_storage().data_ptr() for p in own}) == len(own) == LAYERS * 3 * 5
+    assert all(adapter.room is None for adapter in state_of(model).adapters.values())
+    assert len(pickle.dumps(model)) < 2 * sum(p.nbytes for p in model.parameters()) + 800_000
+
+
 def calls_of(function: Callable[[], object]) -> int:
     """How many functions of Python and of C a call makes."""
     count = 0
