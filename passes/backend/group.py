@@ -139,7 +139,7 @@ def _why_not(gm: GraphModule, place: Node, products: list[_Product]) -> str | No
     if any(place in call.node.all_input_nodes for call in calls(gm)):
         return "is read in the body of a higher-order operator"
     if not products:
-        return "is no linear site"
+        return "is no linear site with more rows than one"
     if value is None or not all(isinstance(size, int) for size in value.shape):
         return "the shape of its A is not known while compiling"
     return None

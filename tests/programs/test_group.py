@@ -286,7 +286,10 @@ def test_what_is_left_alone_says_why(reports: Callable[[], list[str]]) -> None:
     torch.manual_seed(0)
     bare = Others().eval()
     for change, reason in (
-        (lambda m: None, {"a": "is no linear site", "b": "is no linear site"}),
+        (
+            lambda m: None,
+            {"a": "is no linear site with more rows than one", "b": "is no linear site with more rows than one"},
+        ),
         (lambda m: m.c.slot.a.requires_grad_(), {"c": "its A is trained"}),
     ):
         torch._dynamo.reset()
