@@ -85,7 +85,8 @@ version_of = operator.attrgetter("_version")  # how often a tensor was written
 copy_each = _found("torch:_foreach_copy_", "a swap")
 zero_each = _found("torch:_foreach_zero_", "a swap")  # the same with zeros
 _graph_task = _found("torch._C:_current_graph_task_id", "a call of a locked model")
-_count_frames = _found("torch._C._dynamo.eval_frame:set_fullgraph_compiled_frame_count", "a call that waits for a swap")
+# ``None`` where Dynamo counts no frames, as in torch 2.11: a call that waits needs nothing then
+_count_frames: Any = getattr(torch._C._dynamo.eval_frame, "set_fullgraph_compiled_frame_count", None)
 _CHECKPOINT = {CheckpointFunction.forward.__code__: False, CheckpointFunction.backward.__code__: True}
 
 
@@ -122,7 +123,7 @@ def count_waiting_call() -> None:
     With ``fullgraph=True`` Dynamo counts a call's compiled frames, in one number for all threads that each call sets
     to zero first: while one waits, others that end find none and raise.
     """
-    if _count_frames(1) < 0:
+    if _count_frames is not None and _count_frames(1) < 0:
         _count_frames(-1)  # nobody counts
 
 
