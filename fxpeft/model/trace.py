@@ -64,7 +64,10 @@ def skeleton(model: nn.Module, mode: FakeTensorMode, without: Collection[nn.Modu
         without: modules to leave out of the lists that hold them, which are numbered anew.
     """
     memo: dict[int, Any] = {id(part): _LEFT_OUT for part in without}
+    gone = {id(part) for each in without for part in each.modules()}
     for part in model.modules():
+        if id(part) in gone:
+            continue  # a tensor without data for each of many experts takes longer than the trace
         for tensor in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
             if isinstance(tensor, Tensor):
                 memo[id(tensor)] = _fake(tensor, mode)
@@ -155,14 +158,14 @@ def trace_model(
         AdapterError: no inputs are known, or the model can't be exported.
     """
     check_module_names(model)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    bare = skeleton(model, mode, without)
     given = example_inputs(model) if inputs is None else dict(inputs)
     if not given:
         raise AdapterError(
             f"{type(model).__name__} doesn't say what its inputs are, so that it can't be traced; pass inputs={{...}} "
             "to fxpeft.roles or fxpeft.plan, or give the model a dict `dummy_inputs`"
         )
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    bare = skeleton(model, mode, without)
     if isinstance(bare, PreTrainedModel):
         _choose_traceable(bare)
     # a model for several kinds of input may take them all only with values that fit; its first is worth a try
