@@ -27,10 +27,13 @@ X = inputs()
 
 @pytest.fixture
 def accelerator() -> Iterator[Accelerator]:
-    plugin = TorchDynamoPlugin(backend="inductor", use_regional_compilation=True)
-    yield Accelerator(cpu=True, dynamo_plugin=plugin)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    def forget() -> None:  # of the process: a Trainer of another test has left its own there
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+    forget()
+    yield Accelerator(cpu=True, dynamo_plugin=TorchDynamoPlugin(backend="inductor", use_regional_compilation=True))
+    forget()
 
 
 def compile_repeated_blocks(model: nn.Module, name: str, **options: Any) -> nn.Module:
