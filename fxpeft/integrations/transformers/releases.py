@@ -72,3 +72,9 @@ def resolve_revision(source: str | os.PathLike[str], revision: str | None, **opt
     except Exception:  # noqa: BLE001 - whatever the network raises: who downloads says it better, or has a cache
         return revision
     return found
+
+
+def saves_here(model: PreTrainedModel, is_main_process: bool) -> bool:
+    """Whether this process is the one that writes a model's files."""
+    ask: Any = getattr(model, "should_save_on_this_rank", None)  # 5.17; until then the caller alone says it
+    return is_main_process if ask is None else bool(ask(is_main_process))

@@ -22,7 +22,7 @@ from fxpeft.checkpoint.model_card import CARD, write_card
 from fxpeft.files import replace_files
 from fxpeft.integrations.transformers.held import held_adapter, only_active, without_prefix
 from fxpeft.integrations.transformers.model_state import LOADED, adapters_of, logger
-from fxpeft.integrations.transformers.releases import hf_api
+from fxpeft.integrations.transformers.releases import hf_api, saves_here
 from fxpeft.methods import method_of
 from fxpeft.model.wrappers import plain_name
 from fxpeft.passes.live import Container
@@ -104,7 +104,7 @@ def _save(
     for key, tensor in embedding_tensors(model, adapter).items():
         tensors[key if save_peft_format else key.removeprefix(prefix)] = tensor
     more = unfinished(adapter)
-    if not model.should_save_on_this_rank(is_main_process):
+    if not saves_here(model, is_main_process):
         return
     folder.mkdir(parents=True, exist_ok=True)
     if push_to_hub:
