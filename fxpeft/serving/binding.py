@@ -66,7 +66,7 @@ def _make_slots(model: nn.Module, serving: Serving) -> None:
         for name, shape in Slot.shapes(kind, serving.max_rank, features).items():
             wanted[site, name] = shape, torch.float32 if name in EXACT else dtype, device
     order = sorted(wanted, key=lambda key: (key[1], key[0].rpartition(".")[2]))
-    room, made = lay_out(wanted[key] for key in order)
+    room, made = lay_out((wanted[key] for key in order), apart=True)
     memory = dict(zip(order, made, strict=True))
     for site, kind in serving.kinds.items():
         own = {name: tensor for name in ("a", "b", *EXACT) if (tensor := memory.get((site, name))) is not None}

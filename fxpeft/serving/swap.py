@@ -287,16 +287,19 @@ def _find_places(serving: Serving) -> None:
 def _clear(serving: Serving, used: Mapping[str, int], active: int) -> None:
     """Zero the old ranks that this swap would compute with: they may even be NaN."""
     stale: list[Tensor] = []
+    written: list[Tensor] = []
     dirty = dict[str, int]()
     for site, slot in serving.slots.items():
         start, before = used.get(site, 0), serving.dirty.get(site, 0)
         if min(before, active) > start:
             stale += slot.window(start, min(before, active) - start)
+            written += (t for t in (slot.a, slot.b, slot.d) if not t.is_inference())
         if left := before if before > active else start:
             dirty[site] = left
     serving.dirty = used if dirty == used else dirty
     if stale:
         zero_each(stale)
+        torch.autograd.graph.increment_version(written)  # windows have counters of their own
 
 
 def _copies(serving: Serving, adapter: Adapter, used: Mapping[str, int]) -> tuple[Copies, dict[str, int]]:
@@ -319,7 +322,7 @@ def _copies(serving: Serving, adapter: Adapter, used: Mapping[str, int]) -> tupl
         if first and slot.features:
             for name, own in value.features().items():
                 if name in slot.features:
-                    pairs.append((getattr(slot, name), own))
+                    pairs.append((slot.beside(name), own))
                     written.append(getattr(slot, name))
     if ranks == serving.used:
         ranks = serving.used  # one dict for all adapters that are alike, and the same one is known sooner than an equal

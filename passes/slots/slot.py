@@ -124,9 +124,16 @@ class Slot(Container):
         if key not in self.windows:
             if len(self.windows) > 64:
                 self.windows.clear()
-            a, b, d = (t.narrow(0, start, count) for t in (self.a, self.b, self.d))
+            a, b, d = (self.beside(name, start, count) for name in ("a", "b", "d"))
             self.windows[key] = (a, b, d)
         return self.windows[key]
+
+    def beside(self, name: str, start: int = 0, count: int | None = None) -> Tensor:
+        """A tensor, or some of its ranks, in the room's storage: :class:`Copies` sees there what lies beside it."""
+        own = getattr(self, name)
+        count = own.shape[0] - start if count is None else count
+        span = None if self.room is None else self.room.span(own)
+        return own.narrow(0, start, count) if span is None else span.narrow(start, count)
 
     def extra_repr(self) -> str:
         """How many ranks it holds, the rank in use, and whether it holds nothing."""
@@ -139,7 +146,7 @@ class Slot(Container):
             _slots[id(buffer)] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        held = {name: b.tensor() if isinstance(b, Span) else b for name, b in state["_buffers"].items()}
+        held = {name: b.tensor(apart=True) if isinstance(b, Span) else b for name, b in state["_buffers"].items()}
         super().__setstate__({"room": None, "kept": None, **state, "_buffers": held})  # type: ignore[no-untyped-call]
         self._announce()
 

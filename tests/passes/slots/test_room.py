@@ -37,12 +37,32 @@ def test_tensors_are_apart_aligned_and_no_views() -> None:
     assert room.span(half.view(torch.int16)) is None
 
 
+def test_apart_each_has_a_storage_of_its_own_over_the_same_memory() -> None:
+    wanted = [((3, 5), torch.float32, CPU), ((7,), torch.bfloat16, CPU), ((3, 5), torch.float32, CPU)]
+    room, tensors = lay_out(wanted, apart=True)
+    places = [
+        (t.data_ptr() - room.pieces[n].data_ptr(), t.untyped_storage().nbytes())
+        for t, n in zip(tensors, (0, 1, 0), strict=True)
+    ]
+    assert places == [(0, 60), (0, 14), (64, 60)]
+    tensors[2].copy_(torch.arange(15.0).view(3, 5))
+    span = room.span(tensors[2])
+    assert span is not None
+    assert torch.equal(span.tensor(), tensors[2])
+    assert torch.equal(span.narrow(1, 2), tensors[2][1:])
+    kept = tensors[2]
+    del room, tensors, span
+    assert kept.sum() == 105  # the memory stays as long as one of them
+
+
 def made(count: int, max_rank: int = 6) -> list[Slot]:
     """Slots of one room."""
     kind, rank = Linear(11, 7), ActiveRank(max_rank)
     shapes = Slot.shapes(kind, max_rank, ("shift", "g_out"))
     order = [(site, name) for name in shapes for site in range(count)]
-    room, tensors = lay_out((shapes[n], torch.float32 if n in EXACT else torch.bfloat16, CPU) for _, n in order)
+    room, tensors = lay_out(
+        ((shapes[n], torch.float32 if n in EXACT else torch.bfloat16, CPU) for _, n in order), apart=True
+    )
     memory = dict(zip(order, tensors, strict=True))
     return [
         Slot(kind, max_rank, rank, features=("shift", "g_out"), memory=(room, {n: memory[site, n] for n in shapes}))
@@ -66,7 +86,7 @@ def test_a_pickle_of_slots_has_their_room_once_and_the_copies_share_one() -> Non
         assert float(slots[4].b[0, 0]) == 4
         twins[4].b.fill_(4)
         slots[3].a.fill_(3)
-        pairs = [(twin.a[:2], slot.a[:2]) for twin, slot in zip(twins, slots, strict=True)]
+        pairs = [(twin.window(0, 2)[0], slot.window(0, 2)[0]) for twin, slot in zip(twins, slots, strict=True)]
         assert len(Copies(pairs).others) == 1
 
 
