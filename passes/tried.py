@@ -6,7 +6,7 @@ import re
 import warnings
 
 #: library -> the first and the last minor release; examples/guides/versions.md has the runs
-TRIED = {"torch": ("2.10", "2.15"), "transformers": ("5.0", "5.24")}
+TRIED = {"torch": ("2.13", "2.15"), "transformers": ("5.23", "5.24")}
 
 
 def warn_untried(library: str, version: str) -> None:
@@ -16,7 +16,7 @@ def warn_untried(library: str, version: str) -> None:
         version: as the library says it: ``"2.13.0+cpu"``, ``"2.16.0.dev20261101"``.
     """
     first, last = TRIED[library]
-    if not _minor(first) <= _minor(version) <= _minor(last):
+    if not minor(first) <= minor(version) <= minor(last):
         warnings.warn(
             f"{library} {version} was not tried with fxpeft; {first} to {last} were. Should something fail, "
             "try one of these",
@@ -24,5 +24,6 @@ def warn_untried(library: str, version: str) -> None:
         )
 
 
-def _minor(version: str) -> tuple[int, ...]:
+def minor(version: str) -> tuple[int, ...]:
+    """``(2, 13)`` of ``"2.13.0+cpu"``."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])

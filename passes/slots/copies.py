@@ -23,7 +23,7 @@ Pair = tuple[Tensor, Tensor]
 class Copies:
     """``to.copy_(source)`` for pairs of equal shape, as often as wanted. Nothing may need a gradient.
 
-    Pairs that lie in equal steps on both sides, as those of an adapter and of slots in one :class:`Room` each do, are
+    Pairs that lie in equal steps on both sides, as those of an adapter and of slots in one room each do, are
     one copy. Memory of the CPU that lies alone is moved as such: at the size of an adapter's factors the checks and
     set-up of a torch copy cost more than the bytes (168 tensors, 15 MB: 2.7 ms; moved: 1.1 ms; one copy of as
     many bytes: 1.0 ms). The rest, transposes for instance, is too small for torch to split over

@@ -129,7 +129,7 @@ class Slot(Container):
         return self.windows[key]
 
     def beside(self, name: str, start: int = 0, count: int | None = None) -> Tensor:
-        """A tensor, or some of its ranks, in the room's storage: :class:`Copies` sees there what lies beside it."""
+        """A tensor, or some of its ranks, in the room's storage, where copies see what lies beside it."""
         own = getattr(self, name)
         count = own.shape[0] - start if count is None else count
         span = None if self.room is None else self.room.span(own)
