@@ -85,6 +85,8 @@ version_of = operator.attrgetter("_version")  # how often a tensor was written
 copy_each = _found("torch:_foreach_copy_", "a swap")
 zero_each = _found("torch:_foreach_zero_", "a swap")  # the same with zeros
 _graph_task = _found("torch._C:_current_graph_task_id", "a call of a locked model")
+_is_tracing = _found("torch._C:_is_tracing", "a call of a slot")
+_modes = _found("torch._C:_len_torch_dispatch_stack", "a call of a slot")
 # ``None`` where Dynamo counts no frames, as in torch 2.11: a call that waits needs nothing then
 _count_frames: Any = getattr(torch._C._dynamo.eval_frame, "set_fullgraph_compiled_frame_count", None)
 _CHECKPOINT = {CheckpointFunction.forward.__code__: False, CheckpointFunction.backward.__code__: True}
@@ -129,7 +131,7 @@ def count_waiting_call() -> None:
 
 def is_recorded() -> bool:
     """Whether something sees each operator of this thread: ``torch.jit.trace``, or a mode of ``make_fx`` or fakes."""
-    return torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return bool(_is_tracing() or _modes() > 0)
 
 
 def in_backward() -> bool:
@@ -238,15 +240,17 @@ def load_package(path: str, **options: Any) -> Any:
 
 def captured_graphs() -> tuple[int, dict[str, int]]:
     """How many graphs Dynamo captured in this process, and how often for which reason it broke one."""
-    counters = _found("torch._dynamo.utils:counters", "counting graphs")
+    counters = _counters()
     return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 
 def cudagraph_skips() -> int:
     """How many graphs Inductor made no CUDA graph of in this process, though it was asked to."""
-    from torch._dynamo.utils import counters
+    return int(_counters()["inductor"]["cudagraph_skips"])
 
-    return int(counters["inductor"]["cudagraph_skips"])
+
+def _counters() -> Any:
+    return _found("torch._dynamo.utils:counters", "counting graphs")
 
 
 def compilations() -> list[Any]:

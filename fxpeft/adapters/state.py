@@ -285,9 +285,8 @@ def ensure_state(model: nn.Module, modules: Modules | None = None) -> ModelState
 def drop_state(model: nn.Module) -> None:
     """Forget the state and give the base's parameters their ``requires_grad`` back."""
     state: ModelState = vars(model)[STATE]
-    state.dropped = (
-        True  # whoever shares the model's attributes, made by copy.copy or by regional compilation, has it too
-    )
+    # whoever shares the model's attributes, made by copy.copy or by regional compilation, has the state too
+    state.dropped = True
     for face in faces(model):
         vars(face).pop(STATE, None)
     unwatch_calls(model)

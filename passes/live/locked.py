@@ -97,10 +97,9 @@ def refuse_constants() -> None:
     Raises:
         PassError: it would take what the slots hold now for constants.
     """
-    setting = (
-        None if torch.compiler.is_exporting() else constants_setting()
-    )  # a program's constants are the slots' tensors
-    if setting is not None:
+    if torch.compiler.is_exporting():  # a program's constants are the slots' tensors
+        return
+    if (setting := constants_setting()) is not None:
         raise PassError(f"{setting}: expected False, for it makes constants of slots, and swaps would have no effect")
 
 

@@ -53,7 +53,7 @@ class Span(NamedTuple):
     def narrow(self, start: int, count: int) -> Tensor:
         """The tensor there from ``start`` on in dimension 0."""
         offset = self.offset + start * self.stride[0]
-        return at(self.room.pieces[self.piece], offset, (count, *self.shape[1:]), self.stride)
+        return self._replace(offset=offset, shape=(count, *self.shape[1:])).tensor()
 
 
 def at(memory: Tensor, offset: int, shape: Sequence[int], stride: Sequence[int]) -> Tensor:

@@ -14,13 +14,11 @@ import transformers.utils.loading_report
 from huggingface_hub import HfApi, is_offline_mode
 from transformers import PreTrainedModel
 
-if TYPE_CHECKING:
+WHOLE_REPORT = hasattr(transformers.utils.loading_report, "LoadStateDictInfo")  # 5.2
+if TYPE_CHECKING or WHOLE_REPORT:
     from transformers.utils.loading_report import LoadStateDictInfo as LoadStateDictInfo
 else:
-    if not hasattr(transformers.utils.loading_report, "LoadStateDictInfo"):  # 5.2
-        from transformers.modeling_utils import LoadStateDictInfo as LoadStateDictInfo
-    else:
-        from transformers.utils.loading_report import LoadStateDictInfo as LoadStateDictInfo
+    from transformers.modeling_utils import LoadStateDictInfo as LoadStateDictInfo
 
 
 def load_info(**values: Any) -> LoadStateDictInfo:
@@ -34,7 +32,7 @@ def log_report(
 ) -> None:
     """Transformers' table of what was missing, unexpected or mismatched; ``RuntimeError`` where it raises one."""
     write: Any = transformers.utils.loading_report.log_state_dict_report
-    if hasattr(transformers.utils.loading_report, "LoadStateDictInfo"):  # 5.2
+    if WHOLE_REPORT:
         write(model, source, ignore_mismatched_sizes, info, logger)
         return
     options = transformers.modeling_utils.LoadStateDictConfig(

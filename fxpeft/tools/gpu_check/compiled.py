@@ -11,7 +11,7 @@ import fxpeft
 from fxpeft.testing import count_graphs
 from fxpeft.tools.gpu_check.check import Check, Setting
 from fxpeft.tools.gpu_check.methods import CASES, PROMPTS
-from fxpeft.tools.gpu_check.models import llama, served
+from fxpeft.tools.gpu_check.models import llama, logits, served
 
 
 def whole(setting: Setting, **options: Any) -> dict[str, Any]:
@@ -59,9 +59,7 @@ def folded(setting: Setting) -> dict[str, Any]:
         compiled = torch.compile(plain, fullgraph=True)
         for name in (*each.folders, *each.folders):
             fxpeft.refold(plain, name)
-            with torch.no_grad():
-                found = compiled(input_ids=each.ids, use_cache=False).logits
-            each.outputs.expect(found, name, f"refold({name})")
+            each.outputs.expect(logits(compiled, each.ids), name, f"refold({name})")
         fxpeft.unfold(plain)
         fxpeft.remove(plain)
         if moved := [name for name, p in plain.named_parameters() if not torch.equal(p, weights[name])]:

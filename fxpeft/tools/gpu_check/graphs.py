@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 import fxpeft
 from fxpeft.passes.torch_private import cudagraph_skips
 from fxpeft.tools.gpu_check.check import Check, Setting
-from fxpeft.tools.gpu_check.models import logits, pointers, served
+from fxpeft.tools.gpu_check.models import llama, logits, pointers, served
 
 
 def reduce_overhead(setting: Setting) -> dict[str, Any]:
@@ -52,7 +53,6 @@ def cuda_graph(setting: Setting) -> dict[str, Any]:
             each.outputs.expect(found, name, f"replayed after {name}")
             swaps += 1
         held = next(iter(each.folders))
-        each.show(held)
         for name in each.folders:
             each.show(held)
             fxpeft.hotswap(each.model, each.folders[name], held)
@@ -69,10 +69,6 @@ def cuda_graph(setting: Setting) -> dict[str, Any]:
 @torch.no_grad()
 def generated(setting: Setting) -> dict[str, Any]:
     """``generate`` with a static cache, whose decode step transformers compiles on a GPU; greedy tokens, in float32."""
-    from functools import partial
-
-    from fxpeft.tools.gpu_check.models import llama
-
     options: dict[str, Any] = {
         "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "use_cache": True, "pad_token_id": 0,
     }  # fmt: skip

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fxpeft
 from fxpeft.tools.gpu_check.check import Check, Setting
+from fxpeft.tools.gpu_check.compare import TOLERANCE, apart
 from fxpeft.tools.gpu_check.models import ALL, llama, logits, save, token_ids
 
 RANK = 16
@@ -116,8 +117,6 @@ def forward(setting: Setting) -> dict[str, Any]:
 
 
 def _same(found: object, wanted: object) -> None:
-    from fxpeft.tools.gpu_check.compare import TOLERANCE, apart
-
     assert isinstance(found, Tensor)
     assert isinstance(wanted, Tensor)
     if (distance := apart(found, wanted)) > TOLERANCE[wanted.dtype]:

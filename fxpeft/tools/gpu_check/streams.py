@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fxpeft
 from fxpeft.tools.gpu_check.check import Check, Setting
-from fxpeft.tools.gpu_check.models import Served, logits, served
+from fxpeft.tools.gpu_check.models import LORAS, Served, logits, served
 
 DELAY = 0.05  # seconds of work before what has to wait for it
 
@@ -84,12 +84,10 @@ def _swap(each: Served, how: str, held: str, new: str, memory: dict[str, dict[st
     if how == "set_adapter":
         fxpeft.set_adapter(each.model, new)
     else:  # from memory of the machine, under one name
-        fxpeft.hotswap(each.model, memory[new], held, config=_config(each, new))
+        fxpeft.hotswap(each.model, memory[new], held, config=_config(new))
 
 
-def _config(each: Served, name: str) -> Any:
-    from fxpeft.tools.gpu_check.models import LORAS
-
+def _config(name: str) -> fxpeft.LoraConfig:
     return fxpeft.LoraConfig(**LORAS[name])
 
 
@@ -146,14 +144,14 @@ def source_reused(setting: Setting) -> dict[str, Any]:
                 host = {key: tensor.pin_memory() for key, tensor in host.items()}
             with streams.stream(other):
                 busy()
-                fxpeft.hotswap(each.model, host, held, config=_config(each, name))
+                fxpeft.hotswap(each.model, host, held, config=_config(name))
                 for tensor in host.values():
                     tensor.fill_(float("nan"))
             each.outputs.expect(logits(each.model, each.ids), name, f"turn {turn}, the machine's memory reused")
             with streams.stream(other):
                 near = load_file(f"{each.folders[held]}/adapter_model.safetensors", device=str(setting.device))
                 busy()
-                fxpeft.hotswap(each.model, near, held, config=_config(each, held))
+                fxpeft.hotswap(each.model, near, held, config=_config(held))
             sizes = [tensor.shape for tensor in near.values()]
             near.clear()
             filled = [torch.full(size, float("nan"), device=setting.device) for size in sizes]
