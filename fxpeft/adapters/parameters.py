@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from fxpeft.adapters.penalty import watch_loss
 from fxpeft.adapters.state import state_of
 from fxpeft.errors import AdapterError
-from fxpeft.model.wrappers import unwrap
+from fxpeft.methods.base import SiteAdapter
+from fxpeft.model.wrappers import submodule, unwrap
 
 
 def set_requires_grad(model: nn.Module, names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -35,6 +37,49 @@ def set_requires_grad(model: nn.Module, names: str | Sequence[str], requires_gra
         for parameter in adapter.parameters():
             parameter.requires_grad_(requires_grad)
     watch_loss(model, state)
+
+
+def lora_plus_groups(
+    model: nn.Module, lr: float, ratio: float, *, weight_decay: float = 0.0, embedding_lr: float = 1e-6
+) -> list[dict[str, Any]]:
+    """LoRA+ (https://arxiv.org/abs/2402.12354): what is trained as groups for an optimiser, B faster than A.
+
+    ``torch.optim.AdamW(fxpeft.lora_plus_groups(model, 1e-4, 16))``; the groups are those of PEFT's
+    ``create_loraplus_optimizer``.
+
+    Args:
+        lr: of A, and of all that isn't named below.
+        ratio: what ``lr`` is multiplied by for B and for vectors, such as biases and DoRA's magnitudes.
+        weight_decay: of all but biases and layer norms.
+        embedding_lr: of A and B at an embedding.
+
+    Raises:
+        AdapterError: nothing is trained.
+    """
+    model = unwrap(model)
+    embeddings = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in _updates(module)}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        rate, decay = lr, weight_decay
+        if parameter in embeddings:
+            rate = embedding_lr
+        elif leaf == "lora_B" or parameter.ndim == 1:
+            plain = "bias" in name or isinstance(submodule(model, owner), nn.LayerNorm)
+            rate, decay = lr * ratio, 0.0 if plain else weight_decay
+        groups.setdefault((rate, decay), []).append(parameter)
+    if not groups:
+        raise AdapterError("lora_plus_groups: no parameter is trained; add_adapter first, or set_requires_grad")
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def _updates(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The matrices by which adapters change a module's own weight."""
+    for part in module._modules.get("adapters", nn.Module()).children():  # type: ignore[union-attr]
+        if isinstance(part, SiteAdapter):
+            yield from (parameter for parameter in part.parameters() if parameter.ndim > 1)
 
 
 @dataclass(frozen=True)

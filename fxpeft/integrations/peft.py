@@ -24,7 +24,7 @@ from fxpeft.adapters.state import find_state, is_prepared, state_of
 from fxpeft.errors import AdapterError
 from fxpeft.integrations.transformers import loading, model_methods
 from fxpeft.integrations.transformers.held import held_adapter
-from fxpeft.integrations.transformers.model_state import LOADED, PROPERTIES, adapters_of, train_parts
+from fxpeft.integrations.transformers.model_state import LOADED, PROPERTIES, adapters_of, add_beside, train_parts
 from fxpeft.integrations.transformers.saving import unfinished, write_unfinished
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.model.wrappers import unwrap
@@ -178,11 +178,10 @@ class PeftModel(nn.Module, metaclass=_Bridge):
         """Add a fresh adapter; unlike :func:`fxpeft.add_adapter` it isn't made the active one.
 
         Args:
-            peft_config: one of fxpeft's configs or of PEFT's. low_cpu_mem_usage: accepted.
+            peft_config: one of fxpeft's configs or of PEFT's; that of an adapter of the model itself: for a copy of
+                that adapter. low_cpu_mem_usage: accepted.
         """
-        with _others_active(self):
-            adapters.add_adapter(self, loading.as_config(peft_config), adapter_name)
-            train_parts(state_of(self).get(adapter_name))
+        add_beside(self, adapter_name, peft_config)
 
     def load_adapter(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from tiny import randomise, tiny_llama, token_ids
 
 import fxpeft
@@ -135,3 +136,24 @@ def test_what_is_refused() -> None:
     fxpeft.prepare_hotswap(model)
     with pytest.raises(AdapterError, match="slots, which are not trained: call release_hotswap first"):
         fxpeft.set_requires_grad(model, "a")
+
+
+def test_lora_plus_has_peft_s_groups() -> None:
+    fields: dict[str, Any] = {
+        "r": 3, "target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["norm"], "use_dora": True,
+    }  # fmt: skip
+    ours, theirs = tiny_llama(), peft.get_peft_model(tiny_llama(), peft.LoraConfig(**fields))
+    with pytest.raises(AdapterError, match="no parameter is trained"):
+        fxpeft.lora_plus_groups(ours.requires_grad_(False), 0.01, 16)
+    fxpeft.add_adapter(ours, LoraConfig(**fields))
+    groups = fxpeft.lora_plus_groups(ours, 0.01, 16, weight_decay=0.1, embedding_lr=1e-3)
+    expected = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16, loraplus_weight_decay=0.1, loraplus_lr_embedding=1e-3
+    )
+
+    def shape(group: dict[str, Any]) -> tuple[Any, ...]:
+        return group["lr"], group["weight_decay"], sorted(tuple(p.shape) for p in group["params"])
+
+    assert sorted(map(shape, groups)) == sorted(shape(group) for group in expected.param_groups if group["params"])
+    assert len(groups) == 3
+    torch.optim.AdamW(groups)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 RUN = """
 import sys
@@ -46,3 +48,10 @@ def test_everything_runs_without_peft() -> None:
 def test_a_family_each_without_peft() -> None:
     output = run("test_transformers_families.py", "-k", "train and (llama or gpt2 or bert or whisper)")
     assert "5 passed" in output  # roberta is a bert too
+
+
+@pytest.mark.slow
+def test_trl_without_peft() -> None:
+    pytest.importorskip("trl", reason="TRL is not installed")
+    output = run("test_trl.py", "-k", "first_step or head_is_refused or later")
+    assert "8 passed" in output

@@ -29,6 +29,7 @@ from fxpeft.integrations.transformers.model_state import (
     PROPERTIES,
     adapters_of,
     add,
+    add_beside,
     belongs_to_peft,
     leave_slots,
     logger,
@@ -54,9 +55,14 @@ def add_adapter(self: PreTrainedModel, adapter_config: AdapterConfig, adapter_na
         adapter_config: one of fxpeft's configs, or of PEFT's. An adapter beside others has their type.
         adapter_name: ``"default"`` where it is not given.
 
+    With the name first it is the method of PEFT's models, as TRL calls it: see :func:`add_beside`.
+
     Raises:
         ValueError: the name is taken, or the config doesn't fit the model. TypeError: no config.
     """
+    if isinstance(adapter_config, str):
+        add_beside(self, adapter_config, adapter_name)
+        return
     name = check_adapter_name(adapter_name or "default")
     _check_free(self, name)
     if isinstance(adapter_config, Mapping):

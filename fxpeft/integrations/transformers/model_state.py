@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fxpeft import adapters, serving
 from fxpeft.adapters.attach import set_trainable
 from fxpeft.adapters.injection import overwrite
-from fxpeft.adapters.installing import install_adapter, replace_attached
+from fxpeft.adapters.installing import check_name, install_adapter, replace_attached
 from fxpeft.adapters.state import Adapter, find_state, is_prepared, state_of
+from fxpeft.integrations.transformers.loading import as_config
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SiteAdapter
 from fxpeft.methods.values import Values
@@ -64,9 +69,16 @@ def _delete_configs(self: PreTrainedModel) -> None:
     vars(self).pop(CONFIGS, None)
 
 
+def _get_base_model(self: PreTrainedModel) -> Callable[[], PreTrainedModel]:
+    if not adapters_of(self):  # by which some know PEFT's models
+        raise AttributeError(f"{type(self).__name__} has no adapters")
+    return lambda: self
+
+
 PROPERTIES = {
     LOADED: property(_get_loaded, _set_loaded),
     CONFIGS: property(_get_configs, _set_configs, _delete_configs),
+    "get_base_model": property(_get_base_model),
 }
 
 
@@ -112,6 +124,25 @@ def add(model: PreTrainedModel, new: Adapter) -> None:
             if before:
                 adapters.set_adapter(model, before)
             raise
+
+
+def add_beside(model: nn.Module, name: str, config: object) -> None:
+    """Add an adapter without making it the active one, where there are others.
+
+    Args:
+        config: one of fxpeft's configs or of PEFT's, for a fresh adapter; the very object that an adapter of the model
+            has: for a copy of that, as TRL makes its reference.
+    """
+    known = adapters_of(model)
+    with adapters.active(model, adapters.active_adapters(model)) if known else nullcontext():
+        own = next((adapter for adapter in known.values() if adapter.config is config), None)
+        if own is None or own.lowered:
+            adapters.add_adapter(model, as_config(config), name)
+        else:
+            plan = replace(own.plan, config=copy.deepcopy(own.config))
+            new = Adapter(check_name(model, name), plan, own.current().each(Tensor.clone), own.strength)
+            install_adapter(model, new)
+        train_parts(state_of(model).get(name))
 
 
 def swap(model: PreTrainedModel, new: Adapter) -> None:

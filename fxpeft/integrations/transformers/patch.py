@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from fxpeft.integrations import trl
 from fxpeft.integrations.transformers import loading, model_methods, saving, trainer
 
 _NOTHING = object()
@@ -27,15 +28,14 @@ def install() -> None:
     ``set_adapter``, ``enable_peft_hotswap`` and the others; ``from_pretrained`` and ``pipeline``
     take an adapter's folder or id, ``save_pretrained`` and ``push_to_hub`` write the adapter alone,
     and ``Trainer`` resumes from it. Signatures, return values and errors are those of transformers
-    5.23 and 5.24, whose integrations differ in the PEFT that they ask for alone. Calling it twice is
+    5.23 and 5.24, whose integrations differ in the PEFT that they ask for alone. TRL's trainers treat such
+    models as PEFT's, and take fxpeft's configs as ``peft_config``. Calling it twice is
     calling it once. Models that PEFT itself has adapted are left to PEFT.
     """
     if _before:
         return
     try:
-        for owner, name, value in list(_replacements()):
-            _before.append((owner, name, vars(owner).get(name, _NOTHING)))
-            setattr(owner, name, value)
+        _replace(list(_replacements()))
     except BaseException:
         uninstall()
         raise
@@ -62,6 +62,12 @@ def installed() -> Iterator[None]:
         (install if before else uninstall)()
 
 
+def _replace(replacements: Iterable[tuple[Any, str, Any]]) -> None:
+    for owner, name, value in replacements:
+        _before.append((owner, name, vars(owner).get(name, _NOTHING)))
+        setattr(owner, name, value)
+
+
 def _replacements() -> Iterator[tuple[Any, str, Any]]:
     for name, member in model_methods.members().items():
         yield PreTrainedModel, name, member
@@ -79,6 +85,14 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield Trainer, "_load_from_checkpoint", trainer.resumes_adapter(Trainer._load_from_checkpoint)
     yield Trainer, "_load_best_model", trainer.loads_best_adapter(Trainer._load_best_model)
     yield Trainer, "_push_from_checkpoint", trainer.pushes_adapter(Trainer._push_from_checkpoint)
+    yield Trainer, "__init_subclass__", classmethod(_trainer_comes)
+    yield from trl.replacements()
+
+
+def _trainer_comes(cls: type[Any], /, **kwargs: Any) -> None:
+    """A class of trainers is made, as its module is imported: all that this has imported itself is there."""
+    super(Trainer, cls).__init_subclass__(**kwargs)
+    _replace(list(trl.replacements([cls.__module__])))
 
 
 def _finds_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
