@@ -12,6 +12,7 @@ from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SharedPart, SiteAdapter
 from fxpeft.model.fast_path import fused_above, is_fused, switch_off
+from fxpeft.model.walk import output_head
 from fxpeft.model.wrappers import submodule
 from fxpeft.passes.base import attribute
 from fxpeft.passes.container import active_name
@@ -76,11 +77,12 @@ def detach(model: nn.Module, adapter: Adapter) -> None:
                 del module._modules["adapters"]
 
 
-def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
+def rebind(model: nn.Module, touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
     """Give each touched module the forward of the running adapters, or its own where none is there.
 
     The forward finds them by their order, not by their names: see :meth:`Container.show`.
     """
+    head = output_head(model)
     inner = {adapter.name: adapter.parameter_sites() for adapter in running}
     brings = {adapter.name: adapter.values.own() for adapter in running}
     adapted = {host for adapter in running for host in adapter.hosts()}
@@ -121,7 +123,8 @@ def rebind(touched: Mapping[str, nn.Module], running: list[Adapter]) -> None:
                 raise AdapterError(f"{name}: {ONE_REWRITE}")
             read_module(module, parameters, name=name)
         elif rewrites or redirects:
-            rewrite_module(module, rewrites, name=name, redirects=redirects)
+            # losses that never call a head multiply by its weight
+            rewrite_module(module, rewrites, name=name, redirects=redirects, alone=bool(rewrites) and module is head)
         else:
             unbind(module)
             if is_fused(module) and any(host.startswith(f"{name}." if name else "") for host in adapted):

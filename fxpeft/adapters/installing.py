@@ -59,12 +59,12 @@ def replace_attached(model: nn.Module, state: ModelState, new: Adapter) -> None:
     try:
         attach(model, new)
         state.adapters[new.name] = new
-        rebind(touched, state.running())
+        rebind(model, touched, state.running())
     except BaseException:
         detach(model, new)
         attach(model, old)
         state.adapters[old.name] = old
-        rebind(touched, state.running())
+        rebind(model, touched, state.running())
         raise
     set_trainable(state, [new.name])
     watch_loss(model, state)
@@ -76,10 +76,10 @@ def switch(model: nn.Module, state: ModelState, names: list[str], enabled: bool)
     touched = hosts(model, [state.adapters[n] for n in dict.fromkeys((*old, *names)) if n in state.adapters])
     state.active, state.enabled = names, enabled
     try:
-        rebind(touched, state.running())
+        rebind(model, touched, state.running())
     except BaseException:
         state.active, state.enabled = [n for n in old if n in state.adapters], old_enabled
-        rebind(touched, state.running())
+        rebind(model, touched, state.running())
         raise
     named = [name for name, adapter in state.adapters.items() if adapter.trained is not None]
     if enabled == old_enabled:  # adapters were chosen, not switched off or on

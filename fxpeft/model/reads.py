@@ -20,16 +20,11 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from fxpeft.passes.live import base_class, given_forward
+from fxpeft.passes.live.reading import ASKS
 
 Chain = tuple[str, ...]  # attributes from ``self`` on; ``*`` is an item of the one before
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_ASKS = frozenset(  # what is asked of a tensor that computes nothing with its values
-    (
-        "dtype", "device", "shape", "ndim", "layout", "itemsize", "nbytes", "is_cuda", "is_meta", "requires_grad",
-        "size", "dim", "numel", "stride", "element_size", "data_ptr", "is_floating_point", "is_contiguous",
-    )
-)  # fmt: skip
 _QUESTIONS = frozenset(("isinstance", "hasattr", "type", "id", "getattr"))
 _EVERYTHING = frozenset(("_modules", "children", "named_children", "modules", "named_modules", "get_submodule"))
 _names: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
@@ -74,7 +69,7 @@ def read_past(name: str, modules: Mapping[str, nn.Module]) -> Past | None:
                 called |= all(isinstance(modules.get(inner), CONTAINERS) for inner in _between(name, path, chain))
             elif not rest or rest[0] in ("forward", "__call__", *_EVERYTHING):
                 called = True
-            elif rest[0] in tensors and not (len(rest) > 1 and rest[1] in _ASKS):
+            elif rest[0] in tensors and not (len(rest) > 1 and rest[1] in ASKS):
                 reader = reader or _displayed(base_class(module))
     return Past(reader, called) if reader else None
 

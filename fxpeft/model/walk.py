@@ -74,3 +74,9 @@ def embedding_layer(model: nn.Module, side: Literal["input", "output"]) -> nn.Mo
     except NotImplementedError:
         return None
     return layer
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """A model's output embeddings without wrappers, or ``None``."""
+    layer = embedding_layer(unwrap(model), "output")
+    return None if layer is None else unwrap(layer)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fxpeft.model.fast_path import fused_above, switch_off
 from fxpeft.model.placement import placement
-from fxpeft.model.walk import base_value, base_values
+from fxpeft.model.walk import base_value, base_values, output_head
 from fxpeft.model.wrappers import submodule
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
 from fxpeft.passes.live.parameters import read_module, slot_rewrite
@@ -48,7 +48,10 @@ def bind_slots(model: nn.Module, serving: Serving) -> None:
         for leaf, (_, value) in redirects.get(site, {}).items():
             place.register_buffer(leaf, value, persistent=False)
         module.add_module("slot", place)
-        rewrite_module(module, rewrites, name=site, redirects=redirects.get(site), container="slot")
+        rewrite_module(
+            module, rewrites, name=site, redirects=redirects.get(site), container="slot",
+            alone=bool(rewrites) and module is output_head(model),
+        )  # fmt: skip
     for module in fused_above(model, serving.hosts()).values():
         switch_off(module)
 

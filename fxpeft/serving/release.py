@@ -60,7 +60,7 @@ def leave_slots(model: nn.Module, state: ModelState, serving: Serving) -> None:
                 adapter.values = placed(model, adapter.values, autocast=False)
             adapter.room, adapter.settled = None, False
             attach(model, adapter)
-    rebind(hosts(model, state.adapters.values()), state.running())
+    rebind(model, hosts(model, state.adapters.values()), state.running())
     set_trainable(state)
     watch_loss(model, state)
 

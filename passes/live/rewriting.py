@@ -13,6 +13,7 @@ from fxpeft.passes.container import Container
 from fxpeft.passes.live.bind import bind_source
 from fxpeft.passes.live.generated import MEMBERS, generated_source
 from fxpeft.passes.live.instance import base_class, given_forward, is_bound
+from fxpeft.passes.live.reading import elsewhere
 from fxpeft.passes.live.signature import signature
 from fxpeft.passes.live.tracing import trace_any, trace_module
 from fxpeft.passes.pipeline import Pipeline, graph_text
@@ -21,7 +22,6 @@ from fxpeft.passes.rewrite.feed import LEAF, Feed, FeedPass, call_graph
 from fxpeft.passes.rewrite.inject import InjectPass, Rewrite
 from fxpeft.passes.rewrite.redirect import RedirectPass
 from fxpeft.passes.source import check_plain, graph_source
-from fxpeft.passes.torch_private import FSDP
 
 _sources: Recent[tuple[Any, ...], str] = Recent()
 
@@ -33,6 +33,7 @@ def rewrite_module(
     name: str,
     redirects: Mapping[str, tuple[str, Any]] | None = None,
     container: str = "adapters",
+    alone: bool = False,
     dump: str | None = None,
 ) -> None:
     """Trace ``module``, let it read ``redirects``, inject ``rewrites`` in order, bind the result.
@@ -45,6 +46,8 @@ def rewrite_module(
         name: the module's dotted name, for messages.
         redirects: attribute -> (path of the operand, operand), as in :class:`RedirectPass`.
         container: where the redirects' operands are; each rewrite names its own.
+        alone: refuse code that computes with the module's ``weight`` without calling it; see
+            :mod:`fxpeft.passes.live.reading`.
         dump: folder for the graphs before and after, as in :class:`Pipeline`.
 
     Raises:
@@ -64,8 +67,9 @@ def rewrite_module(
             raise PassError(f"{name}: {error}") from None
         if key:
             _sources[key] = source
-    reads = {leaf: _access(f"{container}.{path}") for leaf, (path, _) in redirects.items()}
-    bind_source(module, source + _reading(module, reads))
+    attributes = {"weight": f"past('weight', {name!r})"} if alone else {}
+    attributes |= {leaf: _elsewhere(leaf, _access(f"{container}.{path}")) for leaf, (path, _) in redirects.items()}
+    bind_source(module, _members(source, attributes))
 
 
 def _read_in_place(graph: Graph) -> Graph:
@@ -81,14 +85,14 @@ def replace_module(module: nn.Module, path: str) -> None:
 
     It answers all calls, and reads of the module's parameters, buffers and children: code that reads a head's
     ``weight`` without calling the head gets the weight that a call computes with. Lists of parameters, as
-    ``state_dict`` and ``named_modules`` make them, stay the module's own. Of a module whose weights accelerate's
-    hook or FSDP fetches, by these attributes, only calls are answered.
+    ``state_dict`` and ``named_modules`` make them, stay the module's own, and so does what accelerate's hooks and FSDP
+    read to fetch the module's own weights.
     """
     access = _access(path)
     held = (*module._parameters.items(), *module._buffers.items(), *module._modules.items())
     names = [key for key, value in held if value is not None and not isinstance(value, Container)]
     source = f"def forward(self, *args, **kwargs):\n    return {access}(*args, **kwargs)\n"
-    bind_source(module, source + _reading(module, {name: f"getattr({access}, {name!r})" for name in names}))
+    bind_source(module, _members(source, {name: _elsewhere(name, f"getattr({access}, {name!r})") for name in names}))
 
 
 def _access(path: str) -> str:
@@ -99,25 +103,19 @@ def _access(path: str) -> str:
     return access
 
 
-def _reading(module: nn.Module, attributes: Mapping[str, str]) -> str:
-    """Source of attributes that are read elsewhere: name -> the code that reads it there.
-
-    FSDP finds, takes away and sets a module's own parameters by these attributes, so once it manages the module they
-    are the module's again.
-    """
-    if not attributes or "_hf_hook" in vars(module):
-        return ""
-    lines = "".join(f"    {name!r}: {_elsewhere(name, code)},\n" for name, code in attributes.items())
-    return f"{MEMBERS}{{\n{lines}}}\n"
-
-
 def _elsewhere(name: str, code: str) -> str:
-    own = f"vars(self)[{name!r}] if {name!r} in vars(self) else self.__getattr__({name!r})"
-    write = f"vars(self).update({{{name!r}: value}})"
-    return (
-        f"property(lambda self: {code} if {FSDP!r} not in vars(self) else {own}, "
-        f"lambda self, value: {write}, lambda self: vars(self).pop({name!r}))"
-    )
+    """Code that makes an attribute which another answers for, from the code that reads it there."""
+    return f"elsewhere({name!r}, lambda self: {code})"
+
+
+def _members(source: str, attributes: Mapping[str, str]) -> str:
+    """The source of a forward, with attributes beside it: name -> the code that makes the attribute."""
+    if not attributes:
+        return source
+    makers = {code.partition("(")[0] for code in attributes.values()}
+    imports = f"from {elsewhere.__module__} import {', '.join(sorted(makers))}\n"
+    lines = "".join(f"    {name!r}: {code},\n" for name, code in attributes.items())
+    return f"{imports}{'' if source.startswith(('import ', 'from ')) else chr(10)}{source}{MEMBERS}{{\n{lines}}}\n"
 
 
 def feed_module(module: nn.Module, feed: Feed, *, name: str, dump: str | None = None) -> None:

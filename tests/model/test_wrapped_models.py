@@ -6,6 +6,8 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MethodType
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +16,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from tiny import randomise, tiny_llama, token_ids, two_linears
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import AveragedModel
 
@@ -124,6 +129,40 @@ def test_fsdp1_trains_what_an_adapter_brings_whole() -> None:
     assert {"2.adapters.default.weight", "0.adapters.default.bias"} < wanted.keys() == found.keys()
     for name, grad in wanted.items():
         torch.testing.assert_close(found[name], grad)
+
+
+def read_past(model: Any, ids: Tensor) -> Tensor:
+    """Logits of a loss that multiplies by the head's weight; FSDP gathers it for the root's call."""
+    weight = model.lm_head.weight
+    full = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return model.model(ids).last_hidden_state @ full.t()
+
+
+@pytest.mark.parametrize("wrapper", ["fsdp1", "fsdp2"])
+def test_fsdp_sees_its_own_and_a_loss_the_copy_of_a_head(wrapper: str) -> None:
+    ids, found = token_ids(), {}
+    for sharded in (False, True):
+        model = tiny_llama()
+        fxpeft.add_adapter(model, fxpeft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+        randomise(fxpeft.adapter_state_dict(model).values(), 1)
+        model.forward = MethodType(read_past, model)  # type: ignore[method-assign]
+        wrapped: Any = model
+        if sharded and wrapper == "fsdp1":
+            wrapped = WRAPPERS["fsdp1"](model)
+        elif sharded:
+            mesh = init_device_mesh("cpu", (1,))
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            wrapped = fully_shard(model, mesh=mesh)
+        for _ in range(2):
+            loss = wrapped(ids).square().mean()
+            loss.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found[sharded] = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()}
+    assert "lm_head.adapters.default.weight" in found[False]
+    assert found[False].keys() == found[True].keys()
+    for name, grad in found[False].items():
+        torch.testing.assert_close(found[True][name], grad)
 
 
 def test_accelerate_trains_and_saves(tmp_path: Path) -> None:
