@@ -10,11 +10,12 @@ from pathlib import Path
 from torch import nn
 
 from fxpeft import checkpoint
-from fxpeft.adapters.attach import check_together, detach
+from fxpeft.adapters.attach import check_together, detach, hosts
 from fxpeft.adapters.change import changes, changing, ordinary
 from fxpeft.adapters.installing import check_name, install_adapter, switch
 from fxpeft.adapters.loading import load
 from fxpeft.adapters.penalty import watch_loss
+from fxpeft.adapters.restore import restoring
 from fxpeft.adapters.state import (
     Adapter,
     drop_state,
@@ -170,10 +171,16 @@ def set_scale(model: nn.Module, name: str, scale: float) -> None:
     if state.serving is not None:
         state.serving.rescale(model, state, name, scale)
         return
-    adapter.strength = scale
-    for part in adapter.parts.values():
-        if isinstance(part, SiteAdapter):
+    parts = [part for part in adapter.parts.values() if isinstance(part, SiteAdapter)]
+    before, adapter.strength = adapter.strength, scale
+    try:
+        for part in parts:
             part.set_strength(scale)
+    except BaseException:
+        adapter.strength = before
+        for part in parts:
+            part.set_strength(before)
+        raise
 
 
 @changes
@@ -183,15 +190,21 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     adapter = state.get(name)
     if state.folded is not None:
         state.check_unfolded([n for n in state.folded.names if n == name], "it can't be deleted")
-    if name in state.active:
-        set_adapter(model, [n for n in state.active if n != name])
-    del state.adapters[name]
-    state.baked = [n for n in state.baked if n != name]
-    if state.serving is None:
-        detach(model, adapter)
-        watch_loss(model, state)
-    if not state.adapters and state.serving is None and state.folded is None:
-        drop_state(model)
+    prepared = state.serving is not None
+    others = [
+        a for a in state.adapters.values() if a is not adapter and (a.name in state.active or a.trained is not None)
+    ]
+    touched = {} if prepared else hosts(model, [adapter, *(a for a in others if a.name in state.active)])
+    with restoring(model, [adapter, *others], touched.values()):
+        if name in state.active:
+            set_adapter(model, [n for n in state.active if n != name])
+        del state.adapters[name]
+        state.baked = [n for n in state.baked if n != name]
+        if not prepared:
+            detach(model, adapter)
+            watch_loss(model, state)
+        if not state.adapters and not prepared and state.folded is None:
+            drop_state(model)
 
 
 # --- what add, load and hotswap share ---

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fxpeft.adapters.installing import check_name, install_adapter, replace_attached
 from fxpeft.adapters.loading import fit, load
+from fxpeft.adapters.restore import writing
 from fxpeft.adapters.state import Adapter, is_prepared, state_of
 from fxpeft.adapters.values import fresh_values, placed, shared_placement
 from fxpeft.checkpoint import Checkpoint
@@ -116,9 +117,9 @@ def load_adapter_state_dict(
 
 def overwrite(adapter: Adapter, values: Values) -> None:
     """Copy values into an adapter's parameters, which an optimiser or a compiled graph may hold."""
-    new = values.flat()
-    with torch.no_grad():
-        for place, tensor in adapter.current().flat().items():
+    new, own = values.flat(), adapter.current().flat()
+    with writing(own.values()), torch.no_grad():
+        for place, tensor in own.items():
             tensor.copy_(new[place])
 
 

@@ -8,7 +8,8 @@ from fxpeft.adapters.attach import attach, check_together, detach, hosts, rebind
 from fxpeft.adapters.change import changes
 from fxpeft.adapters.name import check_adapter_name
 from fxpeft.adapters.penalty import watch_loss
-from fxpeft.adapters.state import Adapter, ModelState, drop_state, ensure_state, find_state
+from fxpeft.adapters.restore import restoring
+from fxpeft.adapters.state import Adapter, ModelState, ensure_state, find_state
 from fxpeft.errors import AdapterError
 from fxpeft.model.modules import Modules
 from fxpeft.passes.base import PassError
@@ -30,23 +31,20 @@ def install_adapter(model: nn.Module, adapter: Adapter, modules: Modules | None 
     Args:
         modules: the model's, where they were walked before.
     """
-    fresh = find_state(model) is None
-    state = ensure_state(model, modules)
-    if state.serving is not None:
+    state = find_state(model)
+    if state is not None and state.serving is not None:
         state.serving.install(model, state, adapter)
         return
-    attach(model, adapter)
-    state.adapters[adapter.name] = adapter
+    running = [] if state is None else [state.adapters[name] for name in state.active]
+    touched = hosts(model, [adapter, *running])
     try:
-        switch(model, state, [adapter.name], state.enabled)
-    except BaseException as error:
-        del state.adapters[adapter.name]
-        detach(model, adapter)
-        if fresh:
-            drop_state(model)
-        if isinstance(error, PassError):
-            raise AdapterError(str(error)) from None
-        raise
+        with restoring(model, [adapter, *running], touched.values()):
+            state = ensure_state(model, modules)
+            attach(model, adapter)
+            state.adapters[adapter.name] = adapter
+            switch(model, state, [adapter.name], state.enabled)
+    except PassError as error:
+        raise AdapterError(str(error)) from None
 
 
 @changes
@@ -55,36 +53,27 @@ def replace_attached(model: nn.Module, state: ModelState, new: Adapter) -> None:
     old = state.get(new.name)
     touched = hosts(model, [old, new])
     check_together([new if name == new.name else state.adapters[name] for name in state.active])
-    detach(model, old)
-    try:
+    with restoring(model, [old, new], touched.values()):
+        detach(model, old)
         attach(model, new)
         state.adapters[new.name] = new
         rebind(model, touched, state.running())
-    except BaseException:
-        detach(model, new)
-        attach(model, old)
-        state.adapters[old.name] = old
-        rebind(model, touched, state.running())
-        raise
-    set_trainable(state, [new.name])
-    watch_loss(model, state)
+        set_trainable(state, [new.name])
+        watch_loss(model, state)
 
 
 def switch(model: nn.Module, state: ModelState, names: list[str], enabled: bool) -> None:
     """Rebind the modules of the adapters that come or go; on an error everything is bound as before."""
     old, old_enabled = state.active, state.enabled
-    touched = hosts(model, [state.adapters[n] for n in dict.fromkeys((*old, *names)) if n in state.adapters])
-    state.active, state.enabled = names, enabled
-    try:
-        rebind(model, touched, state.running())
-    except BaseException:
-        state.active, state.enabled = [n for n in old if n in state.adapters], old_enabled
-        rebind(model, touched, state.running())
-        raise
     named = [name for name, adapter in state.adapters.items() if adapter.trained is not None]
-    if enabled == old_enabled:  # adapters were chosen, not switched off or on
-        for name in named:
-            state.note(state.adapters[name])
-            state.adapters[name].trained = None
-    set_trainable(state, (*old, *names, *named))
-    watch_loss(model, state)
+    changed = [state.adapters[n] for n in dict.fromkeys((*old, *names, *named)) if n in state.adapters]
+    touched = hosts(model, [adapter for adapter in changed if adapter.name in (*old, *names)])
+    with restoring(model, changed, touched.values()):
+        state.active, state.enabled = names, enabled
+        rebind(model, touched, state.running())
+        if enabled == old_enabled:  # adapters were chosen, not switched off or on
+            for name in named:
+                state.note(state.adapters[name])
+                state.adapters[name].trained = None
+        set_trainable(state, (*old, *names, *named))
+        watch_loss(model, state)

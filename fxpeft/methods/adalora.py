@@ -90,7 +90,8 @@ def adalora(
     """The training subgraph. A convolution's A is flat, ``[rank, in * kernel]``, and its B ``[out, rank]``."""
     y = base(x)
     a = lora_A.view(-1, *kind.a_shape(1)[1:])
-    h = kind.scale(kind.reduce(x if dropout is None else dropout(x), a), lora_E.flatten() * scaling)
+    dropped = x if dropout is None else dropout(x.type_as(a))
+    h = kind.scale(kind.reduce(dropped, a), lora_E.flatten() * scaling)
     out: Tensor = (y + kind.expand_rows(h, lora_B.t())).type_as(y)
     return out
 

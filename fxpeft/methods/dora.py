@@ -59,9 +59,10 @@ def dora(
     plain = y if bias is None else y - kind.per_output(bias)
     if dropout is not None:
         # as a difference, which is zero in evaluation: y may be another adapter's, or padded otherwise
-        dropped = dropout(x)
-        change = dropped - x
-        plain = plain + rest(kind, kind.apply(change, weight), change, lora_A0, lora_B0, scaling)
+        exact = x.type_as(lora_A)
+        dropped = dropout(exact)
+        change = dropped - exact
+        plain = plain + rest(kind, kind.apply(change, weight.type_as(change)), change, lora_A0, lora_B0, scaling)
         x = dropped
     update = kind.expand(kind.scale(kind.reduce(x, lora_A), scaling), lora_B)
     out: Tensor = (y + (gain - 1) * plain + gain * update).type_as(whole)

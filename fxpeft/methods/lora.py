@@ -159,7 +159,7 @@ def lora(
 ) -> Tensor:
     """The training subgraph, rounded once to the base's dtype. The scale is applied where it is smallest."""
     y = base(x)
-    update = kind.update(x if dropout is None else dropout(x), lora_A, lora_B, scaling)
+    update = kind.update(x if dropout is None else dropout(x.type_as(lora_A)), lora_A, lora_B, scaling)
     update = rest(kind, update, x, lora_A0, lora_B0, scaling)
     if lora_B_bias is not None:
         update = update + kind.per_output(lora_B_bias * scaling)

@@ -11,7 +11,8 @@ from fxpeft.adapters.attach import detach
 from fxpeft.adapters.change import changes
 from fxpeft.adapters.lock import TIMEOUT
 from fxpeft.adapters.penalty import unwatch_loss
-from fxpeft.adapters.state import Adapter, drop_state, ensure_state, find_state, is_prepared
+from fxpeft.adapters.restore import restoring
+from fxpeft.adapters.state import Adapter, ensure_state, find_state, is_prepared
 from fxpeft.errors import AdapterError
 from fxpeft.methods import method_of
 from fxpeft.model.wrappers import unwrap
@@ -23,9 +24,8 @@ from fxpeft.serving import prompts as prompts_serving
 from fxpeft.serving.base_loads import watch_loads
 from fxpeft.serving.binding import bind_slots
 from fxpeft.serving.declared import check_slots
-from fxpeft.serving.guard import ModelLock, drain, guard_forwards, unguard_forwards
+from fxpeft.serving.guard import ModelLock, drain, guard_forwards
 from fxpeft.serving.packing import settle
-from fxpeft.serving.release import leave_slots
 from fxpeft.serving.swap import Serving, lower
 from fxpeft.serving.together import check_gains, check_ranks
 from fxpeft.targets.parameters import check_hosts
@@ -98,34 +98,25 @@ def prepare_hotswap(
 
     with serving.lock.write():  # nobody else has it; from here on they wait at it
         try:
-            guard_forwards(model, serving.lock, serving.locked())
-            drain(model, serving.lock, serving.locked())
-            _enter_slots(model, serving, adapters)
-        except BaseException as error:
-            unguard_forwards(model)
-            if isinstance(error, PassError):
-                raise AdapterError(str(error)) from None
-            raise
+            with restoring(model, adapters):
+                guard_forwards(model, serving.lock, serving.locked())
+                drain(model, serving.lock, serving.locked())
+                _enter_slots(model, serving, adapters)
+        except PassError as error:
+            raise AdapterError(str(error)) from None
 
 
 def _enter_slots(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
-    """From the adapters' own parameters to slots; on an error everything is as it was."""
-    bare = find_state(model) is None
+    """From the adapters' own parameters to slots."""
     state = ensure_state(model)
-    try:
-        for adapter in adapters:
-            detach(model, adapter)
-        bind_slots(model, serving)
-        watch_loads(model)
-        state.serving = serving
-        for adapter in adapters:
-            settle(lower(model, serving, adapter), serving.slots)
-        serving.activate(model, state, state.running())
-    except BaseException:
-        leave_slots(model, state, serving)
-        if bare:
-            drop_state(model)
-        raise
+    for adapter in adapters:
+        detach(model, adapter)
+    bind_slots(model, serving)
+    watch_loads(model)
+    state.serving = serving
+    for adapter in adapters:
+        settle(lower(model, serving, adapter), serving.slots)
+    serving.activate(model, state, state.running())
     unwatch_loss(model)
 
 

@@ -8,9 +8,11 @@ from fxpeft.adapters.attach import attach, detach, hosts, rebind, set_trainable
 from fxpeft.adapters.change import changes
 from fxpeft.adapters.inplace import exchange
 from fxpeft.adapters.penalty import unwatch_loss, watch_loss
+from fxpeft.adapters.restore import restoring, writing
 from fxpeft.adapters.state import ModelState, drop_state, state_of
 from fxpeft.adapters.values import placed
 from fxpeft.model.wrappers import unwrap
+from fxpeft.passes.base import attribute
 from fxpeft.passes.live import unbind
 from fxpeft.serving.base_loads import unwatch_loads
 from fxpeft.serving.binding import unbind_slots
@@ -27,17 +29,18 @@ def remove(model: nn.Module) -> None:
     """
     model, state = unwrap(model), state_of(model)
     bare = {} if state.folded is None else state.folded.bare(model)
-    if state.serving is not None:
-        release_slots(model, state, serving_of(state))
-    else:
-        for adapter in state.adapters.values():
-            for module in hosts(model, [adapter]).values():
-                unbind(module)
-            detach(model, adapter)
-    exchange(model, bare)
-    unwatch_loss(model)
-    drop_state(model)
-    unguard_forwards(model)
+    with restoring(model, state.adapters.values()), writing([attribute(model, path) for path in bare]):
+        if state.serving is not None:
+            release_slots(model, state, serving_of(state))
+        else:
+            for adapter in state.adapters.values():
+                for module in hosts(model, [adapter]).values():
+                    unbind(module)
+                detach(model, adapter)
+        exchange(model, bare)
+        unwatch_loss(model)
+        drop_state(model)
+        unguard_forwards(model)
 
 
 @changes
@@ -45,10 +48,11 @@ def release_hotswap(model: nn.Module) -> None:
     """Take the slots out again. The adapters stay, at their own ranks and trainable as before."""
     model, state = unwrap(model), state_of(model)
     serving = serving_of(state)
-    leave_slots(model, state, serving)
-    if not state.adapters:
-        drop_state(model)
-    unguard_forwards(model)
+    with restoring(model, state.adapters.values()):
+        leave_slots(model, state, serving)
+        if not state.adapters:
+            drop_state(model)
+        unguard_forwards(model)
 
 
 def leave_slots(model: nn.Module, state: ModelState, serving: Serving) -> None:

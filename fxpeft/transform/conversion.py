@@ -80,7 +80,6 @@ def convert(
     if problems:
         raise AdapterError(f"adapter {name!r} can't be converted to LoRA; nothing was changed.\n{listing(problems)}")
     _fill_biases(adapter, values.sites)
-    add_lora(model, new_name, values, [adapter])
     worst = max(errors, key=lambda site: errors[site], default=None)
     if worst is not None and errors[worst] > 1e-5:
         warnings.warn(
@@ -88,6 +87,7 @@ def convert(
             f"norm (at {worst}), {sum(errors.values()) / len(errors):.1%} on average; fold {name!r} to have it exactly",
             stacklevel=4,
         )
+    add_lora(model, new_name, values, [adapter])
 
 
 def _factors(

@@ -21,11 +21,13 @@ from fxpeft.adapters.inplace import (
     Folded,
     accumulator,
     check_finite,
+    exchange,
     first_name,
     fold_weight,
     product_at,
     settle_shared,
 )
+from fxpeft.adapters.restore import restoring
 from fxpeft.adapters.state import Adapter, ModelState, state_of
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of, slot_needs
@@ -35,6 +37,7 @@ from fxpeft.passes.base import PassError, attribute, join
 from fxpeft.passes.live.product import Product
 from fxpeft.passes.torch_private import is_freezing
 from fxpeft.serving.release import remove
+from fxpeft.serving.swap import serving_of
 from fxpeft.transform.writing import write_and_run
 
 
@@ -88,8 +91,8 @@ def _fold(
     stay: list[str],
     keep: Literal["original", "delta"] | None,
     safe: bool,
-) -> None:
-    """Fold ``wanted`` and leave ``stay`` active."""
+) -> dict[str, Tensor]:
+    """Fold ``wanted`` and leave ``stay`` active; returns what the weights were."""
     work = _compute(model, [state.get(n) for n in wanted], {}, keep)
     if safe:
         check_finite(work.writes, wanted)
@@ -97,7 +100,11 @@ def _fold(
     if keep is None:
         state.baked = [*state.baked, *wanted]
     else:
-        state.folded = Folded(wanted, keep, {p: v for p, v in before.items() if p not in work.subtracted}, work.steps)
+        originals = dict(before)
+        for path in work.subtracted:
+            originals.pop(path, None)
+        state.folded = Folded(wanted, keep, originals, work.steps)
+    return before
 
 
 @changes
@@ -164,18 +171,22 @@ def merge_and_unload(model: nn.Module, names: str | Sequence[str] | None = None,
         AdapterError: as :func:`fold`; nothing was changed.
     """
     model, state = unwrap(model), state_of(model)
-    folded, inside = state.folded, folded_adapters(model)
+    inside = folded_adapters(model)
     wanted = state.active if names is None else [names] if isinstance(names, str) else names
     wanted = [n for n in wanted if n not in inside]
-    state.folded = None
+    before: dict[str, Tensor] = {}
     try:
-        if wanted or not inside:
-            # the others are forgotten, so whether they could stay on top doesn't matter
-            _fold(model, state, _wanted(state, wanted), [], None, safe)
+        with restoring(model, state.adapters.values()):
+            state.folded = None
+            if wanted or not inside:
+                # the others are forgotten, so whether they could stay on top doesn't matter
+                before = _fold(model, state, _wanted(state, wanted), [], None, safe)
+            remove(model)
     except BaseException:
-        state.folded = folded
+        exchange(model, before)
+        if state.serving is not None:
+            serving_of(state).torn = True  # the slots' copies of the base may be of what was written
         raise
-    remove(model)
     return model
 
 
@@ -191,8 +202,10 @@ def fold_instead(model: nn.Module, state: ModelState, names: list[str], active: 
     work = _compute(model, [state.get(n) for n in names], bare, old.keep)
     if safe:
         check_finite(work.writes, names)
-    before = write_and_run(model, state, {**bare, **work.writes}, active)
-    originals = {p: bare.get(p, before[p]) for p in work.writes if p not in work.subtracted}
+    unkept = (bare.keys() - work.writes.keys()) | work.subtracted
+    originals = {**write_and_run(model, state, {**bare, **work.writes}, active), **bare}
+    for path in unkept:
+        originals.pop(path, None)
     state.folded = Folded(names, old.keep, originals, work.steps)
 
 

@@ -16,14 +16,12 @@ def write_and_run(
     model: nn.Module, state: ModelState, writes: Mapping[str, Tensor], active: list[str]
 ) -> dict[str, Tensor]:
     """Write and activate as one swap, all or nothing; returns what was there."""
-    old = state.active
     if state.serving is None:
         before = exchange(model, writes)
         try:
             _run(model, state, active)
         except BaseException:
             exchange(model, before)
-            _run(model, state, old)
             raise
         return before
     serving = serving_of(state)

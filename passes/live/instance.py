@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -31,6 +32,16 @@ def given_forward(module: nn.Module) -> Any:
         return state[LEAF]
     found = state.get("_old_forward", state.get("forward"))  # accelerate's hooks keep it as _old_forward
     return None if is_own(module, found) else found
+
+
+def named_forward(module: nn.Module) -> Any:
+    """What a module runs, or, where that takes whatever it is given, the first forward behind it whose arguments have
+    names: a wrapper ``forward(*args, **kwargs)`` hands them on."""
+    behind = (vars(cls)["forward"].__get__(module) for cls in base_class(module).__mro__ if "forward" in vars(cls))
+    own = given_forward(module) or base_class(module).forward.__get__(module)
+    named = (f for f in (own, *behind) if any(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+             for p in inspect.signature(f).parameters.values()))  # fmt: skip
+    return next(named, own)
 
 
 def is_own(module: nn.Module, forward: Any) -> bool:

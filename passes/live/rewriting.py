@@ -12,7 +12,7 @@ from fxpeft.passes.base import PassError
 from fxpeft.passes.container import Container
 from fxpeft.passes.live.bind import bind_source
 from fxpeft.passes.live.generated import MEMBERS, generated_source
-from fxpeft.passes.live.instance import base_class, given_forward, is_bound
+from fxpeft.passes.live.instance import base_class, given_forward, is_bound, named_forward
 from fxpeft.passes.live.reading import elsewhere
 from fxpeft.passes.live.signature import signature
 from fxpeft.passes.live.tracing import trace_any, trace_module
@@ -132,7 +132,7 @@ def feed_module(module: nn.Module, feed: Feed, *, name: str, dump: str | None = 
     source = _sources.recent(key) if key and dump is None else None
     if source is None:
         try:
-            graph = call_graph(given or cls.forward.__get__(module))
+            graph = call_graph(named_forward(module))
             source = graph_source(Pipeline([FeedPass(feed)], dump=dump)(graph).graph)
         except PassError as error:
             raise PassError(f"{name or cls.__name__}: {error}") from None

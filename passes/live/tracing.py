@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 
 from fxpeft.passes.base import PassError, TracedModule, attribute, join
 from fxpeft.passes.container import Container
-from fxpeft.passes.live.instance import base_class, given_forward
+from fxpeft.passes.live.instance import base_class, given_forward, named_forward
 from fxpeft.passes.live.signature import signature
 from fxpeft.passes.meta import TARGET, Located
 from fxpeft.passes.pipeline import graph_text
@@ -220,12 +220,13 @@ def _leaf_graph(module: nn.Module) -> GraphModule:
     root.add_module(LEAF, module)
     graph = fx.Graph()
     inputs = []
-    function = given_forward(module) or base_class(module).forward.__get__(module)
-    for p in inspect.signature(function).parameters.values():
+    for p in inspect.signature(named_forward(module)).parameters.values():
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             continue
         default = () if p.default is p.empty else (p.default,)
         inputs.append(graph.placeholder(p.name, None, *default))
+    if not inputs:
+        inputs.append(graph.placeholder("input"))
     call = graph.call_module(LEAF, tuple(inputs))
     graph.output(call)
     traced = TracedModule(root, graph)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,28 @@ def test_a_forward_set_on_the_instance_goes_on_running(hooked: bool) -> None:
     else:
         assert_close(twin(x), wanted)
     assert vars(module)["forward"] == forward
+    assert torch.equal(module(x), bare)
+
+
+class Anything(nn.Linear):
+    """A forward that hands on whatever it is given."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(*args, **kwargs) * 2
+
+
+@pytest.mark.parametrize("kept", ["on the instance", "of the class"])
+def test_a_wrapper_whose_arguments_have_no_names_is_a_leaf(kept: str) -> None:
+    """As Transformers' tensor parallelism puts one around each linear."""
+    module, x = Anything(5, 7) if kept == "of the class" else nn.Linear(5, 7), torch.randn(4, 5)
+    forward = module.forward
+    if kept == "on the instance":
+        module.forward = lambda *args, **kwargs: forward(*args, **kwargs) * 2
+    bare = module(x)
+    adapt(module, "mine")
+    assert_close(module(x), bare + update(module, x, "mine"))
+    assert_close(module(input=x), bare + update(module, x, "mine"))
+    unbind(module)
     assert torch.equal(module(x), bare)
 
 
