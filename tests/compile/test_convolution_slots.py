@@ -154,21 +154,15 @@ def test_any_batch_and_any_size_of_image(folders: dict[str, Path], models: dict[
 
 
 @pytest.mark.slow
-def test_one_row_whose_channels_come_last(folders: dict[str, Path], models: dict[str, nn.Module]) -> None:
-    model, (line, plane, space) = prepared(folders), inputs(1)
+def test_half_precision_of_one_row_whose_channels_come_last(
+    folders: dict[str, Path], models: dict[str, nn.Module]
+) -> None:
+    model, (line, plane, space) = prepared(folders, torch.bfloat16), inputs(1, dtype=torch.bfloat16)
     given = (
         line.transpose(1, 2).contiguous().transpose(1, 2),
         plane.to(memory_format=torch.channels_last),
         space.to(memory_format=torch.channels_last_3d),
     )
-    compiled = torch.compile(model, fullgraph=True)
-    with no_recompiles():
-        walk(model, compiled, models, given)
-
-
-@pytest.mark.slow
-def test_half_precision(folders: dict[str, Path], models: dict[str, nn.Module]) -> None:
-    model, given = prepared(folders, torch.bfloat16), inputs(dtype=torch.bfloat16)
     halves = {name: copy.deepcopy(m).to(torch.bfloat16) for name, m in models.items()}
     compiled = torch.compile(model, fullgraph=True)
     with no_recompiles():

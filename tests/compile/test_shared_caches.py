@@ -14,7 +14,7 @@ import pytest
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-import json, torch, fxpeft
+import functools, json, torch, fxpeft
 from pathlib import Path
 from torch._dynamo.utils import counters
 from adapter_files import save
@@ -27,10 +27,12 @@ if artifacts == "load":
 config = fxpeft.LoraConfig(r=rank, lora_alpha=3, target_modules=["query", "out"], rank_pattern={{"0.out": 5}})
 folder = save(net(), config, root / name, seed=rank)
 x = inputs()
-for compiler in (torch.compile, fxpeft.compile):
+grouped = functools.partial(fxpeft.compile, passes=("fold_inactive", "group", "clean"))
+for compiler in (torch.compile, fxpeft.compile, grouped):
     torch._dynamo.reset()
     model = net()
-    fxpeft.prepare_hotswap(model, 8, targets=TARGETS)
+    methods = ("lora", "dora") if compiler is grouped else ("lora",)
+    fxpeft.prepare_hotswap(model, 8, targets=TARGETS, methods=methods)
     fxpeft.load_adapter(model, folder, name)
     compiled = compiler(model, fullgraph=True)
     fresh = net()
@@ -43,6 +45,7 @@ for compiler in (torch.compile, fxpeft.compile):
         fxpeft.set_scale(model, name, 0.5)
         fxpeft.set_scale(fresh, "default", 0.5)
         assert_close(compiled(x), fresh(x))
+assert len(model.blocks[0].query.slot.stacks) == 1  # the graph with slots is the grouped one
 if artifacts == "save":
     (root / "artifacts").write_bytes(torch.compiler.save_cache_artifacts()[0])
 print(json.dumps({{
@@ -67,11 +70,11 @@ def start(cache: Path, **values: Any) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
-    """One graph of torch.compile's, which fxpeft.compile finds again, and its own one without slots."""
+    """torch.compile's graph, which fxpeft.compile finds again, its own without slots, and two of grouped sites."""
     first = start(tmp_path / "one", name="a", rank=3, root=str(tmp_path / "first"), artifacts="save")
-    assert first["aot misses"] == 2
+    assert first["aot misses"] == 4
     assert first["aot bypassed"] == first["graph bypassed"] == 0
-    nothing = {"aot hits": 3, "aot misses": 0, "aot bypassed": 0, "graph misses": 0, "graph bypassed": 0}
+    nothing = {"aot hits": 5, "aot misses": 0, "aot bypassed": 0, "graph misses": 0, "graph bypassed": 0}
     again = start(tmp_path / "one", name="user-7", rank=6, root=str(tmp_path / "elsewhere" / "second"))
     assert again == nothing
     # on another machine: an empty folder, and what save_cache_artifacts gave
