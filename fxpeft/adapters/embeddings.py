@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
+from fxpeft.adapters.gathering import gather
 from fxpeft.adapters.state import Adapter
-from fxpeft.errors import AdapterError
+from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
-from fxpeft.model.walk import base_modules, base_values, embedding_layer
+from fxpeft.model.placement import ZERO
+from fxpeft.model.walk import base_modules, base_state, base_values, embedding_layer
+from fxpeft.model.wrappers import submodule, unwrap
+from fxpeft.passes.base import attribute
+from fxpeft.passes.torch_private import FSDP
 
 SaveEmbeddings = bool | Literal["auto"]
 NAMES = ("embed_tokens", "lm_head")  # PEFT's EMBEDDING_LAYER_NAMES: targets whose base weights "auto" saves
@@ -22,18 +28,21 @@ def embedding_tensors(model: nn.Module, adapter: Adapter, save: SaveEmbeddings =
     """Weights of the input and output embeddings under PEFT's keys; those that the adapter brings itself left out.
 
     Args:
+        model: as the caller has it; shards are gathered, by all processes.
         save: ``"auto"``: embeddings that are targets, and both where the vocabulary is of another size than that of
             the base model that the config names, which is looked up in folders and in the hub's cache only.
 
     Raises:
-        AdapterError: ``save`` is none of these.
+        AdapterError: ``save`` is none of these, or a weight is not whole here.
     """
+    outer, model = model, unwrap(model)
     if not isinstance(save, bool) and save != "auto":
         raise AdapterError(f"save_embedding_layers: expected True, False or 'auto', found {save!r}")
     method = method_of(adapter.config)
     if save is False or not method.targeted:
         return {}
     layers = [embedding_layer(model, side) for side in ("input", "output")]
+    layers = [unwrap(layer) for layer in layers if layer is not None]
     names = [name for name, module in base_modules(model) if any(module is layer for layer in layers)]
     if save is True and not names:
         name = type(model).__name__
@@ -41,16 +50,50 @@ def embedding_tensors(model: nn.Module, adapter: Adapter, save: SaveEmbeddings =
     if save == "auto" and not _resized(model, adapter):
         names = [name for name in names if name in adapter.plan.sites and name.rpartition(".")[2] in NAMES]
     starts_from_base = bool(method.frozen(adapter.config) or adapter.plan.weights)
-    found = {}
+    places: dict[str, tuple[str, str]] = {}
     for name in names:
         # the weight below an adapter that starts from it, as PiSSA's, is another one in PEFT, who works it out again
         if name in adapter.values.saved or (name in adapter.plan.sites and starts_from_base):
             continue
         place = f"{name}.base_layer" if name in adapter.plan.sites else name
-        for leaf, tensor in base_values(model.get_submodule(name)).items():
+        for leaf in base_state(submodule(model, name)):
             if f"{name}.{leaf}" not in adapter.values.tensors:
-                found[f"{method.prefix}{place}.{leaf}"] = tensor.detach()
+                places[f"{method.prefix}{place}.{leaf}"] = name, leaf
+    return _whole(outer, places)
+
+
+def _whole(model: nn.Module, places: Mapping[str, tuple[str, str]]) -> dict[str, Tensor]:
+    """Key -> the base's tensor at a module's place, gathered where it is parted."""
+    modules = {name: submodule(model, name) for name, _ in places.values()}
+
+    def read() -> dict[str, Tensor]:
+        values = {name: base_values(module) for name, module in modules.items()}
+        return {key: values[name][leaf].detach() for key, (name, leaf) in places.items()}
+
+    shapes = {key: _shape(modules[name], leaf) for key, (name, leaf) in places.items()}
+    found = gather(model, read, shapes, (p for module in modules.values() for p in module.parameters(recurse=False)))
+    if found is None:
+        return read()
+    cut = [f"{key}: found {list(t.shape)}" for key, t in found.items() if tuple(t.shape) != shapes[key]]
+    if cut:
+        raise AdapterError(
+            f"the base's embeddings are not whole here:\n{listing(cut)}\ncall this on every process, with the model as "
+            "FSDP or DeepSpeed wrapped it, or with save_embedding_layers=False"
+        )
     return found
+
+
+def _shape(module: nn.Module, leaf: str) -> tuple[int, ...]:
+    """The shape of a whole weight or bias: by what its module says where others keep parts of it, else as it is."""
+    tensor: Tensor = attribute(module, leaf)
+    sizes = {
+        "weight": (("num_embeddings", "embedding_dim"), ("out_features", "in_features")), "bias": (("out_features",),)
+    }  # fmt: skip
+    if hasattr(tensor, ZERO) or FSDP in vars(module):
+        for names in sizes.get(leaf, ()):
+            if all(isinstance(getattr(module, name, None), int) for name in names):
+                return tuple(int(getattr(module, name)) for name in names)
+    return tuple(tensor.shape)
 
 
 def _resized(model: nn.Module, adapter: Adapter) -> bool:

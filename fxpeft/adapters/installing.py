@@ -6,6 +6,7 @@ from torch import nn
 
 from fxpeft.adapters.attach import attach, check_together, detach, hosts, rebind, set_trainable
 from fxpeft.adapters.change import changes
+from fxpeft.adapters.gathering import check_trained
 from fxpeft.adapters.name import check_adapter_name
 from fxpeft.adapters.penalty import watch_loss
 from fxpeft.adapters.restore import restoring
@@ -35,6 +36,7 @@ def install_adapter(model: nn.Module, adapter: Adapter, modules: Modules | None 
     if state is not None and state.serving is not None:
         state.serving.install(model, state, adapter)
         return
+    check_trained(model, [adapter])
     running = [] if state is None else [state.adapters[name] for name in state.active]
     touched = hosts(model, [adapter, *running])
     try:
@@ -52,6 +54,7 @@ def replace_attached(model: nn.Module, state: ModelState, new: Adapter) -> None:
     """Put an adapter in the place of an attached one of the same name; on an error the old one is back."""
     old = state.get(new.name)
     touched = hosts(model, [old, new])
+    check_trained(model, [new] if new.name in state.active and state.enabled else [])
     check_together([new if name == new.name else state.adapters[name] for name in state.active])
     with restoring(model, [old, new], touched.values()):
         detach(model, old)
@@ -65,6 +68,7 @@ def replace_attached(model: nn.Module, state: ModelState, new: Adapter) -> None:
 def switch(model: nn.Module, state: ModelState, names: list[str], enabled: bool) -> None:
     """Rebind the modules of the adapters that come or go; on an error everything is bound as before."""
     old, old_enabled = state.active, state.enabled
+    check_trained(model, [state.adapters[name] for name in names if enabled and name in state.adapters])
     named = [name for name, adapter in state.adapters.items() if adapter.trained is not None]
     changed = [state.adapters[n] for n in dict.fromkeys((*old, *names, *named)) if n in state.adapters]
     touched = hosts(model, [adapter for adapter in changed if adapter.name in (*old, *names)])

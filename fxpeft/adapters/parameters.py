@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from fxpeft.adapters.gathering import check_trained
 from fxpeft.adapters.penalty import watch_loss
 from fxpeft.adapters.state import state_of
 from fxpeft.errors import AdapterError
@@ -22,7 +23,8 @@ def set_requires_grad(model: nn.Module, names: str | Sequence[str], requires_gra
     trains the active ones as always; through :func:`fxpeft.disabled`, under which nothing is trained, it holds.
 
     Raises:
-        AdapterError: no such adapter, or the model is prepared: slots hold no parameters.
+        AdapterError: no such adapter; or the model is prepared, and slots hold no parameters; or FSDP had parted the
+            parameters of its modules before it came.
     """
     model, state = unwrap(model), state_of(model)
     adapters = [state.get(name) for name in ([names] if isinstance(names, str) else names)]
@@ -31,6 +33,8 @@ def set_requires_grad(model: nn.Module, names: str | Sequence[str], requires_gra
             "the model serves its adapters from slots, which are not trained: call release_hotswap first, after which "
             "they have parameters again"
         )
+    if requires_grad:
+        check_trained(model, [replace(adapter, trained=True) for adapter in adapters])
     for adapter in adapters:
         state.note(adapter)
         adapter.trained = requires_grad

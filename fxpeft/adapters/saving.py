@@ -8,35 +8,18 @@ from torch import Tensor, nn
 
 from fxpeft import checkpoint
 from fxpeft.adapters.embeddings import SaveEmbeddings, embedding_tensors
+from fxpeft.adapters.gathering import first_writes, whole_adapter
 from fxpeft.adapters.plain import has_to_be_plain
 from fxpeft.adapters.plain import plain as as_plain
 from fxpeft.adapters.state import Adapter, state_of
 from fxpeft.checkpoint.model_card import write_card
-from fxpeft.errors import AdapterError, listing
-from fxpeft.methods.values import Values
+from fxpeft.methods.config import AdapterConfig
 from fxpeft.model.wrappers import unwrap
 
 
 def adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """An adapter's tensors as they are now, under PEFT's keys."""
-    values = adapter.current()
-    _check_whole(adapter, values)
-    return checkpoint.to_tensors(adapter.plan, values)
-
-
-def _check_whole(adapter: Adapter, current: Values) -> None:
-    """Refuse parameters of which this process holds a part only."""
-    own = adapter.values.flat()
-    cut = [
-        f"{place or field}: {name}: expected {list(own[field, place, name].shape)}, found {list(value.shape)}"
-        for (field, place, name), value in current.flat().items()
-        if field in ("sites", "shared") and value.shape != own[field, place, name].shape
-    ]
-    if cut:
-        raise AdapterError(
-            f"adapter {adapter.name!r}: its parameters are not whole here:\n{listing(cut)}\nwith FSDP1, call this "
-            "inside of FullyShardedDataParallel.summon_full_params(model), on every process"
-        )
+    """The tensors of an adapter that is whole here, as they are now, under PEFT's keys."""
+    return checkpoint.to_tensors(adapter.plan, adapter.current())
 
 
 def save_adapter(
@@ -50,6 +33,8 @@ def save_adapter(
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's format, atomically.
 
     Beside them lies a model card, ``README.md``, whose metadata names the base model; text that is there stays.
+    Where processes hold parts of the adapter (FSDP, ZeRO-3), all of them call this: they gather it, and the first one
+    writes.
 
     Args:
         path: a folder, made where missing.
@@ -62,23 +47,38 @@ def save_adapter(
             are targets, and both where the vocabulary was resized.
 
     Raises:
-        AdapterError: no such adapter, or it is no plain LoRA of the base.
+        AdapterError: no such adapter, or it is no plain LoRA of the base, or it is not whole here and nothing can
+            gather it; nothing was written.
     """
     adapter = state_of(model).chosen(name)
-    write_adapter(model, path, adapter, plain=plain, save_embedding_layers=save_embedding_layers)
+    whole = whole_adapter(model, adapter)
+    files = adapter_files(model, whole, plain=plain, save_embedding_layers=save_embedding_layers)
+    if whole is adapter:
+        write_adapter(model, path, *files)
+        return
+    with first_writes() as here:
+        if here:
+            write_adapter(model, path, *files)
 
 
-def write_adapter(
-    model: nn.Module, path: str | Path, adapter: Adapter, *, plain: bool | None, save_embedding_layers: SaveEmbeddings
-) -> None:
-    """Write an adapter's files, see :func:`save_adapter`."""
+def adapter_files(
+    model: nn.Module, adapter: Adapter, *, plain: bool | None, save_embedding_layers: SaveEmbeddings
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """What is written of an adapter that is whole here, see :func:`save_adapter`: its config and its tensors."""
     if plain or (plain is None and has_to_be_plain(unwrap(model), adapter)):
         adapter = as_plain(adapter)
-    embeddings = embedding_tensors(unwrap(model), adapter, save_embedding_layers)
-    checkpoint.write(path, unwrap(model), adapter.config, adapter_tensors(adapter) | embeddings)
-    write_card(path, unwrap(model), adapter.config)
+    return adapter.config, adapter_tensors(adapter) | embedding_tensors(model, adapter, save_embedding_layers)
+
+
+def write_adapter(model: nn.Module, path: str | Path, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
+    """Write an adapter's files and its model card."""
+    checkpoint.write(path, unwrap(model), config, tensors)
+    write_card(path, unwrap(model), config)
 
 
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
-    """An adapter's tensors under PEFT's checkpoint keys; they share memory with the adapter."""
-    return adapter_tensors(state_of(model).chosen(name))
+    """An adapter's tensors under PEFT's checkpoint keys; they share memory with the adapter.
+
+    Where processes hold parts of it, all of them call this, and each gets copies of the whole ones.
+    """
+    return adapter_tensors(whole_adapter(model, state_of(model).chosen(name)))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fxpeft import adapters, checkpoint, serving, transform
 from fxpeft.adapters.change import changing
-from fxpeft.adapters.saving import write_adapter
+from fxpeft.adapters.saving import adapter_files, write_adapter
 from fxpeft.adapters.state import find_state, is_prepared, state_of
 from fxpeft.errors import AdapterError
 from fxpeft.integrations.transformers import loading, model_methods
@@ -169,9 +169,13 @@ class PeftModel(nn.Module, metaclass=_Bridge):
             raise ValueError(f"selected_adapters: no adapter named {', '.join(missing)}; {list(self.peft_config)}")
         plain = True if path_initial_model_for_weight_conversion is not None else None
         held = {name: held_adapter(self, name, state_dict) for name in names}
+        files = {
+            name: adapter_files(self, adapter, plain=plain, save_embedding_layers=save_embedding_layers)
+            for name, adapter in held.items()
+        }
         for name, adapter in held.items() if is_main_process else ():
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            write_adapter(self, folder, adapter, plain=plain, save_embedding_layers=save_embedding_layers)
+            write_adapter(self, folder, *files[name])
             write_unfinished(folder, unfinished(adapter))
 
     def add_adapter(self, adapter_name: str, peft_config: object, low_cpu_mem_usage: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,19 @@ class Values:
         found |= {("saved", path, key): t for path, own in self.saved.items() for key, t in own.items()}
         found |= {("tensors", path, ""): t for path, t in self.tensors.items()}
         return found | {("shared", "", name): t for name, t in self.shared.items()}
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[tuple[str, str, str], Tensor]) -> Values:
+        """The inverse of :meth:`flat`."""
+        values = cls()
+        for (field_name, place, name), value in flat.items():
+            if field_name == "tensors":
+                values.tensors[place] = value
+            elif field_name == "shared":
+                values.shared[name] = value
+            else:
+                getattr(values, field_name).setdefault(place, {})[name] = value
+        return values
 
     def each(self, function: Callable[[Tensor], Tensor], *, sites: bool = True) -> Values:
         """The function of every tensor, at the same places, with or without those of the sites."""

@@ -7,11 +7,14 @@ from functools import cached_property
 
 from torch import nn
 
+from fxpeft.errors import AdapterError
+from fxpeft.model.placement import ZERO
 from fxpeft.model.reads import idle
 from fxpeft.model.walk import base_modules
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.live import Container, kind_of
 from fxpeft.passes.targets.kinds import Kind
+from fxpeft.passes.torch_private import FSDP
 
 
 class Modules(Mapping[str, nn.Module]):
@@ -55,7 +58,22 @@ class Modules(Mapping[str, nn.Module]):
         return self._idle[name]
 
     def kind(self, name: str) -> Kind:
-        """The kind of target that a module is; ``PassError`` where it is none."""
+        """The kind of target that a module is; ``PassError`` where it is none.
+
+        Raises:
+            AdapterError: what the kind would be read off is parted.
+        """
         if name not in self._kinds:
+            _check_whole(name, self._named[name])
             self._kinds[name] = kind_of(self._named[name])
         return self._kinds[name]
+
+
+def _check_whole(name: str, module: nn.Module) -> None:
+    """Refuse a module whose weight FSDP1 or ZeRO-3 has made a piece of, flat or empty; FSDP2's has its own shape."""
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.ndim < 2 and (FSDP in vars(module) or hasattr(weight, ZERO)):
+        raise AdapterError(
+            f"{name}: FSDP1 or ZeRO-3 keeps a part of its weight here, of shape {list(weight.shape)}, so no adapter "
+            "can be fitted to it: add, load and prepare before the model is wrapped"
+        )

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from fxpeft.passes.live.parameters import parameter_value
 
+ZERO = "ds_status"  # what DeepSpeed's ZeRO-3 sets on the parameters that it keeps in parts
+
 
 def placement(module: nn.Module, model: nn.Module, autocast: bool, leaf: str = "") -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a new adapter's parameters at a module, or at its parameter ``leaf``.

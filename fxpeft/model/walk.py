@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 from accelerate.utils import align_module_device
@@ -40,8 +40,11 @@ def base_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def base_values(module: nn.Module) -> dict[str, Tensor]:
-    """:func:`base_state` with real values: what accelerate has offloaded is fetched, one module at a time."""
-    found = base_state(module)
+    """:func:`base_state` with real values: what accelerate has offloaded is fetched, one module at a time.
+
+    What FSDP2 has parted is gathered, by all processes.
+    """
+    found = {key: whole(tensor) for key, tensor in base_state(module).items()}
     if any(tensor.is_meta for tensor in found.values()):
         for name, part in base_modules(module):
             with align_module_device(part):
@@ -49,6 +52,12 @@ def base_values(module: nn.Module) -> dict[str, Tensor]:
                     if tensor is not None and join(name, key) in found:
                         found[join(name, key)] = tensor.detach().clone()
     return found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is; one that FSDP2 has parted (a ``DTensor``) is gathered, by all processes."""
+    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def base_value(model: nn.Module, path: str) -> Tensor:

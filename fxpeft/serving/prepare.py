@@ -9,6 +9,7 @@ from torch import nn
 
 from fxpeft.adapters.attach import detach
 from fxpeft.adapters.change import changes
+from fxpeft.adapters.gathering import check_whole
 from fxpeft.adapters.lock import TIMEOUT
 from fxpeft.adapters.penalty import unwatch_loss
 from fxpeft.adapters.restore import restoring
@@ -82,6 +83,8 @@ def prepare_hotswap(
     if is_prepared(model):
         raise AdapterError("the model is prepared already; call release_hotswap first to prepare it differently")
     adapters = list(existing.adapters.values()) if existing is not None else []
+    for adapter in adapters:
+        check_whole(adapter)
     serving = Serving(
         max_rank, ActiveRank(max_rank) if rank == "dynamic" else None, tuple(methods),
         *_declare(model, adapters, targets, exclude, modules_to_save, bias, methods, target_parameters),

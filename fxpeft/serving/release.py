@@ -6,6 +6,7 @@ from torch import nn
 
 from fxpeft.adapters.attach import attach, detach, hosts, rebind, set_trainable
 from fxpeft.adapters.change import changes
+from fxpeft.adapters.gathering import check_trained
 from fxpeft.adapters.inplace import exchange
 from fxpeft.adapters.penalty import unwatch_loss, watch_loss
 from fxpeft.adapters.restore import restoring, writing
@@ -45,9 +46,14 @@ def remove(model: nn.Module) -> None:
 
 @changes
 def release_hotswap(model: nn.Module) -> None:
-    """Take the slots out again. The adapters stay, at their own ranks and trainable as before."""
+    """Take the slots out again. The adapters stay, at their own ranks and trainable as before.
+
+    Raises:
+        AdapterError: one that is to be trained would come into modules that FSDP has parted; nothing was changed.
+    """
     model, state = unwrap(model), state_of(model)
     serving = serving_of(state)
+    check_trained(model, state.running())
     with restoring(model, state.adapters.values()):
         leave_slots(model, state, serving)
         if not state.adapters:

@@ -13,6 +13,7 @@ names: for files that you wrote, never for a stranger's.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import nn
 
@@ -21,6 +22,7 @@ from fxpeft.passes.live.generated import generated_class
 from fxpeft.passes.live.instance import CALL_GIVEN, base_class, given_forward, is_bound, is_own
 from fxpeft.passes.live.locked import LOCK, Lock, move, unlocked
 from fxpeft.passes.rewrite.feed import LEAF
+from fxpeft.passes.torch_private import FSDP
 
 
 def bind_source(module: nn.Module, source: str, mixin: type | None = None) -> None:
@@ -94,7 +96,10 @@ def _drop_autocast(module: nn.Module) -> None:
 def bare_copy(module: nn.Module) -> nn.Module:
     """A deep copy of the base module: no rewrite, no containers, no hooks."""
     shared = (vars(part).get("_hf_hook") for part in module.modules())
-    copied = copy.deepcopy(module, {id(hook): hook for hook in shared if hook is not None})  # it may hold all weights
+    memo: dict[int, Any] = {id(hook): hook for hook in shared if hook is not None}  # it may hold all weights
+    added = (child for part in module.modules() for child in part._modules.values())
+    memo |= {id(child): Container() for child in added if isinstance(child, Container)}
+    copied = copy.deepcopy(module, memo)
     for part in copied.modules():
         if LOCK in vars(part):
             unlock_module(part)
@@ -106,9 +111,10 @@ def bare_copy(module: nn.Module) -> nn.Module:
 
 
 def _unhook(module: nn.Module) -> None:
-    """Take accelerate's hook off a copy, which has weights of its own to compute with."""
+    """Take accelerate's hook and FSDP's mark off a copy, which has weights of its own to compute with."""
     state = vars(module)
     state.pop("_hf_hook", None)
+    state.pop(FSDP, None)
     if "_old_forward" in state:
         forward = state.pop("_old_forward")
         state.pop("forward", None)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from fxpeft.adapters.gathering import whole_adapter
 from fxpeft.adapters.saving import adapter_tensors
 from fxpeft.adapters.state import Adapter, ModelState, state_of
 from fxpeft.errors import AdapterError
@@ -26,14 +27,14 @@ def loaded_state(model: nn.Module) -> ModelState:
 
 
 def held_adapter(model: nn.Module, name: str, state_dict: Mapping[str, Tensor] | None) -> Adapter:
-    """The adapter of that name, its values taken from ``state_dict`` where that is given.
+    """The adapter of that name, whole; its values taken from ``state_dict`` where that is given.
 
     Raises:
         ValueError: no such adapter, or not all of its values are in ``state_dict``.
     """
     adapter = state_of(model).get(name)
     if state_dict is None or not adapter.parts:  # served from slots, an adapter is in no state_dict
-        return adapter
+        return whole_adapter(model, adapter)
     return replace(adapter, values=_values_in(adapter, state_dict), parts={})
 
 

@@ -1,0 +1,168 @@
+"""An adapter's tensors whole, where this process holds parts of them: FSDP2's, FSDP1's and DeepSpeed's ZeRO-3.
+
+Gathering is a collective: every process calls, in the same order. What can't be gathered is refused by name, before
+anything is written.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fxpeft.adapters.state import Adapter
+from fxpeft.errors import AdapterError, listing
+from fxpeft.methods.values import Values
+from fxpeft.model.placement import ZERO
+from fxpeft.model.walk import whole
+from fxpeft.model.wrappers import submodule
+from fxpeft.passes.torch_private import FSDP
+
+Key = TypeVar("Key")
+Shape = tuple[int, ...]
+
+
+def whole_adapter(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter itself where this process holds all of it, else one of the same name that holds copies of all.
+
+    Args:
+        model: as the caller has it: FSDP1 gathers from its wrappers.
+
+    Raises:
+        AdapterError: parts that nothing here can gather; they are named.
+    """
+    if not adapter.parts:
+        return adapter
+    shapes = {key: tuple(value.shape) for key, value in adapter.values.flat().items()}
+
+    def read() -> Mapping[tuple[str, str, str], Tensor]:
+        try:
+            return adapter.current().flat()
+        except AttributeError as error:
+            raise AdapterError(
+                f"adapter {adapter.name!r}: its parameters are gone from its modules ({error}); with FSDP1, wrap the "
+                "model with use_orig_params=True"
+            ) from None
+
+    found = gather(model, read, shapes, adapter.parameters())
+    if found is None:
+        return adapter
+    cut = [
+        f"{place or field}: {name or 'value'}: expected {list(shapes[key])}, found {list(value.shape)}"
+        for key, value in found.items()
+        for field, place, name in [key]
+        if tuple(value.shape) != shapes[key]
+    ]
+    if cut:
+        raise AdapterError(
+            f"adapter {adapter.name!r}: its parameters are not whole here:\n{listing(cut)}\ncall this on every "
+            "process, with the model as FSDP or DeepSpeed wrapped it; with FSDP1, inside of "
+            "FullyShardedDataParallel.summon_full_params(model) works too"
+        )
+    return replace(adapter, values=Values.from_flat(found), parts={})
+
+
+def gather(
+    model: nn.Module,
+    read: Callable[[], Mapping[Key, Tensor]],
+    shapes: Mapping[Key, Shape],
+    parameters: Iterable[nn.Parameter],
+) -> dict[Key, Tensor] | None:
+    """Tensors as they are whole, or as they are where nothing here can gather them; ``None``: all are whole already.
+
+    Args:
+        read: gives them as they are now. shapes: of the whole ones.
+        parameters: those of them that are parameters.
+    """
+
+    def parted(key: Key, value: Tensor) -> bool:
+        return hasattr(value, "full_tensor") or tuple(value.shape) != shapes[key]
+
+    def take() -> None:
+        found.update({k: v.detach().clone() for k, v in read().items() if parted(k, found[k]) and not parted(k, v)})
+
+    found = dict(read())
+    if not any(parted(key, value) for key, value in found.items()):
+        return None
+    found = {key: whole(value) for key, value in found.items()}
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, ZERO)]
+    if partitioned:
+        with importlib.import_module("deepspeed").zero.GatheredParameters(partitioned):
+            take()
+    if any(parted(key, value) for key, value in found.items()) and in_group():
+        fsdp = importlib.import_module("torch.distributed.fsdp").FullyShardedDataParallel
+        for unit in fsdp.fsdp_modules(model):  # one after the other: the base's come along
+            with fsdp.summon_full_params(unit, recurse=False, writeback=False):
+                take()
+    return found
+
+
+def check_trained(model: nn.Module, adapters: Iterable[Adapter]) -> None:
+    """Refuse to train what comes into modules whose parameters several processes have parted before.
+
+    FSDP and ZeRO-3 manage what was there when they wrapped the model. What comes later would start from other values
+    in each process, and none would hear of the others' gradients.
+
+    Raises:
+        AdapterError: an adapter that would be trained; the modules are named.
+    """
+    if not in_group() or dist.get_world_size() == 1:
+        return
+    for adapter in adapters:
+        trains = not adapter.config.inference_mode if adapter.trained is None else adapter.trained
+        late = [name for name in sorted(adapter.hosts()) if trains and _comes_late(model, adapter, name)]
+        if late:
+            raise AdapterError(
+                f"adapter {adapter.name!r} can't be trained in modules that FSDP or ZeRO-3 has parted already:\n"
+                f"{listing(late)}\nits parameters would not be synchronised. Add or load it before fully_shard, "
+                "FullyShardedDataParallel or deepspeed.initialize; to run it only, load_adapter(trainable=False)"
+            )
+
+
+def _comes_late(model: nn.Module, adapter: Adapter, name: str) -> bool:
+    """Whether a module is managed, and what the adapter has there, or will have, is not."""
+    module, part = submodule(model, name), adapter.parts.get(name)
+
+    def managed(part: nn.Module) -> bool:
+        own = (
+            FSDP in vars(each) or any(hasattr(p, ZERO) for p in each._parameters.values()) for each in part.modules()
+        )
+        return any(own)
+
+    return managed(module) and (part is None or not managed(part))
+
+
+def check_whole(adapter: Adapter) -> None:
+    """Refuse an adapter of which processes hold parts where whole tensors are needed.
+
+    Raises:
+        AdapterError: the first part is named.
+    """
+    for part in adapter.parts.values():
+        for name, parameter in part.named_parameters():
+            if hasattr(parameter, "full_tensor") or hasattr(parameter, ZERO) or FSDP in vars(part):
+                raise AdapterError(
+                    f"adapter {adapter.name!r}: FSDP or ZeRO-3 has parted its parameters ({name}), slots are whole: "
+                    "save_adapter it, delete_adapter, prepare_hotswap, and load_adapter what was saved; or prepare the "
+                    "model before it is sharded"
+                )
+
+
+def in_group() -> bool:
+    """Whether this process is one of several that torch knows of."""
+    return dist.is_available() and dist.is_initialized()
+
+
+@contextmanager
+def first_writes() -> Iterator[bool]:
+    """Whether this process writes what all of them gathered; at the end of the block it is written for each."""
+    try:
+        yield not in_group() or dist.get_rank() == 0
+    finally:
+        if in_group():
+            dist.barrier()
