@@ -12,6 +12,7 @@ from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SharedPart, SiteAdapter
 from fxpeft.model.fast_path import fused_above, is_fused, switch_off
+from fxpeft.model.progress import progress
 from fxpeft.model.walk import output_head
 from fxpeft.model.wrappers import submodule
 from fxpeft.passes.base import attribute
@@ -86,7 +87,7 @@ def rebind(model: nn.Module, touched: Mapping[str, nn.Module], running: list[Ada
     inner = {adapter.name: adapter.parameter_sites() for adapter in running}
     brings = {adapter.name: adapter.values.own() for adapter in running}
     adapted = {host for adapter in running for host in adapter.hosts()}
-    for name, module in touched.items():
+    for name, module in progress(touched.items(), "rewriting"):
         rewrites: list[Rewrite] = []
         parameters: dict[str, list[Rewrite]] = {}
         redirects: dict[str, tuple[str, Any]] = {}

@@ -12,6 +12,7 @@ from fxpeft.methods import method_of
 from fxpeft.methods.base import Base
 from fxpeft.methods.values import Values
 from fxpeft.model.placement import home, placement
+from fxpeft.model.progress import progress
 from fxpeft.model.walk import base_state, base_value, base_values, site_module
 from fxpeft.model.wrappers import submodule
 from fxpeft.passes.base import PassError, attribute
@@ -33,7 +34,7 @@ def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Valu
         values.shared = {name: torch.empty(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
         method.initialise_shared(config, values.shared)
     brings = values.own()
-    for site, site_plan in plan.sites.items():
+    for site, site_plan in progress(plan.sites.items(), "first values"):
         module, leaf = site_module(model, site)
         device, dtype = placement(module, model, autocast, leaf)
         base = Base(module, brings.get(site, {}), shared=values.shared)

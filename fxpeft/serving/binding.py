@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fxpeft.model.fast_path import fused_above, switch_off
 from fxpeft.model.placement import placement
+from fxpeft.model.progress import progress
 from fxpeft.model.walk import base_value, base_values, output_head
 from fxpeft.model.wrappers import submodule
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
@@ -38,7 +39,8 @@ def bind_slots(model: nn.Module, serving: Serving) -> None:
         replace_module(module, "slot.module")
     _make_slots(model, serving)
     _bind_parameters(model, serving)
-    for site in dict.fromkeys((*(s for s, kind in serving.kinds.items() if not kind.leaf), *redirects)):
+    sites = dict.fromkeys((*(s for s, kind in serving.kinds.items() if not kind.leaf), *redirects))
+    for site in progress(sites, "slots"):
         module = submodule(model, site)
         unbind(module)
         rewrites, place = [], Container()
