@@ -17,8 +17,8 @@ def progress(items: Collection[T], what: str) -> Iterable[T]:
     """
     if len(items) < MANY:
         return items
-    from huggingface_hub import utils
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
-    bar: Any = vars(utils)["tqdm"]  # it has no types
+    bar: Any = tqdm  # it has no types
     made: Iterable[T] = bar(items, desc=what, unit=" sites", delay=AFTER, leave=False, disable=None)
     return made
