@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import keyword
 import re
+from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Graph, GraphModule
 
@@ -17,20 +19,46 @@ from fxpeft.passes.torch_private import argument_names, import_block
 _PLAIN = re.compile(r"[\w-]+")
 
 
+@dataclass(frozen=True, repr=False)
+class Local:
+    """A function of tensors that stands beside a graph's own code: an argument of a call there.
+
+    Args:
+        name: an identifier. graph: its placeholders are the arguments.
+    """
+
+    name: str
+    graph: Graph
+
+    def __repr__(self) -> str:
+        return self.name  # what torch.fx writes
+
+
 def graph_source(graph: Graph) -> str:
     """A graph's generated code with the imports it needs, and no more.
 
     Raises:
         PassError: it reads what is no plain dotted name, or a name in it would be code.
     """
+    texts: list[str] = []
+    used: dict[str, Any] = {}
+    for local in (a for node in graph.nodes for a in node.args if isinstance(a, Local)):
+        check_argument(local.name)
+        texts.append(_code(local.graph, used).replace("def forward(self, ", f"def {local.name}(", 1))
+    texts.append(_code(graph, used))
+    return "\n\n".join([import_block(used), *texts]) + "\n"
+
+
+def _code(graph: Graph, used: dict[str, Any]) -> str:
+    """One graph's code; what it takes from elsewhere is added to ``used``."""
     check_names(graph)
     for node in graph.nodes:
         if node.op in ("get_attr", "call_module"):
             check_plain(str(node.target))
         node.type = None  # an annotation may be a string, which no import gives
     code = graph.python_code("self")
-    used = {name: value for name, value in code.globals.items() if re.search(rf"\b{name}\b", code.src)}
-    return f"{import_block(used)}\n\n{code.src.strip()}\n"
+    used.update((name, value) for name, value in code.globals.items() if re.search(rf"\b{name}\b", code.src))
+    return code.src.strip()
 
 
 def check_plain(path: str) -> str:

@@ -86,6 +86,7 @@ copy_each = _found("torch:_foreach_copy_", "a swap")
 zero_each = _found("torch:_foreach_zero_", "a swap")  # the same with zeros
 _graph_task = _found("torch._C:_current_graph_task_id", "a call of a locked model")
 _is_tracing = _found("torch._C:_is_tracing", "a call of a slot")
+_transforms = _found("torch._C:_are_functorch_transforms_active", "a call of an adapter")
 _modes = _found("torch._C:_len_torch_dispatch_stack", "a call of a slot")
 # ``None`` where Dynamo counts no frames, as in torch 2.11: a call that waits needs nothing then
 _count_frames: Any = getattr(torch._C._dynamo.eval_frame, "set_fullgraph_compiled_frame_count", None)
@@ -132,6 +133,11 @@ def count_waiting_call() -> None:
 def is_recorded() -> bool:
     """Whether something sees each operator of this thread: ``torch.jit.trace``, or a mode of ``make_fx`` or fakes."""
     return bool(_is_tracing() or _modes() > 0)
+
+
+def is_transformed() -> bool:
+    """Whether this thread calls under a transform of ``torch.func`` or in forward-mode differentiation."""
+    return bool(_transforms()) or torch.autograd.forward_ad._current_level >= 0
 
 
 def in_backward() -> bool:

@@ -14,6 +14,7 @@ from fxpeft.passes.live.bind import bind_source
 from fxpeft.passes.live.generated import MEMBERS, generated_source
 from fxpeft.passes.live.instance import base_class, given_forward, is_bound, named_forward
 from fxpeft.passes.live.reading import elsewhere
+from fxpeft.passes.live.recompute import RecomputePass
 from fxpeft.passes.live.signature import signature
 from fxpeft.passes.live.tracing import trace_any, trace_module
 from fxpeft.passes.pipeline import Pipeline, graph_text
@@ -59,7 +60,7 @@ def rewrite_module(
     key = own and (own, *(r.signature() for r in rewrites), *asked)
     source = _sources.recent(key) if key and dump is None else None
     if source is None:
-        passes = [RedirectPass({"": redirects}, container=container), InjectPass({"": rewrites})]
+        passes = [RedirectPass({"": redirects}, container=container), InjectPass({"": rewrites}), RecomputePass()]
         try:
             traced = trace_module(module) if rewrites else trace_any(module)
             source = graph_source(_read_in_place(Pipeline(passes, dump=dump)(traced).graph))
@@ -145,4 +146,4 @@ def forward_text(module: nn.Module) -> str:
     """A module's forward as source: its own graph, or the rewritten one that it runs now."""
     if not is_bound(module):
         return graph_text(trace_module(module))
-    return generated_source(module).partition(MEMBERS)[0].rpartition("\n\n")[2]
+    return generated_source(module).partition(MEMBERS)[0].partition("\n\n")[2].lstrip()

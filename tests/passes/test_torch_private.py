@@ -49,6 +49,7 @@ from fxpeft.passes.torch_private import (
     inner_backend,
     is_freezing,
     is_recorded,
+    is_transformed,
     keep_sources,
     key_graph,
     mark_dynamic,
@@ -413,3 +414,18 @@ def test_graphs_of_which_inductor_makes_no_cuda_graph_are_counted() -> None:
     before = cudagraph_skips()
     torch.compile(lambda x: x.sin() + 1, mode="reduce-overhead")(torch.ones(3))  # on a CPU there is none
     assert cudagraph_skips() == before + 1
+
+
+def test_transforms_and_forward_mode_are_seen() -> None:
+    seen = []
+
+    def call(x: Tensor) -> Tensor:
+        seen.append(is_transformed())
+        return x.square().sum()
+
+    call(torch.ones(2))
+    torch.func.grad(call)(torch.ones(2))
+    with torch.autograd.forward_ad.dual_level():
+        call(torch.ones(2))
+    call(torch.ones(2))
+    assert seen == [False, True, True, False]

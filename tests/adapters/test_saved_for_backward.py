@@ -1,0 +1,253 @@
+"""What autograd keeps of a site: its input once, what is narrow, nothing that can be made again; equal gradients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import peft
+import pytest
+import torch
+from adapter_files import add, spread
+from closeness import assert_close
+from method_cases import KINDS, METHODS, adapted
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fxpeft
+from fxpeft import LoraConfig
+from fxpeft.passes import forward_text
+from fxpeft.passes.live import recomputed
+
+LORAS = {
+    "lora": {},
+    "dropout": {"lora_dropout": 0.3},
+    "bias": {"lora_bias": True},
+    "dora": {"use_dora": True},
+    "dora, dropout": {"use_dora": True, "lora_dropout": 0.3},
+}
+SITES = {"target_modules": ["first", "second", "third"], "r": 3, "lora_alpha": 5, "rank_pattern": {"second": 4}}
+
+
+class Three(nn.Module):
+    """Three targets, nowhere square; the first two read one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = nn.Linear(48, 80), nn.Linear(48, 80, bias=False), nn.Linear(80, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Takes ``[..., 48]``."""
+        return self.third(self.first(x).tanh() + self.second(x))
+
+
+def three(dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Any:
+    net = Three().to(dtype).requires_grad_(False).train()
+    add(net, LoraConfig(**SITES, **settings))
+    return net
+
+
+def saved_by(net: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The result, and one tensor for each memory that its backward keeps beside the net's own."""
+    own = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
+    found: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        return run(), list(found.values())
+
+
+def size(tensors: list[Tensor]) -> int:
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+def gradients(net: nn.Module, x: Tensor, run: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    """Of everything that has one, and the output."""
+    x = x.detach().requires_grad_(x.is_floating_point())
+    net.zero_grad()
+    torch.manual_seed(3)
+    out = net(x) if run is None else run(x)
+    (out.float().sin().sum()).backward()
+    given = {"": x, **dict(net.named_parameters())}
+    return {"output": out.detach()} | {name: t.grad.clone() for name, t in given.items() if t.grad is not None}
+
+
+def as_autograd_keeps_it() -> Any:
+    """A block in which values are kept, not made again."""
+    return patch.object(recomputed, "is_recorded", lambda: True)
+
+
+@pytest.mark.parametrize("case", LORAS)
+def test_nothing_wide_is_kept_but_the_input_once_and_what_the_base_gives(case: str) -> None:
+    net, x = three(**LORAS[case]), torch.randn(7, 48).bfloat16().requires_grad_()
+    bare = Three().bfloat16().requires_grad_(False)
+    own = size(saved_by(bare, lambda: bare(x))[1])
+    _, kept = saved_by(net, lambda: net(x))
+    wide = [t for t in kept if t.shape[0] == 7 and t.shape[-1] > 4]
+    # of the base, for the gradient of the gain; what dropout changes of it is in the adapter's dtype
+    outputs = {"dora": 2, "dora, dropout": 4}.get(case, 0) * 7 * (80 + 80 + 40)
+    assert case == "dora, dropout" or {t.dtype for t in wide} == {torch.bfloat16}
+    assert size(wide) == own + 2 * 7 * (48 + 80) + outputs
+    narrow = [t for t in kept if t.shape[:1] == (7,) and t.shape[-1] <= 4]
+    assert size(narrow) == 4 * 7 * (3 + 4 + 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("case", LORAS)
+def test_gradients_and_masks_are_those_of_autograd(case: str, dtype: torch.dtype) -> None:
+    net, x = three(dtype, **LORAS[case]), torch.randn(5, 2, 48).to(dtype)
+    found = gradients(net, x)
+    with as_autograd_keeps_it():
+        expected = gradients(net, x)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_close(found[name], value, message=f"{name}: ")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_method_and_kind(method: str, kind: str, dropout: float) -> None:
+    case = METHODS[method]
+    if kind in case.refused or (dropout and method == "IA3"):
+        pytest.skip("there is none")
+    net = adapted(case, KINDS[kind], **({"lora_dropout": dropout} if dropout else {}))
+    for name, p in net.named_parameters():
+        if "adapters" not in name:
+            p.data, p.requires_grad = p.data.bfloat16(), False
+    net.train()
+    x = KINDS[kind].input()
+    x = x.bfloat16() if x.is_floating_point() else x
+    found = gradients(net, x)
+    with as_autograd_keeps_it():
+        expected = gradients(net, x)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_close(found[name], value, message=f"{name}: ")
+
+
+@pytest.mark.parametrize("case", ["lora", "dropout", "dora", "dora, dropout"])
+def test_less_than_peft(case: str) -> None:
+    """The input is kept once in the base's dtype where PEFT keeps a float32 copy for each site, and more."""
+    x = torch.randn(64, 48).bfloat16().requires_grad_()
+    bare, net = Three().bfloat16().requires_grad_(False).train(), three(**LORAS[case])
+    theirs: Any = peft.get_peft_model(Three().bfloat16(), peft.LoraConfig(**SITES, **LORAS[case])).train()
+    spread({n: p for n, p in theirs.named_parameters() if p.requires_grad})
+    own, ours, others = (size(saved_by(m, functools.partial(m, x))[1]) for m in (bare, net, theirs))
+    most = {"lora": 0.5, "dropout": 0.3, "dora": 0.3, "dora, dropout": 0.5}[case]
+    assert 0 < ours - own < most * (others - own)
+
+
+def test_checkpoints_see_one_mask_and_keep_nothing_inside() -> None:
+    net, x = three(lora_dropout=0.4), torch.randn(6, 48).bfloat16()
+    expected = gradients(net, x)
+    for reentrant in (False, True):
+        found = gradients(net, x, lambda x, r=reentrant: checkpoint(net, x, use_reentrant=r))  # type: ignore[misc]
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+    given = x.clone().requires_grad_()
+    _, kept = saved_by(net, lambda: checkpoint(net, given, use_reentrant=False))
+    assert size(kept) <= size([given])
+
+
+@pytest.mark.parametrize("case", ["dropout", "dora, dropout"])
+def test_autocast_in_the_forward_holds_for_what_is_made_again(case: str) -> None:
+    net, x = three(torch.float32, **LORAS[case]), torch.randn(6, 48)
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(x)  # type: ignore[no-any-return]
+
+    found = gradients(net, x, run)
+    with as_autograd_keeps_it():
+        expected = gradients(net, x, run)
+    for name, value in expected.items():
+        assert_close(found[name], value, size=float(value.abs().max()), message=f"{name}: ")
+
+
+def test_a_parameter_that_is_used_twice_under_autocast_has_both_gradients() -> None:
+    """Autocast keeps what it cast: that of a part without a graph must not stand in for one with."""
+    net, x = three(torch.float32, lora_dropout=0.1), torch.randn(6, 48)
+    a = net.first.adapters.default.lora_A
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(x).float().sum() * 0 + (a @ a.t()).float()  # type: ignore[no-any-return]
+
+    assert gradients(net, x, run)["first.adapters.default.lora_A"].abs().max() > 0.1
+
+
+def test_gradients_of_gradients_and_transforms() -> None:
+    net = three(torch.float64, use_dora=True, lora_dropout=0.3)
+    for part in net.modules():
+        if type(part) is nn.Dropout:
+            part.eval()
+    names, values = zip(*((n, p) for n, p in net.named_parameters() if "lora_" in n and "first" in n), strict=True)
+    x = torch.randn(2, 48, dtype=torch.float64, requires_grad=True)
+
+    def call(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(net, dict(zip(names, values, strict=True)), (x,))[:, :2]  # type: ignore[no-any-return]
+
+    leaves = [v.detach().double().requires_grad_() for v in values]
+    place = next(i for i, name in enumerate(names) if "magnitude" in name)
+
+    def of_two(x: Tensor, magnitude: Tensor) -> Tensor:  # A and B are held constant in the norm
+        return call(x, *leaves[:place], magnitude, *leaves[place + 1 :])
+
+    assert torch.autograd.gradcheck(of_two, (x, leaves[place]), fast_mode=True)
+    assert torch.autograd.gradgradcheck(of_two, (x, leaves[place]), fast_mode=True)
+
+    def loss(x: Tensor) -> Tensor:
+        return call(x, *leaves).square().sum()
+
+    wanted = torch.autograd.grad(loss(x), x)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach()), wanted)
+    tangent = torch.ones_like(x)
+    torch.testing.assert_close(torch.func.jvp(loss, (x.detach(),), (tangent,))[1], wanted.sum())
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent, wanted.sum())
+
+
+def test_frozen_adapters_and_evaluation_keep_nothing_of_the_input() -> None:
+    net, x = three(), torch.randn(6, 48).bfloat16().requires_grad_()
+    fxpeft.set_requires_grad(net, "default", False)
+    bare = Three().bfloat16().requires_grad_(False)
+    assert size(saved_by(net, lambda: net(x))[1]) == size(saved_by(bare, lambda: bare(x))[1])
+    with torch.no_grad():
+        assert not net(x).requires_grad
+
+
+def test_two_adapters_of_one_site() -> None:
+    net, x = three(lora_dropout=0.2), torch.randn(6, 48).bfloat16()
+    add(net, LoraConfig(r=2, lora_alpha=3, target_modules=["first"], use_dora=True), "other", seed=1)
+    fxpeft.set_adapter(net, ["default", "other"])
+    net.train()
+    found = gradients(net, x)
+    assert forward_text(net.first).count("def _recomputed") == 3
+    with as_autograd_keeps_it():
+        expected = gradients(net, x)
+    for name, value in expected.items():
+        assert_close(found[name], value, message=f"{name}: ")
+
+
+def test_compiled_is_one_graph_whose_backward_has_the_mask_of_its_forward() -> None:
+    net = nn.Sequential(nn.Linear(48, 80)).requires_grad_(False).train()
+    add(net, LoraConfig(r=3, lora_alpha=5, lora_dropout=0.4, target_modules=["0"]))
+    net[0].adapters.double()  # type: ignore[operator]
+    x, weight = torch.randn(6, 48), torch.randn(6, 80)
+    loss = (torch.compile(net, fullgraph=True)(x) * weight).sum()
+    loss.backward()
+    part = net[0].adapters.default
+    with fxpeft.disabled(net):
+        base = (net(x) * weight).sum()
+    # the update is linear in A and in B
+    for p in (part.lora_A, part.lora_B):  # type: ignore[union-attr]
+        assert_close((p * p.grad).sum().float() + base, loss)  # type: ignore[operator]
