@@ -106,7 +106,8 @@ def _takes(reader: FrameType, module: nn.Module) -> bool:
 def _asks(code: CodeType, at: int) -> bool:
     """Whether what code reads by the instruction at ``at`` is only asked something there."""
     steps = [step for step in dis.get_instructions(code) if step.opname != "CACHE"]
-    here = next((number for number, step in enumerate(steps) if step.offset >= at), len(steps) - 1)
+    # a property that the interpreter has inlined is read at the caches behind the instruction
+    here = max(number for number, step in enumerate(steps) if step.offset <= at)
     if not steps[here].opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
         return "hasattr" in code.co_names
     after = steps[here + 1]

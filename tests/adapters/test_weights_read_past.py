@@ -48,7 +48,7 @@ def test_an_adapted_head_is_refused_where_it_is_read(read: Callable[[Any], Tenso
     expected = Fused(model, read)(ids)
     fxpeft.add_adapter(model, LoraConfig(**FIELDS))
     randomise(fxpeft.adapter_state_dict(model).values(), 1)
-    for _ in range(2):
+    for _ in range(50):
         with pytest.raises(AdapterError, match=r"^lm_head: .*test_weights_read_past, line \d+.*modules_to_save"):
             Fused(model, read)(ids)
     with fxpeft.disabled(model):  # as the reference of DPO
@@ -75,7 +75,8 @@ def test_who_may_read_an_adapted_head() -> None:
             assert hasattr(head, "weight")
             return head.weight.dtype, head.weight.device, head.weight.shape, head.weight.size(0), head.bias
 
-    assert Asks()(model)[0] == torch.float32
+    for _ in range(50):  # the interpreter reads otherwise what it reads often
+        assert Asks()(model)[0] == torch.float32
     randomise(fxpeft.adapter_state_dict(model).values(), 1)
     expected = model(ids).logits
     fxpeft.remove(model)
