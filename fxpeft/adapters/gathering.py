@@ -45,8 +45,8 @@ def whole_adapter(model: nn.Module, adapter: Adapter) -> Adapter:
             return adapter.current().flat()
         except AttributeError as error:
             raise AdapterError(
-                f"adapter {adapter.name!r}: its parameters are gone from its modules ({error}); with FSDP1, wrap the "
-                "model with use_orig_params=True"
+                f"adapter {adapter.name!r}: its parameters are gone from its modules ({error}); FSDP1 has to keep "
+                "the original parameters"
             ) from None
 
     found = gather(model, read, shapes, adapter.parameters())
@@ -119,8 +119,8 @@ def check_trained(model: nn.Module, adapters: Iterable[Adapter]) -> None:
         if late:
             raise AdapterError(
                 f"adapter {adapter.name!r} can't be trained in modules that FSDP or ZeRO-3 has parted already:\n"
-                f"{listing(late)}\nits parameters would not be synchronised. Add or load it before fully_shard, "
-                "FullyShardedDataParallel or deepspeed.initialize; to run it only, load_adapter(trainable=False)"
+                f"{listing(late)}\nits parameters would not be synchronised. Add or load it before the model is "
+                "sharded; to run it only, load_adapter(trainable=False)"
             )
 
 
