@@ -49,6 +49,9 @@ from fxpeft.adapters import (
     loaded_adapters as loaded_adapters,
 )
 from fxpeft.adapters import (
+    lora_fa_groups as lora_fa_groups,
+)
+from fxpeft.adapters import (
     lora_plus_groups as lora_plus_groups,
 )
 from fxpeft.adapters import (

@@ -134,6 +134,7 @@ class LiveModel:
     # training
     set_requires_grad = _verb(adapters.set_requires_grad)
     trainable_parameters = _verb(adapters.trainable_parameters)
+    lora_fa_groups = _verb(adapters.lora_fa_groups)
     lora_plus_groups = _verb(adapters.lora_plus_groups)
     initialize_eva = _verb(adapters.initialize_eva)
 

@@ -16,7 +16,7 @@ from fxpeft.adapters.api import (
 from fxpeft.adapters.contexts import active, disabled, scaled
 from fxpeft.adapters.eva import initialize_eva
 from fxpeft.adapters.injection import inject, load_adapter_state_dict
-from fxpeft.adapters.parameters import lora_plus_groups, set_requires_grad, trainable_parameters
+from fxpeft.adapters.parameters import lora_fa_groups, lora_plus_groups, set_requires_grad, trainable_parameters
 from fxpeft.adapters.saving import adapter_state_dict, save_adapter
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "load_adapter",
     "load_adapter_state_dict",
     "loaded_adapters",
+    "lora_fa_groups",
     "lora_plus_groups",
     "save_adapter",
     "scaled",

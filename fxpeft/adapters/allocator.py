@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import TrainerCallback
 from fxpeft.adapters.state import Adapter, state_of
 from fxpeft.errors import AdapterError
 from fxpeft.methods.adalora import AdaLoraConfig
+from fxpeft.model.walk import whole
 from fxpeft.model.wrappers import unwrap
 
 NAMES = ("lora_A", "lora_B", "lora_E")
@@ -101,7 +103,7 @@ class RankAllocator:
     def _select(self, budget: int) -> dict[str, list[bool]]:
         scores = {}
         for site in self._parameters():
-            a, b, e = (self.sensitivity[site, n] * self.uncertainty[site, n] for n in NAMES)
+            a, b, e = (whole(self.sensitivity[site, n] * self.uncertainty[site, n]) for n in NAMES)
             scores[site] = e.flatten() + a.mean(1) + b.mean(0)
         off = self.initial - budget
         limit = torch.cat(list(scores.values())).kthvalue(off).values if off > 0 else -torch.inf
@@ -111,7 +113,22 @@ class RankAllocator:
         for site, parts in self._parameters().items():
             on = pattern.get(f"{site}.lora_E")
             if on is not None:
-                parts["lora_E"].masked_fill_(~torch.tensor(on, device=parts["lora_E"].device).unsqueeze(1), 0.0)
+                mask = torch.tensor(on, device=parts["lora_E"].device).unsqueeze(1)
+                _local(parts["lora_E"]).masked_fill_(~_local(_parted(mask, parts["lora_E"])), 0.0)
+
+
+def _parted(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process has, parted among them as another one is."""
+    if not hasattr(like, "placements"):
+        return tensor
+    tensors: Any = importlib.import_module("torch.distributed.tensor")
+    parted: Tensor = tensors.distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    return parted
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process has."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class AdaLoraCallback(TrainerCallback):

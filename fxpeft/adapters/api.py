@@ -73,6 +73,7 @@ def load_adapter(
     token: str | bool | None = None,
     local_files_only: bool = False,
     strict: bool = False,
+    partial: bool = False,
 ) -> None:
     """Load an adapter that fxpeft or PEFT saved, and make it the active one.
 
@@ -88,6 +89,8 @@ def load_adapter(
             fresh adapter, or the base's, with a warning that names them.
         revision, subfolder, token, local_files_only: as in ``huggingface_hub``.
         strict: refuse a config with fields that fxpeft doesn't know, rather than warn.
+        partial: the model is a part of the one that the adapter is of, such as a pipeline's stage with half of the
+            layers: tensors of modules that it lacks are left out, with a warning that names these.
 
     Raises:
         CheckpointError: missing, damaged, foreign or mismatching files; every key that was not
@@ -102,7 +105,9 @@ def load_adapter(
     found.config.inference_mode = not trainable
     with changing(model):
         modules, misfit = Modules(model), checkpoint.Misfit() if ignore_mismatched_sizes else None
-        plan, values = load(modules, found, key_mapping=key_mapping, check_finite=check_finite, misfit=misfit)
+        plan, values = load(
+            modules, found, key_mapping=key_mapping, check_finite=check_finite, misfit=misfit, partial=partial
+        )
         if misfit is not None and (misfit.missing or misfit.unexpected):
             load(modules, found, plan=plan, key_mapping=key_mapping)  # whose error names them
         autocast = autocast_adapter_dtype and not is_prepared(model)  # slots have the base's dtype: nothing to gain

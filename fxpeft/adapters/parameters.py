@@ -10,8 +10,9 @@ from torch import nn
 
 from fxpeft.adapters.gathering import check_trained
 from fxpeft.adapters.penalty import watch_loss
-from fxpeft.adapters.state import state_of
+from fxpeft.adapters.state import Adapter, state_of
 from fxpeft.errors import AdapterError
+from fxpeft.methods.adalora import AdaLoraConfig
 from fxpeft.methods.base import SiteAdapter
 from fxpeft.model.wrappers import submodule, unwrap
 
@@ -77,6 +78,47 @@ def lora_plus_groups(
     if not groups:
         raise AdapterError("lora_plus_groups: no parameter is trained; add_adapter first, or set_requires_grad")
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def lora_fa_groups(model: nn.Module, lr: float, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """LoRA-FA (https://arxiv.org/abs/2308.03303): freeze A, and give what PEFT's ``LoraFAOptimizer`` takes to train B.
+
+    ``peft.optimizers.LoraFAOptimizer(fxpeft.lora_fa_groups(model, 1e-3))``. Each site has the scale that it computes
+    with, patterns, rsLoRA and :func:`fxpeft.set_scale` included. What else is trained, such as ``modules_to_save``,
+    DoRA's magnitudes and biases, is trained by AdamW there.
+
+    Raises:
+        AdapterError: an active adapter is no LoRA, or nothing is trained.
+    """
+    model, state = unwrap(model), state_of(model)
+    running = [adapter for adapter in state.running() if adapter.trains]
+    if not running:
+        raise AdapterError("lora_fa_groups: no parameter is trained; add_adapter first, or set_requires_grad")
+    if other := [
+        a.name for a in running if isinstance(a.config, AdaLoraConfig) or not {"lora_A", "lora_B"} <= _names(a)
+    ]:
+        raise AdapterError(f"lora_fa_groups: expected LoRAs, {', '.join(other)} has no A and B; set_adapter a LoRA")
+    found: list[tuple[str, nn.Parameter, float | None]] = []
+    pairs: set[nn.Parameter] = set()
+    for adapter in running:
+        for site in adapter.values.sites:
+            part = adapter.parts[site]
+            assert isinstance(part, SiteAdapter)
+            a, b = part.get_parameter("lora_A"), part.get_parameter("lora_B")
+            a.requires_grad_(False)
+            scale = adapter.plan.sites[site].scaling * adapter.strength
+            found += [(f"{len(found)}.lora_A", a, scale), (f"{len(found)}.lora_B", b, scale)]
+            pairs |= {a, b}
+    rest = [p for p in model.parameters() if p.requires_grad and p not in pairs]
+    found += [(f"{len(found) + number}", p, None) for number, p in enumerate(rest)]
+    names, params, scales = zip(*found, strict=True)
+    return [{"params": list(params), "names": list(names), "scaling_factors": list(scales), "lr": lr,
+             "betas": (0.9, 0.999), "weight_decay": weight_decay}]  # fmt: skip
+
+
+def _names(adapter: Adapter) -> set[str]:
+    """What parameters of an adapter's every site are called."""
+    return set[str].intersection(*(set(parts) for parts in adapter.values.sites.values()))
 
 
 def _updates(module: nn.Module) -> Iterator[nn.Parameter]:

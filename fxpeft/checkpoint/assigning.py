@@ -25,6 +25,7 @@ from fxpeft.model.wrappers import submodule
 from fxpeft.outside import why_unfit
 from fxpeft.passes.base import PassError, attribute, join
 from fxpeft.passes.targets.operations import ParameterKind
+from fxpeft.passes.targets.operations.registry import kinds
 from fxpeft.targets.sites import AdapterPlan
 
 
@@ -50,12 +51,14 @@ def assign(
     check_finite: bool = False,
     misfit: Misfit | None = None,
     declared: Collection[str] = (),
+    partial: bool = False,
 ) -> Values:
     """Find the place of every tensor of a checkpoint whose names are the model's.
 
     Args:
         found: see :func:`fxpeft.checkpoint.layouts.in_layout_of`.
         declared: modules that an adapter may bring whole: a base weight in the file becomes one of these.
+        partial: the model is a part of what the checkpoint is for: tensors of modules that it lacks are left out.
         misfit: is told what is missing, unexpected or of another shape, which is then no error: the
             values lack those places.
 
@@ -112,6 +115,8 @@ def assign(
             values.tensors[path] = tensor
     _base_weights(modules, plan, left, values, wrong, misfit)
     _leave_out(plan, left, found.source)
+    if partial:
+        _leave_absent(modules, method, left, found.source)
     _into_declared(model, values, declared)
     if misfit is not None:
         misfit.missing, misfit.unexpected = missing, list(left)
@@ -130,6 +135,7 @@ def assign(
             f"{found.source} doesn't fit {type(model).__name__} with its own config; nothing was changed.\n"
             + "\n".join(parts)
             + "\nIs it an adapter of another base model, or are target_modules or rank_pattern in its config wrong?"
+            + (_PARTIAL if left and not (partial or missing or wrong) else "")
         )
     _restore(model, plan, values, found.source)
     return values
@@ -190,6 +196,30 @@ def _leave_out(plan: AdapterPlan, left: dict[str, Tensor], source: str) -> None:
     if dropped:
         lines = [f"{site}: {count} tensors; {plan.left_out[site]}" for site, count in dropped.items()]
         warnings.warn(f"{source}: tensors of these modules are left out\n{listing(lines)}", stacklevel=4)
+
+
+_PARTIAL = (
+    " Where the model is a part of it, such as a pipeline's stage: partial=True leaves out what modules it lacks had"
+)
+
+
+def _leave_absent(modules: Modules, method: Method[Any], left: dict[str, Tensor], source: str) -> None:
+    """Drop the tensors of modules that the model lacks, and say which; what no place of a module is stays."""
+    suffixes = sorted(
+        {f".{suffix}" for kind in kinds() for suffix in method.keys(kind).values()}, key=len, reverse=True
+    )
+    absent: dict[str, int] = {}
+    for key in list(left):
+        suffix = next((s for s in suffixes if key.endswith(s)), f".{key.rpartition('.')[2]}")
+        owner = above = key.removesuffix(suffix).removesuffix(".base_layer")
+        while above and above not in modules:
+            above = above.rpartition(".")[0]
+        if owner != above and not modules.is_leaf(above):  # below a leaf there is nothing that could be absent
+            del left[key]
+            absent[owner] = absent.get(owner, 0) + 1
+    if absent:
+        lines = [f"{owner}: {count} tensors" for owner, count in absent.items()]
+        warnings.warn(f"{source}: partial=True: the model has none of these modules\n{listing(lines)}", stacklevel=5)
 
 
 def _restore(model: nn.Module, plan: AdapterPlan, values: Values, source: str) -> None:

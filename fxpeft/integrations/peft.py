@@ -168,6 +168,8 @@ class PeftModel(nn.Module, metaclass=_Bridge):
         if missing := [name for name in names if name not in self.peft_config]:
             raise ValueError(f"selected_adapters: no adapter named {', '.join(missing)}; {list(self.peft_config)}")
         plain = True if path_initial_model_for_weight_conversion is not None else None
+        if state_dict is not None and not is_main_process:  # one process alone may have gathered it
+            return
         held = {name: held_adapter(self, name, state_dict) for name in names}
         files = {
             name: adapter_files(self, adapter, plain=plain, save_embedding_layers=save_embedding_layers)

@@ -35,6 +35,7 @@ def hotswap(
     token: str | bool | None = None,
     local_files_only: bool = False,
     strict: bool = False,
+    partial: bool = False,
 ) -> None:
     """Replace an adapter of a prepared model by another one. Nothing recompiles.
 
@@ -46,7 +47,7 @@ def hotswap(
         name: the adapter to replace; the active one by default.
         config: for a state_dict: its config. Default: the replaced adapter's.
         check_finite: refuse NaN and infinity.
-        key_mapping, strict: as in :func:`fxpeft.load_adapter`.
+        key_mapping, strict, partial: as in :func:`fxpeft.load_adapter`.
 
     Raises:
         AdapterError: the model is not prepared, or the adapter doesn't fit its slots.
@@ -62,7 +63,7 @@ def hotswap(
         state = state_of(model)
         old = _replaced(state, name)
         found = given or checkpoint.Checkpoint("the state_dict", config or old.config, dict(source))  # type: ignore[arg-type]
-        plan, values = load(Modules(model), found, key_mapping=key_mapping, check_finite=check_finite)
+        plan, values = load(Modules(model), found, key_mapping=key_mapping, check_finite=check_finite, partial=partial)
         serving_of(state).replace(model, state, Adapter(old.name, plan, values, old.strength), owned=given is not None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import Any
 
 from torch import nn
@@ -12,12 +13,28 @@ from fxpeft.passes.rewrite.feed import LEAF
 
 # what a locked module runs whose instance somebody gave a forward
 CALL_GIVEN = f"def forward(self, *args, **kwargs):\n    return self.{LEAF}(*args, **kwargs)\n"
+_rebased: weakref.WeakValueDictionary[tuple[str, tuple[type, ...]], type[nn.Module]] = weakref.WeakValueDictionary()
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module without its rewrite."""
     cls = unlocked(type(module))
-    return getattr(cls, "_fxpeft_base", cls)
+    return vars(cls)["_fxpeft_base"] if "_fxpeft_base" in vars(cls) else _without_rewrite(cls)
+
+
+def _without_rewrite(cls: type[nn.Module]) -> type[nn.Module]:
+    """A class that somebody made of a generated one, as FSDP2 does of a module's, made of the class below that one."""
+    if not hasattr(cls, "_fxpeft_base"):
+        return cls
+    below = [(base, vars(base).get("_fxpeft_base") or _without_rewrite(base)) for base in cls.__bases__]
+    name, bases = cls.__name__, tuple(base for _, base in below)
+    for generated, base in below:
+        name = name.replace(generated.__name__, base.__name__)
+    found = _rebased.get((name, bases))
+    if found is None:
+        members = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+        found = _rebased.setdefault((name, bases), type(name, bases, members))
+    return found
 
 
 def is_bound(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxpeft.passes.container import Container
@@ -14,6 +15,7 @@ from fxpeft.passes.live.instance import base_class, given_forward
 from fxpeft.passes.live.locked import LOCK
 from fxpeft.passes.rewrite.feed import LEAF
 from fxpeft.passes.targets.operations.registry import OPERATIONS
+from fxpeft.passes.torch_private import LINEAR
 
 _NOT_TRACED = frozenset(
     {
@@ -36,8 +38,8 @@ def signature(module: nn.Module) -> tuple[Any, ...] | None:
     the graph; tensors by type, shape and dtype: a trace only names them.
     """
     try:
-        # another list of operations reads other targets
-        return tuple(map(id, OPERATIONS)), *_signature(module)
+        # another list of operations reads other targets; a function that was replaced is another node
+        return tuple(map(id, OPERATIONS)), F.linear is LINEAR, *_signature(module)
     except Unknown:
         return None
 

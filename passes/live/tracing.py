@@ -22,6 +22,7 @@ from fxpeft.passes.live.signature import signature
 from fxpeft.passes.meta import TARGET, Located
 from fxpeft.passes.pipeline import graph_text
 from fxpeft.passes.recent import Recent
+from fxpeft.passes.replaced import one_node_each
 from fxpeft.passes.rewrite.feed import LEAF
 from fxpeft.passes.source import check_plain
 from fxpeft.passes.targets.kinds import Kind
@@ -204,7 +205,8 @@ def trace_any(module: nn.Module) -> GraphModule:
     traced = []
     for training in (module.training, not module.training):
         try:
-            traced.append(TracedModule(module, _Tracer().graph_of(module, training=training)))
+            with one_node_each():
+                traced.append(TracedModule(module, _Tracer().graph_of(module, training=training)))
         except Exception as error:  # noqa: BLE001 - whatever a forward raises on proxies: it can't be traced
             raise PassError(f"torch.fx can't trace {base_class(module).__name__}.forward: {error}") from None
     if graph_text(traced[0]) != graph_text(traced[1]):

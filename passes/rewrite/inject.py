@@ -15,6 +15,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, Skip, attribute, join
 from fxpeft.passes.container import Container
 from fxpeft.passes.meta import OPERAND, ORIGIN, REWRITE, SITE, TARGET, Located, Origin
+from fxpeft.passes.replaced import one_node_each
 from fxpeft.passes.targets.match import bound_kind, operands
 
 Takers: TypeAlias = "defaultdict[str, list[Node]]"
@@ -111,6 +112,7 @@ def _rewrite_site(gm: GraphModule, node: Node, target: Located, rewrites: Sequen
         function: Callable[..., Proxy] = base
         for rewrite in rewrites:
             function = _bind(gm, node, rewrite, function, tracer)
+        insertion.enter_context(one_node_each())
         result = function(Proxy(source, tracer))
 
     if calls != 1:

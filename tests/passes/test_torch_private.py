@@ -24,6 +24,7 @@ from fxpeft.passes.torch_private import (
     COMPILED,
     FSDP,
     INNER,
+    LINEAR,
     MODULE_CALL,
     ConstantSource,
     FakeTensorMode,
@@ -165,6 +166,10 @@ def test_argument_names_of_nested_arguments() -> None:
     program = torch.export.export(Two(), (torch.ones(2), {"x": torch.ones(2)}))
     assert argument_names(program.module().graph)[-2:] == ["first", "second"]
     assert argument_names(torch.fx.symbolic_trace(nn.ReLU()).graph) == []
+
+
+def test_the_linear_that_nobody_replaced() -> None:
+    assert LINEAR is torch.nn.functional.linear
 
 
 def test_fsdp_marks_the_modules_whose_parameters_it_manages() -> None:

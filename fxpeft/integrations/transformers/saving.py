@@ -98,6 +98,10 @@ def _save(
             "adapters separately one by one by iteratively calling `model.set_adapter(adapter_name)` then "
             "`model.save_pretrained(...)`"
         )
+    if state_dict is not None and not saves_here(model, is_main_process):
+        # one process alone may have gathered it, as accelerate's get_state_dict does
+        embedding_tensors(model, state.get(only_active(model)))  # which processes may gather together
+        return
     adapter = held_adapter(model, only_active(model), state_dict)
     tensors = adapter_tensors(adapter) if save_peft_format else without_prefix(adapter)
     prefix = method_of(adapter.config).prefix

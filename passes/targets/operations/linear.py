@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
+from fxpeft.passes import replaced
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.operations.spec import OpSpec, Places
 from fxpeft.passes.targets.reading import Unsupported, Weight
 from fxpeft.passes.targets.update import update
+from fxpeft.passes.torch_private import LINEAR as LINEAR_FUNCTION
 
 aten = torch.ops.aten
+_PLAIN = (LINEAR_FUNCTION, replaced.linear, aten.linear.default)
 _ADDED = Places(input=1, weight=(2, "mat2"), bias=(0, "input"), flip=True)
 
 
@@ -30,7 +32,7 @@ class Linear(Kind):
 
 def _read(node: Node, weight: Weight) -> Linear:
     shape = weight.shape
-    if node.target in (F.linear, aten.linear.default):
+    if node.target in _PLAIN:
         if weight.transposed or len(shape) != 2:
             raise Unsupported(f"its weight is not a plain [out, in] matrix: {tuple(shape)}")
         return Linear(shape[1], shape[0])
@@ -52,7 +54,7 @@ def _stub(kind: Kind, biased: bool) -> nn.Module:
 LINEAR = OpSpec(
     kind=Linear,
     calls={
-        **dict.fromkeys((F.linear, aten.linear.default), Places()),
+        **dict.fromkeys(_PLAIN, Places()),
         **dict.fromkeys((torch.addmm, aten.addmm.default), _ADDED),
         aten.mm.default: Places(weight=(1, "mat2"), bias=None, flip=True),
     },
