@@ -21,6 +21,7 @@ from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.names import EXCLUDED, Selection, pattern_table
 from fxpeft.passes.targets.regex import shown
 from fxpeft.passes.targets.terms import Pattern
+from fxpeft.passes.torch_private import FSDP
 from fxpeft.targets.defaults import with_targets
 from fxpeft.targets.experts import converted
 from fxpeft.targets.parameters import parameter_sites
@@ -201,6 +202,13 @@ def _without_idle(
 def _site_kind(name: str, modules: Modules) -> Kind:
     if why := modules.idle(name):
         raise AdapterError(f"{name}: {why}; add it to exclude_modules")
+    parted = [leaf for leaf, p in modules[name]._parameters.items() if hasattr(p, "placements")]
+    if parted and FSDP not in vars(modules[name]):  # FSDP2 makes them whole before a forward
+        raise AdapterError(
+            f"{name}: tensor parallelism has parted its {' and '.join(parted)}, and an adapter there would have to be "
+            "parted with it, which isn't supported: add it to exclude_modules, or load the model without tp_plan "
+            "(parallelize_module) and shard it with FSDP2"
+        )
     try:
         return modules.kind(name)
     except PassError as error:

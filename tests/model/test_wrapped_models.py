@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import AveragedModel
 
@@ -189,6 +190,18 @@ def test_sharded_parameters_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(fxpeft.AdapterError, match=r"(?s)0: lora_A: expected \[3, 5\], found \[8\].*summon_full_params"):
         fxpeft.save_adapter(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_modules_that_tensor_parallelism_has_parted_are_refused_before_anything_is_changed() -> None:
+    model = two_linears()
+    parallelize_module(model, init_device_mesh("cpu", (1,)), {"0": ColwiseParallel()})
+    before = {name: type(module) for name, module in model.named_modules()}
+    for verb in (fxpeft.prepare_hotswap, lambda m: fxpeft.add_adapter(m, fxpeft.LoraConfig(**CONFIG))):
+        with pytest.raises(fxpeft.AdapterError, match="0: tensor parallelism has parted its weight and bias"):
+            verb(model)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    fxpeft.add_adapter(model, fxpeft.LoraConfig(r=3, target_modules=["2"]))
+    model(torch.ones(2, 5)).sum().backward()
 
 
 def test_roles_of_a_wrapped_model() -> None:
