@@ -43,7 +43,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
             made.share(shared, hold=site == next(iter(values.sites)))
         return made
 
-    for name in adapter.hosts():
+    for name in sorted(adapter.hosts()):  # in the same order in all processes, which may gather parts one by one
         module = submodule(model, name)
         part: nn.Module = Container()
         if name in values.sites:
