@@ -178,6 +178,16 @@ def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode | None:
     return mode
 
 
+def symbolic_sizes() -> AbstractContextManager[Any]:
+    """Let operators on fake tensors that are made of others leave symbols as they are, as torch's own tracers do.
+
+    In C++ some of them take sizes for numbers: on torch 2.11 ``linear``, which fixed a symbol at what it stood for.
+    """
+    make = _found("torch._dispatch.python:enable_python_dispatcher", "tracing a model")
+    context: AbstractContextManager[Any] = make()
+    return context
+
+
 def mark_dynamic(tensor: torch.Tensor, dimension: int, least: int, most: int) -> None:
     """Let Dynamo take a tensor's size as a symbol between two numbers."""
     _found("torch._dynamo:mark_dynamic", "a slot")(tensor, dimension, min=least, max=most)

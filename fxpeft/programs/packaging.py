@@ -30,7 +30,6 @@ from fxpeft.passes.live import base_weight, kind_of
 from fxpeft.passes.meta import LIFTED
 from fxpeft.passes.slots.slot import CARRIER
 from fxpeft.passes.torch_private import aot_compile, is_freezing, load_package, package_files, pytree
-from fxpeft.passes.tried import minor
 from fxpeft.programs.exported import USER
 from fxpeft.programs.inputs import describe, without_gaps
 from fxpeft.programs.rewrites import Slots
@@ -41,7 +40,6 @@ from fxpeft.targets.sites import find_sites, make_plan
 MANIFEST = "fxpeft.json"
 WEIGHTS = "fxpeft/weights.safetensors"  # in the archive, below its root: the sites' weights and biases, for DoRA
 VERSION = 1
-PACKAGES_RANKS = (2, 13)  # the first torch whose AOTInductor was seen right with a symbolic rank
 
 
 def package(
@@ -76,11 +74,6 @@ def package(
     """
     model, path = unwrap(model), Path(path)
     check_slots(methods, max_rank, rank, at_targets=True)
-    if rank == "dynamic" and minor(torch.__version__) < PACKAGES_RANKS:
-        raise AdapterError(
-            f"rank='dynamic': what torch 2.11 packages gives wrong outputs at some ranks, and 2.13 is the first "
-            f"that was seen right; this is torch {torch.__version__}. Package it with rank='static' or a newer torch"
-        )
     if path.suffix != ".pt2":
         raise AdapterError(f"path: expected a name that ends in .pt2, found {path}")
     if find_state(model) is not None:

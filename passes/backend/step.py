@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 from fxpeft.passes.backend.backend_pass import BackendPass, Context
 from fxpeft.passes.base import PassError, RewriteResult, attribute, tensor_of
 from fxpeft.passes.captured.dynamo import name_operands
-from fxpeft.passes.torch_private import key_graph, pytree
+from fxpeft.passes.torch_private import key_graph, pytree, symbolic_sizes
 
 
 class Step:
@@ -102,7 +102,7 @@ def _fill_values(graph_module: GraphModule, name: str) -> None:
         if _has_value(node):
             continue
         try:
-            with mode:
+            with mode, symbolic_sizes():
                 if node.op == "get_attr":
                     held = attribute(graph_module, str(node.target))
                     if isinstance(held, Tensor):

@@ -16,7 +16,7 @@ from fxpeft.passes.live.signature import Unknown, frozen, signature
 from fxpeft.passes.meta import REDIRECT, REWRITE, SITE
 from fxpeft.passes.rewrite.inject import rename
 from fxpeft.passes.slots.slot import LEAST
-from fxpeft.passes.torch_private import ConstantSource, FakeTensorMode, ValueRanges, pytree
+from fxpeft.passes.torch_private import ConstantSource, FakeTensorMode, ValueRanges, pytree, symbolic_sizes
 
 # decomposed, torch's matmul of a vector squeezes its product in place, and an inference IR knows no such operators
 _OUT_OF_PLACE = {torch.ops.aten.squeeze_.dim: torch.ops.aten.squeeze.dim}
@@ -88,12 +88,14 @@ class AtenPass(GraphPass):
         key = _key((node.op, function), (str(spec), *places), plain, values)
         traced = self._traced.get(key)
         if traced is None:
-            traced = make_fx(
+            trace = make_fx(
                 run, self.decompositions, pre_dispatch=self.decompositions is None, _allow_non_fake_inputs=True
-            )(*values)
+            )
+            with symbolic_sizes():
+                traced = trace(*values)
             if key is not None:
                 self._traced[key] = traced
-        with self.fake_mode, torch.no_grad():
+        with self.fake_mode, symbolic_sizes(), torch.no_grad():
             result = _inline(gm, node, traced, [flat[i] for i in places], base)
         if not isinstance(result, Node):
             raise PassError(f"site {base.name!r}: {node.format_node()} computes no tensor; write it without")

@@ -141,15 +141,15 @@ def test_a_save_that_dies_at_any_step_leaves_one_adapter_and_the_next_save_sweep
 
 def test_killed_between_the_two_files_the_new_adapter_is_read_by_every_entry(folder: Path) -> None:
     def dies() -> None:
-        real, count = os.replace, [0]
+        real, count = Path.replace, [0]
 
-        def replace(*args: Any) -> None:
+        def replace(*args: Any) -> Path:
             count[0] += 1
             if count[0] == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
-            real(*args)
+            return real(*args)
 
-        os.replace = replace  # type: ignore[assignment]
+        Path.replace = replace  # type: ignore[method-assign]
         save(folder, 1)
 
     old = output(folder)

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from closeness import assert_close
+from peer_versions import TRANSFORMERS, since
 from tiny import logits, randomise, tiny_bert, tiny_llama
 from torch import nn
 
@@ -67,6 +68,7 @@ CONFIGS: dict[str, Any] = {
 }
 
 
+@since(*TRANSFORMERS)
 @pytest.mark.parametrize("method", CONFIGS)
 def test_the_report_is_transformers_own(method: str, caplog: pytest.LogCaptureFixture) -> None:
     """Keys that are missing, unexpected or of another shape, as PEFT behind the same call reports them."""

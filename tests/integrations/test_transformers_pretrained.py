@@ -116,6 +116,9 @@ def test_without_install_the_adapter_is_not_found_where_peft_is_missing(adapter:
 
     fxpeft.uninstall()
     if is_peft_available():
+        from peer_versions import TRANSFORMERS, needs
+
+        needs(*TRANSFORMERS)
         theirs = AutoModelForCausalLM.from_pretrained(adapter).model.layers[0].mlp.down_proj
         assert type(theirs).__module__.startswith("peft.")
     else:

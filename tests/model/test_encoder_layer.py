@@ -16,6 +16,7 @@ import pytest
 import torch
 from beside import peft_file, peft_reads
 from closeness import assert_close
+from peer_versions import ALL_BIASES, needs
 from tiny import randomise
 from torch import Tensor, nn
 
@@ -78,6 +79,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @torch.no_grad()
 def test_adapters_take_part_in_eval(what: str, cls: type[nn.TransformerEncoderLayer], tmp_path: Path) -> None:
     base = encoder(cls)
+    if what == "bias":
+        needs(*ALL_BIASES)
     peft_file(base, tmp_path, **CONFIGS[what])
     theirs, model = peft_reads(base, tmp_path), copy.deepcopy(base)
     with slow_path():
@@ -108,6 +111,8 @@ def test_adapters_take_part_in_eval(what: str, cls: type[nn.TransformerEncoderLa
 @torch.no_grad()
 def test_slots_take_part_in_eval(what: str, tmp_path: Path) -> None:
     base = encoder()
+    if what == "bias":
+        needs(*ALL_BIASES)
     peft_file(base, tmp_path, **CONFIGS[what])
     theirs, model = peft_reads(base, tmp_path), copy.deepcopy(base)
     with slow_path():

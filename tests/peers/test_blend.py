@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from closeness import assert_close
+from peer_versions import SCALINGS, needs
 from tiny import conv_net, logits, randomise, tiny_bert, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 
@@ -94,6 +95,8 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("rule", RULES)
 def test_combines_as_peft(rule: str, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Live and in slots, and PEFT loads what is saved."""
+    if "svd" in rule:
+        needs(*SCALINGS)
     ranks, values = RULES[rule]
     values = {"combination_type": rule.split()[0], **values}
     theirs, *ours = models[ranks]
@@ -114,6 +117,8 @@ def test_combines_as_peft(rule: str, models: Any, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("rule", ["svd", "cat", "ties_svd", "magnitude_prune_svd"])
 def test_embeddings_and_conv1d_combine_as_peft(rule: str, tmp_path: Path) -> None:
+    if "svd" in rule:
+        needs(*SCALINGS)
     configs = {
         "a": {"r": 4, "lora_alpha": 10, "target_modules": ["wte", "c_attn"], "fan_in_fan_out": True},
         "b": {"r": 3, "lora_alpha": 6, "target_modules": ["wte", "c_fc"], "fan_in_fan_out": True},

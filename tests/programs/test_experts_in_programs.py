@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from peer_versions import STACKS, since
 from tiny import VOCABULARY, randomise, token_ids
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -148,6 +149,7 @@ def test_a_grouped_product_of_torch_in_bfloat16(tmp_path: Path) -> None:
         fxpeft.rewrite(program, Slots([], max_rank=6, parameters=EXPERTS, rank="dynamic"))
 
 
+@since(*STACKS)
 def test_only_some_are_taken_out(tmp_path: Path) -> None:
     model = mixtral()
     saved(model, tmp_path)
@@ -182,6 +184,7 @@ def captured(model: nn.Module, x: Tensor, form: str) -> Any:
     return program.module() if form == "module" else program
 
 
+@since(*STACKS)
 @pytest.mark.parametrize("sizes", [(5, 7, 4), (4, 6, 4)])
 @pytest.mark.parametrize("form", ["exported", "module", "functional", "dynamo"])
 def test_stacks_whose_module_does_not_say_how_they_lie(form: str, sizes: tuple[int, ...], tmp_path: Path) -> None:
@@ -210,6 +213,7 @@ def test_several_stacks_of_a_module_need_the_model(form: str, tmp_path: Path) ->
     assert text(fxpeft.eject(rewritten)) == text(program)
 
 
+@since(*STACKS)
 def test_a_square_stack_needs_the_model(tmp_path: Path) -> None:
     model, x = net(5, 5, 4), torch.randn(6, 6)
     peer = saved(model, tmp_path, target_parameters=["stacks.up"])

@@ -312,13 +312,3 @@ def test_the_manifest_needs_no_model() -> None:
     assert content["sites"] == ["up"]
     assert set(content["modules"]) == {"words", "up", "down", "free", "head"}
     assert content["modules"]["head"] == {"kind": "linear", "in": 8, "out": 5, "dtype": "float32", "bias": True}
-
-
-def test_a_torch_whose_packages_were_wrong_makes_none_with_a_dynamic_rank(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
-    net = nn.Sequential(nn.Linear(5, 7)).eval()
-    with pytest.raises(fxpeft.AdapterError, match=r"this is torch 2\.11\.0\+cu130\. Package it with rank='static'"):
-        fxpeft.package(net, tmp_path / "a.pt2", (torch.ones(2, 5),), targets=["0"])
-    assert not (tmp_path / "a.pt2").exists()

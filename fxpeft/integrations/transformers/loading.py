@@ -17,14 +17,18 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightTransform
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.hub import cached_file
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from fxpeft import checkpoint
 from fxpeft.adapters.loading import load
 from fxpeft.adapters.values import complete, fresh_values, placed, shared_placement
 from fxpeft.checkpoint import Checkpoint
 from fxpeft.errors import AdapterError, CheckpointError, listing
-from fxpeft.integrations.transformers.releases import LoadStateDictInfo, load_info, resolve_revision
+from fxpeft.integrations.transformers.releases import (
+    LoadStateDictInfo,
+    find_adapter_config,
+    load_info,
+    resolve_revision,
+)
 from fxpeft.methods import config_class, method_of
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.values import Values
@@ -93,7 +97,7 @@ def read(
         )  # fmt: skip
     path = None
     if config is None:
-        path = find_adapter_config_file(source, **download)  # type: ignore[arg-type]
+        path = find_adapter_config(source, **download)
         if path is None:
             raise ValueError(
                 f"adapter model file not found in {source}. Make sure you are passing the correct path to the adapter "
@@ -251,7 +255,7 @@ def split_adapter_kwargs(source: object, kwargs: dict[str, Any]) -> dict[str, An
     if not (local or subfolder or revision):
         return kwargs  # a plain hub id: Transformers asks the hub itself
     lookup = {key: kwargs[key] for key in DOWNLOAD if kwargs.get(key) is not None} | own
-    path = find_adapter_config_file(str(source), **lookup)
+    path = find_adapter_config(source, **lookup)
     if path is None or (local and (Path(source, lookup.get("subfolder", "")) / "config.json").is_file()):
         return kwargs
     embedded = local and Path(source, "config.json").is_file()

@@ -16,6 +16,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from fxpeft.integrations import trl
 from fxpeft.integrations.transformers import loading, model_methods, saving, trainer
+from fxpeft.integrations.transformers.releases import LOCAL_SUBFOLDERS, find_adapter_config
 
 _NOTHING = object()
 _before: list[tuple[Any, str, Any]] = []  # owner, name, what it had itself
@@ -82,6 +83,8 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         transformers.integrations.peft, transformers.models.auto.auto_factory, transformers.pipelines
     ):  # fmt: skip
         yield module, "is_peft_available", _yes
+        if not LOCAL_SUBFOLDERS:
+            yield module, "find_adapter_config_file", find_adapter_config
     yield Trainer, "_load_from_checkpoint", trainer.resumes_adapter(Trainer._load_from_checkpoint)
     yield Trainer, "_load_best_model", trainer.loads_best_adapter(Trainer._load_best_model)
     yield Trainer, "_push_from_checkpoint", trainer.pushes_adapter(Trainer._push_from_checkpoint)

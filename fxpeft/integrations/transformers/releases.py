@@ -13,6 +13,9 @@ import transformers.utils.hub
 import transformers.utils.loading_report
 from huggingface_hub import HfApi, is_offline_mode
 from transformers import PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from fxpeft.passes.tried import minor
 
 WHOLE_REPORT = hasattr(transformers.utils.loading_report, "LoadStateDictInfo")  # 5.2
 if TYPE_CHECKING or WHOLE_REPORT:
@@ -43,6 +46,21 @@ def log_report(
         unexpected_keys=info.unexpected_keys, missing_keys=info.missing_keys, mismatched_keys=info.mismatched_keys,
         mismatched_shapes=info.mismatched_keys, conversion_errors=info.conversion_errors,
     )  # fmt: skip
+
+
+LOCAL_SUBFOLDERS = minor(transformers.__version__) >= (5, 23)  # until then only the hub's are looked into
+
+
+def find_adapter_config(source: str | os.PathLike[str] | None, **options: Any) -> str | None:
+    """Where an adapter's config lies, in a folder's ``subfolder`` too; ``None``: nowhere.
+
+    Args:
+        options: as those of Transformers' ``find_adapter_config_file``.
+    """
+    if not LOCAL_SUBFOLDERS and source is not None and Path(source).is_dir() and options.get("subfolder"):
+        source = Path(source, options["subfolder"])
+    found: str | None = find_adapter_config_file(source, **options)  # type: ignore[arg-type]
+    return found
 
 
 def hf_api() -> HfApi:
