@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import warnings
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,20 +43,20 @@ Target = Annotated[
 ]
 
 
-class Method(str, Enum):
+class Method(StrEnum):
     """The methods that a plan can be made for from the command line."""
 
     lora = "lora"
     dora = "dora"
 
 
-class To(str, Enum):
+class To(StrEnum):
     """What methods can be converted to."""
 
     lora = "lora"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """What tensors can be converted to."""
 
     float32 = "float32"
