@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from fxpeft.adapters.state import Adapter, state_of
 from fxpeft.errors import AdapterError
 from fxpeft.methods.adalora import AdaLoraConfig
-from fxpeft.model.walk import whole
+from fxpeft.model.walk import full_tensor
 from fxpeft.model.wrappers import unwrap
 
 NAMES = ("lora_A", "lora_B", "lora_E")
@@ -103,7 +103,7 @@ class RankAllocator:
     def _select(self, budget: int) -> dict[str, list[bool]]:
         scores = {}
         for site in self._parameters():
-            a, b, e = (whole(self.sensitivity[site, n] * self.uncertainty[site, n]) for n in NAMES)
+            a, b, e = (full_tensor(self.sensitivity[site, n] * self.uncertainty[site, n]) for n in NAMES)
             scores[site] = e.flatten() + a.mean(1) + b.mean(0)
         off = self.initial - budget
         limit = torch.cat(list(scores.values())).kthvalue(off).values if off > 0 else -torch.inf

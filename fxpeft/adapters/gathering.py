@@ -19,7 +19,7 @@ from fxpeft.adapters.state import Adapter
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods.values import Values
 from fxpeft.model.placement import ZERO
-from fxpeft.model.walk import whole
+from fxpeft.model.walk import full_tensor
 from fxpeft.model.wrappers import submodule
 from fxpeft.passes.torch_private import FSDP
 
@@ -89,7 +89,7 @@ def gather(
     found = dict(read())
     if not any(parted(key, value) for key, value in found.items()):
         return None
-    found = {key: whole(value) for key, value in found.items()}
+    found = {key: full_tensor(value) for key, value in found.items()}
     partitioned = [parameter for parameter in parameters if hasattr(parameter, ZERO)]
     if partitioned:
         with importlib.import_module("deepspeed").zero.GatheredParameters(partitioned):

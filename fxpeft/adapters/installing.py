@@ -38,9 +38,12 @@ def install_adapter(model: nn.Module, adapter: Adapter, modules: Modules | None 
         return
     check_trained(model, [adapter])
     running = [] if state is None else [state.adapters[name] for name in state.active]
-    touched = hosts(model, [adapter, *running])
+    touched, frozen = hosts(model, [adapter, *running]), list[nn.Parameter]()
+    if state is None:
+        modules = modules or Modules(model)
+        frozen += (p for module in modules.values() for p in module._parameters.values() if p is not None)
     try:
-        with restoring(model, [adapter, *running], touched.values()):
+        with restoring(model, [adapter, *running], touched.values(), frozen):
             state = ensure_state(model, modules)
             attach(model, adapter)
             state.adapters[adapter.name] = adapter

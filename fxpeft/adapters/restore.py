@@ -41,7 +41,10 @@ def _same(now: Any, before: Any) -> bool:
 
 @contextmanager
 def restoring(
-    model: nn.Module, adapters: Iterable[Adapter], modules: Collection[nn.Module] | None = None
+    model: nn.Module,
+    adapters: Iterable[Adapter],
+    modules: Collection[nn.Module] | None = None,
+    parameters: Iterable[nn.Parameter] = (),
 ) -> Iterator[None]:
     """Change what a model is made of, all or nothing: after an error, whichever and wherever, it is what it was.
 
@@ -51,6 +54,7 @@ def restoring(
     Args:
         adapters: those that the change may touch.
         modules: the modules that it may touch; what fxpeft put below them is known. Default: all of the model.
+        parameters: those of the base that it may freeze, where the modules are given.
     """
     state, adapters = find_state(model), list(adapters)
     if modules is None:
@@ -59,8 +63,8 @@ def restoring(
         parts = [p for m in modules for p in (m, *(c for c in m._modules.values() if isinstance(c, Container)))]
         parts += [part for adapter in adapters for held in adapter.parts.values() for part in held.modules()]
     was = [_Was(thing) for thing in (*dict.fromkeys((*faces(unwrap(model)), *parts)), *adapters)]
-    trained = [p for adapter in adapters for p in adapter.parameters()]
-    if modules is None or state is None:
+    trained = [*parameters, *(p for adapter in adapters for p in adapter.parameters())]
+    if modules is None:
         trained += model.parameters()
     grads = [(parameter, parameter.requires_grad) for parameter in trained]
     lock, repair = None, None

@@ -20,7 +20,7 @@ from fxpeft.methods.base import Base, Method
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.values import Values
 from fxpeft.model.modules import Modules
-from fxpeft.model.walk import base_state, base_values, embedding_layer, whole
+from fxpeft.model.walk import base_state, base_values, embedding_layer, full_tensor
 from fxpeft.model.wrappers import submodule
 from fxpeft.outside import why_unfit
 from fxpeft.passes.base import PassError, attribute, join
@@ -288,7 +288,7 @@ def _base_weights(
             wrong.append(f"{key}: expected {list(own.shape)}, found {list(tensor.shape)}{cure}")
         elif (why := why_unfit(tensor, own.dtype)) is not None:
             wrong.append(f"{key}: {why}")
-        elif not own.is_meta and not _same(whole(own.detach()).cpu(), tensor):
+        elif not own.is_meta and not _same(full_tensor(own.detach()).cpu(), tensor):
             values.tensors[path] = tensor
             brought.append(path)
     for path in brought:  # one parameter under several names, of which PEFT writes into all at once

@@ -19,7 +19,7 @@ from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.lora import LoraConfig
-from fxpeft.model.walk import whole
+from fxpeft.model.walk import full_tensor
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
 
@@ -161,7 +161,7 @@ class AdaLora(Method[AdaLoraConfig]):
         """How far A and B are from orthogonal, PEFT's ``AdaLoraModel.forward``."""
         terms = []
         for site in sites:
-            for p in (whole(site.get_parameter("lora_A")), whole(site.get_parameter("lora_B")).t()):
+            for p in (full_tensor(site.get_parameter("lora_A")), full_tensor(site.get_parameter("lora_B")).t()):
                 covariance = p @ p.t()
                 identity = torch.eye(len(covariance), device=p.device, dtype=p.dtype)
                 terms.append(torch.linalg.matrix_norm(covariance - identity))

@@ -44,7 +44,7 @@ def base_values(module: nn.Module) -> dict[str, Tensor]:
 
     What FSDP2 has parted is gathered, by all processes.
     """
-    found = {key: whole(tensor) for key, tensor in base_state(module).items()}
+    found = {key: full_tensor(tensor) for key, tensor in base_state(module).items()}
     if any(tensor.is_meta for tensor in found.values()):
         for name, part in base_modules(module):
             with align_module_device(part):
@@ -54,7 +54,7 @@ def base_values(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor as it is; one that FSDP2 has parted (a ``DTensor``) is gathered, by all processes."""
     gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()

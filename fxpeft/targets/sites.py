@@ -206,8 +206,8 @@ def _site_kind(name: str, modules: Modules) -> Kind:
     if parted and FSDP not in vars(modules[name]):  # FSDP2 makes them whole before a forward
         raise AdapterError(
             f"{name}: tensor parallelism has parted its {' and '.join(parted)}, and an adapter there would have to be "
-            "parted with it, which isn't supported: add it to exclude_modules, or load the model without tp_plan "
-            "(parallelize_module) and shard it with FSDP2"
+            "parted with it, which isn't supported: add it to exclude_modules, or shard the model with FSDP2, "
+            "without tp_plan"
         )
     try:
         return modules.kind(name)

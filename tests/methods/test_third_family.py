@@ -32,6 +32,7 @@ THEIR_OWN = {
         "methods/p_tuning",
         "methods/prefix_tuning",
         "serving/prompts",
+        "integrations/trl",  # TRL asks for PEFT's class of that name
     )
 }
 
