@@ -10,7 +10,7 @@ from typing import Literal
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
-from fxpeft.adapters.gathering import gather
+from fxpeft.adapters.gathering import gather, parted
 from fxpeft.adapters.state import Adapter
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
@@ -71,11 +71,12 @@ def _whole(model: nn.Module, places: Mapping[str, tuple[str, str]]) -> dict[str,
         return {key: values[name][leaf].detach() for key, (name, leaf) in places.items()}
 
     shapes = {key: _shape(modules[name], leaf) for key, (name, leaf) in places.items()}
-    found = gather(model, read, shapes, (p for module in modules.values() for p in module.parameters(recurse=False)))
-    if found is None:
-        return read()
-    cut = [f"{key}: found {list(t.shape)}" for key, t in found.items() if tuple(t.shape) != shapes[key]]
-    if cut:
+    found = read()
+    if not parted(found, shapes):
+        return found
+    own = (parameter for module in modules.values() for parameter in module.parameters(recurse=False))
+    found = gather(model, read, found, shapes, own)
+    if cut := [f"{key}: found {list(found[key].shape)}" for key in parted(found, shapes)]:
         raise AdapterError(
             f"the base's embeddings are not whole here:\n{listing(cut)}\ncall this on every process, with the model as "
             "FSDP or DeepSpeed wrapped it, or with save_embedding_layers=False"

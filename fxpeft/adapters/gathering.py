@@ -49,14 +49,14 @@ def whole_adapter(model: nn.Module, adapter: Adapter) -> Adapter:
                 "the original parameters"
             ) from None
 
-    found = gather(model, read, shapes, adapter.parameters())
-    if found is None:
+    found = read()
+    if not parted(found, shapes):
         return adapter
+    found = gather(model, read, found, shapes, adapter.parameters())
     cut = [
-        f"{place or field}: {name or 'value'}: expected {list(shapes[key])}, found {list(value.shape)}"
-        for key, value in found.items()
+        f"{place or field}: {name or 'value'}: expected {list(shapes[key])}, found {list(found[key].shape)}"
+        for key in parted(found, shapes)
         for field, place, name in [key]
-        if tuple(value.shape) != shapes[key]
     ]
     if cut:
         raise AdapterError(
@@ -67,34 +67,41 @@ def whole_adapter(model: nn.Module, adapter: Adapter) -> Adapter:
     return replace(adapter, values=Values.from_flat(found), parts={})
 
 
+def parted(tensors: Mapping[Key, Tensor], shapes: Mapping[Key, Shape]) -> list[Key]:
+    """The tensors of which this process holds a part.
+
+    Args:
+        shapes: of the whole ones.
+    """
+    return [key for key, t in tensors.items() if hasattr(t, "full_tensor") or tuple(t.shape) != shapes[key]]
+
+
 def gather(
     model: nn.Module,
     read: Callable[[], Mapping[Key, Tensor]],
+    held: Mapping[Key, Tensor],
     shapes: Mapping[Key, Shape],
     parameters: Iterable[nn.Parameter],
-) -> dict[Key, Tensor] | None:
-    """Tensors as they are whole, or as they are where nothing here can gather them; ``None``: all are whole already.
+) -> dict[Key, Tensor]:
+    """Tensors as they are whole, or as they are where nothing here can gather them.
 
     Args:
-        read: gives them as they are now. shapes: of the whole ones.
+        read: gives them as they are when it is called. held: what it gave before.
+        shapes: of the whole ones.
         parameters: those of them that are parameters.
     """
 
-    def parted(key: Key, value: Tensor) -> bool:
-        return hasattr(value, "full_tensor") or tuple(value.shape) != shapes[key]
-
     def take() -> None:
-        found.update({k: v.detach().clone() for k, v in read().items() if parted(k, found[k]) and not parted(k, v)})
+        now = read()
+        whole = now.keys() - parted(now, shapes)
+        found.update({key: now[key].detach().clone() for key in parted(found, shapes) if key in whole})
 
-    found = dict(read())
-    if not any(parted(key, value) for key, value in found.items()):
-        return None
-    found = {key: full_tensor(value) for key, value in found.items()}
+    found = {key: full_tensor(value) for key, value in held.items()}
     partitioned = [parameter for parameter in parameters if hasattr(parameter, ZERO)]
     if partitioned:
         with importlib.import_module("deepspeed").zero.GatheredParameters(partitioned):
             take()
-    if any(parted(key, value) for key, value in found.items()) and in_group():
+    if parted(found, shapes) and in_group():
         fsdp = importlib.import_module("torch.distributed.fsdp").FullyShardedDataParallel
         for unit in fsdp.fsdp_modules(model):  # one after the other: the base's come along
             with fsdp.summon_full_params(unit, recurse=False, writeback=False):

@@ -37,17 +37,21 @@ def install_adapter(model: nn.Module, adapter: Adapter, modules: Modules | None 
         state.serving.install(model, state, adapter)
         return
     check_trained(model, [adapter])
-    running = [] if state is None else [state.adapters[name] for name in state.active]
-    touched, frozen = hosts(model, [adapter, *running]), list[nn.Parameter]()
-    if state is None:
+    running: list[Adapter] = []
+    named: list[Adapter] = []
+    frozen: list[nn.Parameter] = []
+    if state is not None:
+        running, named = [state.adapters[name] for name in state.active], _named(state)
+    else:
         modules = modules or Modules(model)
         frozen += (p for module in modules.values() for p in module._parameters.values() if p is not None)
+    touched = hosts(model, [adapter, *running])
     try:
-        with restoring(model, [adapter, *running], touched.values(), frozen):
+        with restoring(model, [adapter, *running, *named], touched.values(), frozen):
             state = ensure_state(model, modules)
             attach(model, adapter)
             state.adapters[adapter.name] = adapter
-            switch(model, state, [adapter.name], state.enabled)
+            _run(model, state, [adapter.name], state.enabled, touched)
     except PassError as error:
         raise AdapterError(str(error)) from None
 
@@ -70,17 +74,26 @@ def replace_attached(model: nn.Module, state: ModelState, new: Adapter) -> None:
 
 def switch(model: nn.Module, state: ModelState, names: list[str], enabled: bool) -> None:
     """Rebind the modules of the adapters that come or go; on an error everything is bound as before."""
-    old, old_enabled = state.active, state.enabled
     check_trained(model, [state.adapters[name] for name in names if enabled and name in state.adapters])
-    named = [name for name, adapter in state.adapters.items() if adapter.trained is not None]
-    changed = [state.adapters[n] for n in dict.fromkeys((*old, *names, *named)) if n in state.adapters]
-    touched = hosts(model, [adapter for adapter in changed if adapter.name in (*old, *names)])
-    with restoring(model, changed, touched.values()):
-        state.active, state.enabled = names, enabled
-        rebind(model, touched, state.running())
-        if enabled == old_enabled:  # adapters were chosen, not switched off or on
-            for name in named:
-                state.note(state.adapters[name])
-                state.adapters[name].trained = None
-        set_trainable(state, (*old, *names, *named))
-        watch_loss(model, state)
+    changed = [state.adapters[n] for n in dict.fromkeys((*state.active, *names)) if n in state.adapters]
+    touched = hosts(model, changed)
+    with restoring(model, [*changed, *_named(state)], touched.values()):
+        _run(model, state, names, enabled, touched)
+
+
+def _run(model: nn.Module, state: ModelState, names: list[str], enabled: bool, touched: dict[str, nn.Module]) -> None:
+    """:func:`switch` of the modules that it touches, inside of a change that is undone where it breaks off."""
+    old, old_enabled, named = state.active, state.enabled, _named(state)
+    state.active, state.enabled = names, enabled
+    rebind(model, touched, state.running())
+    if enabled == old_enabled:  # adapters were chosen, not switched off or on
+        for adapter in named:
+            state.note(adapter)
+            adapter.trained = None
+    set_trainable(state, (*old, *names, *(adapter.name for adapter in named)))
+    watch_loss(model, state)
+
+
+def _named(state: ModelState) -> list[Adapter]:
+    """The adapters that were said to be trained or not, by name."""
+    return [adapter for adapter in state.adapters.values() if adapter.trained is not None]

@@ -6,11 +6,10 @@ subclass with PEFT's methods; ``unload`` and ``merge_and_unload`` give the class
 
 from __future__ import annotations
 
-import contextlib
 import copyreg
 import os
 from abc import ABCMeta
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,14 @@ from fxpeft.adapters.state import find_state, is_prepared, state_of
 from fxpeft.errors import AdapterError
 from fxpeft.integrations.transformers import loading, model_methods
 from fxpeft.integrations.transformers.held import held_adapter
-from fxpeft.integrations.transformers.model_state import LOADED, PROPERTIES, adapters_of, add_beside, train_parts
+from fxpeft.integrations.transformers.model_state import (
+    LOADED,
+    PROPERTIES,
+    adapters_of,
+    add_beside,
+    others_active,
+    train_parts,
+)
 from fxpeft.integrations.transformers.saving import unfinished, write_unfinished
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.model.wrappers import unwrap
@@ -210,7 +216,7 @@ class PeftModel(nn.Module, metaclass=_Bridge):
         """
         source = os.fspath(model_id)
         if adapter_name not in self.peft_config:
-            with _others_active(self):
+            with others_active(self):
                 adapters.load_adapter(
                     self, source, adapter_name, trainable=is_trainable, autocast_adapter_dtype=autocast_adapter_dtype,
                     key_mapping=key_mapping, **kwargs,
@@ -261,7 +267,7 @@ class PeftModel(nn.Module, metaclass=_Bridge):
         **kwargs: Any,
     ) -> None:
         """Combine LoRAs to a new one, as :func:`fxpeft.add_weighted_adapter`, without making it the active one."""
-        with _others_active(self):
+        with others_active(self):
             transform.add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **kwargs)  # type: ignore[arg-type]
 
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = False) -> None:
@@ -322,16 +328,6 @@ def get_peft_model(
 
 
 # --- a model's class ---
-
-
-@contextlib.contextmanager
-def _others_active(model: nn.Module) -> Iterator[None]:
-    """Let adapters come without becoming the active ones, where there are others."""
-    if not adapters_of(model):
-        yield
-        return
-    with adapters.active(model, adapters.active_adapters(model)):
-        yield
 
 
 def _bridged(base: type[nn.Module]) -> type[nn.Module]:

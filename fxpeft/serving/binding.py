@@ -40,6 +40,7 @@ def bind_slots(model: nn.Module, serving: Serving) -> None:
     _make_slots(model, serving)
     _bind_parameters(model, serving)
     sites = dict.fromkeys((*(s for s, kind in serving.kinds.items() if not kind.leaf), *redirects))
+    head = output_head(model)
     for site in progress(sites, "slots"):
         module = submodule(model, site)
         unbind(module)
@@ -50,10 +51,8 @@ def bind_slots(model: nn.Module, serving: Serving) -> None:
         for leaf, (_, value) in redirects.get(site, {}).items():
             place.register_buffer(leaf, value, persistent=False)
         module.add_module("slot", place)
-        rewrite_module(
-            module, rewrites, name=site, redirects=redirects.get(site), container="slot",
-            alone=bool(rewrites) and module is output_head(model),
-        )  # fmt: skip
+        alone = bool(rewrites) and module is head
+        rewrite_module(module, rewrites, name=site, redirects=redirects.get(site), container="slot", alone=alone)
     for module in fused_above(model, serving.hosts()).values():
         switch_off(module)
 

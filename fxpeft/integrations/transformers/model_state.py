@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -126,6 +126,11 @@ def add(model: PreTrainedModel, new: Adapter) -> None:
             raise
 
 
+def others_active(model: nn.Module) -> AbstractContextManager[None]:
+    """A block in which adapters come without becoming the active ones, where there are others."""
+    return adapters.active(model, adapters.active_adapters(model)) if adapters_of(model) else nullcontext()
+
+
 def add_beside(model: nn.Module, name: str, config: object) -> None:
     """Add an adapter without making it the active one, where there are others.
 
@@ -133,9 +138,8 @@ def add_beside(model: nn.Module, name: str, config: object) -> None:
         config: one of fxpeft's configs or of PEFT's, for a fresh adapter; the very object that an adapter of the model
             has: for a copy of that, as TRL makes its reference.
     """
-    known = adapters_of(model)
-    with adapters.active(model, adapters.active_adapters(model)) if known else nullcontext():
-        own = next((adapter for adapter in known.values() if adapter.config is config), None)
+    with others_active(model):
+        own = next((adapter for adapter in adapters_of(model).values() if adapter.config is config), None)
         if own is None or own.lowered:
             adapters.add_adapter(model, as_config(config), name)
         else:
