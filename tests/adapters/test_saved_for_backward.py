@@ -79,6 +79,16 @@ def gradients(net: nn.Module, x: Tensor, run: Callable[[Tensor], Tensor] | None 
     return {"output": out.detach()} | {name: t.grad.clone() for name, t in given.items() if t.grad is not None}
 
 
+def check_gradients(net: nn.Module, x: Tensor) -> None:
+    """Output and gradients are those of the same net whose values are kept, not made again."""
+    found = gradients(net, x)
+    with as_autograd_keeps_it():
+        expected = gradients(net, x)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_close(found[name], value, message=f"{name}: ")
+
+
 def as_autograd_keeps_it() -> Any:
     """A block in which values are kept, not made again."""
     return patch.object(recomputed, "is_recorded", lambda: True)
@@ -102,13 +112,7 @@ def test_nothing_wide_is_kept_but_the_input_once_and_what_the_base_gives(case: s
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("case", LORAS)
 def test_gradients_and_masks_are_those_of_autograd(case: str, dtype: torch.dtype) -> None:
-    net, x = three(dtype, **LORAS[case]), torch.randn(5, 2, 48).to(dtype)
-    found = gradients(net, x)
-    with as_autograd_keeps_it():
-        expected = gradients(net, x)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert_close(found[name], value, message=f"{name}: ")
+    check_gradients(three(dtype, **LORAS[case]), torch.randn(5, 2, 48).to(dtype))
 
 
 @pytest.mark.parametrize(
@@ -129,13 +133,7 @@ def test_every_method_and_kind(method: str, kind: str, dropout: float) -> None:
             p.data, p.requires_grad = p.data.bfloat16(), False
     net.train()
     x = KINDS[kind].input()
-    x = x.bfloat16() if x.is_floating_point() else x
-    found = gradients(net, x)
-    with as_autograd_keeps_it():
-        expected = gradients(net, x)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert_close(found[name], value, message=f"{name}: ")
+    check_gradients(net, x.bfloat16() if x.is_floating_point() else x)
 
 
 @pytest.mark.parametrize("case", ["lora", "dropout", "dora", "dora, dropout"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import profiled
 from tiny import randomise, two_linears
 from torch import nn
 
@@ -127,12 +127,8 @@ def breaking(work: Callable[[], Any], at: int) -> int:
             if count == at:
                 raise Broken(f"in {path}:{frame.f_code.co_name}")
 
-    before = sys.getprofile()
-    sys.setprofile(seen)
-    try:
+    with profiled(seen):
         work()
-    finally:
-        sys.setprofile(before)
     return count
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import pickle
-import sys
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from calls import calls_of
 from closeness import is_close
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -185,24 +183,6 @@ def test_parameters_after_a_release_share_no_memory() -> None:
     assert len({p.untyped_storage().data_ptr() for p in own}) == len(own) == LAYERS * 3 * 5
     assert all(adapter.room is None for adapter in state_of(model).adapters.values())
     assert len(pickle.dumps(model)) < 2 * sum(p.nbytes for p in model.parameters()) + 800_000
-
-
-def calls_of(function: Callable[[], object]) -> int:
-    """How many functions of Python and of C a call makes."""
-    count = 0
-
-    def profile(frame: Any, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    gc.disable()  # what it frees runs finalisers
-    sys.setprofile(profile)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-        gc.enable()
-    return count
 
 
 def test_a_swap_does_the_same_beside_a_thousand_others() -> None:
