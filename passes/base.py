@@ -87,9 +87,12 @@ def attribute(root: torch.nn.Module, path: str) -> Any:
     """
     found: Any = root
     for atom in path.split(".") if path else ():
-        own = vars(found) if isinstance(found, torch.nn.Module) else {}
-        held = (own.get(registry, {}).get(atom) for registry in ("_modules", "_parameters", "_buffers"))
-        value = next((value for value in held if value is not None), None)
+        value = None
+        if isinstance(found, torch.nn.Module):
+            own = vars(found)
+            for registry in ("_modules", "_parameters", "_buffers"):
+                if (value := own.get(registry, {}).get(atom)) is not None:
+                    break
         found = getattr(found, atom) if value is None else value
     return found
 

@@ -19,9 +19,10 @@ class _Was:
 
     def __init__(self, thing: object) -> None:
         self.thing, self.cls, self.own = thing, type(thing), dict(vars(thing))
+        every = not isinstance(thing, nn.Module)
         self.held: list[tuple[Any, Any]] = [
-            (value, value.copy()) for name, value in self.own.items()
-            if isinstance(value, dict | set | list) and (name[0] == "_" or not isinstance(thing, nn.Module))
+            (value, value.copy() if value else ()) for name, value in self.own.items()  # most of a module's are empty
+            if (every or name[0] == "_") and isinstance(value, (dict, set, list))
         ]  # fmt: skip
 
     def put_back(self) -> None:

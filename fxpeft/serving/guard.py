@@ -53,14 +53,16 @@ def guard_forwards(model: nn.Module, lock: ModelLock, hosts: Collection[str]) ->
     Args:
         hosts: names of the modules with slots.
     """
-    own = {id(submodule(model, name)) for name in hosts}
+    named = dict(named_modules(model, remove_duplicate=False))
+    own = {id(named[name]) for name in hosts}
     around = {""}
-    for name, module in named_modules(model, remove_duplicate=False):
+    for name, module in named.items():
         if id(module) in own:
             while name:
                 around.add(name)
                 name = name.rpartition(".")[0]
-    parts = {id(part): part for face in faces(model) for part in (submodule(face, name) for name in around)}
+    parts = {id(part): part for part in map(named.__getitem__, around)}
+    parts |= {id(part): part for face in faces(model)[1:] for part in (submodule(face, name) for name in around)}
     for module in parts.values():
         if type(module).forward is not nn.Module.forward:  # a list of modules isn't called
             lock_module(module, lock)
