@@ -81,6 +81,12 @@ INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # w
 COMPILED = "_compiled_call_impl"  # what ``module.compile()`` sets
 MODULE_CALL: CodeType = torch.nn.Module._call_impl.__code__  # the frame in which a module calls hooks and forward
 version_of = operator.attrgetter("_version")  # how often a tensor was written
+# ``F.grouped_mm``, which torch 2.9 hasn't, and what it and programs call
+GROUPED_PRODUCTS = frozenset(
+    found
+    for path in ("torch.nn.functional:grouped_mm", "torch:_grouped_mm", "torch:ops.aten._grouped_mm.default")
+    if not isinstance(found := _found(path, "a grouped product of experts"), _Lost)
+)
 LINEAR = _found("torch._C._nn:linear", "tracing a model")  # ``F.linear``, whatever stands in its place
 # into tensors from tensors, in one call without the interpreter between
 copy_each = _found("torch:_foreach_copy_", "a swap")

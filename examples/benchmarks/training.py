@@ -28,12 +28,13 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import fxpeft
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": NAMES}
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 IA3 = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA": ("LoraConfig", LORA),
@@ -42,6 +43,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "DoRA, dropout": ("LoraConfig", {**LORA, "use_dora": True, "lora_dropout": 0.1}),
     "AdaLoRA": ("AdaLoraConfig", {"init_r": 16, "lora_alpha": 32, "target_modules": NAMES, "total_step": 1000}),
     "IA3": ("IA3Config", IA3),
+    "LoRA, experts": ("LoraConfig", {"r": 16, "target_modules": [], "target_parameters": EXPERTS}),  # of a Mixtral
 }
 VARIANTS = ("bare", "fxpeft", "PEFT")
 
@@ -69,13 +71,18 @@ class Case:
     def __init__(self, options: argparse.Namespace, variant: str, method: str, dtype: str, compiled: bool) -> None:
         torch.manual_seed(0)
         size = options.hidden
-        config = LlamaConfig(
-            vocab_size=512, hidden_size=size, intermediate_size=size * 11 // 4, num_hidden_layers=options.layers,
-            num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=options.tokens,
-            tie_word_embeddings=False,
-        )  # fmt: skip
-        base: Any = LlamaForCausalLM(config).to(options.device, getattr(torch, dtype)).requires_grad_(False)
+        shape: dict[str, Any] = {
+            "vocab_size": 512, "hidden_size": size, "intermediate_size": size * 11 // 4, "num_attention_heads": 16,
+            "num_hidden_layers": options.layers, "num_key_value_heads": 16, "max_position_embeddings": options.tokens,
+            "tie_word_embeddings": False,
+        }  # fmt: skip
         name, settings = METHODS[method]
+        base: Any
+        if "target_parameters" in settings:
+            base = MixtralForCausalLM(MixtralConfig(**shape, num_local_experts=8, num_experts_per_tok=2))
+        else:
+            base = LlamaForCausalLM(LlamaConfig(**shape))
+        base.to(options.device, getattr(torch, dtype)).requires_grad_(False)
         if variant == "fxpeft":
             fxpeft.add_adapter(base, getattr(fxpeft, name)(**settings))
         elif variant == "PEFT":
@@ -88,6 +95,7 @@ class Case:
                     p.normal_(std=0.02)
         self.own = [*base.parameters(), *base.buffers()]
         self.optimiser = torch.optim.AdamW([p for _, p in trained], lr=1e-4) if trained else None
+        self.clock = time.process_time if options.processor_time else time.perf_counter
         self.labels = torch.randint(0, 512, (1, options.tokens), device=options.device)
         self.embeddings = torch.randn(1, options.tokens, size, device=options.device, dtype=getattr(torch, dtype))
         self.embeddings.requires_grad_()
@@ -155,11 +163,11 @@ class Case:
 
     def seconds(self) -> float:
         """Of one step."""
-        start = time.perf_counter()
+        start = self.clock()
         self.step()
         if self.embeddings.is_cuda:
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return self.clock() - start
 
 
 def memory(argv: list[str], variant: str, method: str, dtype: str, mode: str) -> dict[str, int]:
@@ -197,6 +205,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--processor-time", action="store_true", help="of all threads, for a busy machine")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
@@ -206,7 +215,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         small = {"hidden": 256, "layers": 1, "tokens": 256, "rounds": 5, "dtypes": ["bfloat16"], "modes": ["eager"]}
-        vars(options).update(small, methods=["LoRA", "LoRA, dropout", "DoRA"])
+        vars(options).update(small, methods=["LoRA", "LoRA, dropout", "DoRA", "LoRA, experts"])
     return options
 
 

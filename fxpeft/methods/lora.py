@@ -27,6 +27,7 @@ from fxpeft.methods.config import RankConfig
 from fxpeft.methods.inits import EvaConfig, LoftQConfig
 from fxpeft.passes.base import PassError, join
 from fxpeft.passes.live.parameters import scaled
+from fxpeft.passes.live.split import split_product
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.names import pattern_value
@@ -175,11 +176,15 @@ def rest(kind: Kind, y: Tensor, x: Tensor, lora_A0: Tensor | None, lora_B0: Tens
 
 
 def lora_weight(kind: ParameterKind, weight: Tensor, *, lora_A: Tensor, lora_B: Tensor, scaling: Tensor) -> Tensor:
-    """The training subgraph of a parameter: ``weight + scale * B A``, expert by expert.
+    """The training subgraph of a parameter: ``weight + scale * B A``, expert by expert, and not added up for a stack.
 
     ``lora_A``: [rank * experts, in], ``lora_B``: [out, rank * experts], as PEFT's ``ParamWrapper`` holds them.
     """
-    return kind.updated(weight, kind.ranks(scaled(lora_A, scaling)), kind.rows(lora_B))
+    a, rows = kind.ranks(scaled(lora_A, scaling)), kind.rows(lora_B)
+    if kind.experts is None:
+        return kind.updated(weight, a, rows)
+    split: Tensor = split_product(weight, *kind.factors(a, rows))
+    return split
 
 
 class Lora(Method[LoraConfig]):

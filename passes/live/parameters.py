@@ -2,7 +2,8 @@
 
 Some weights are read by a forward that no pass can look into: experts held as one parameter, multiplied in a
 loop or by a grouped kernel, whichever the model's config names. Such a module is called as it is, on a
-:class:`Reading` of itself in which the parameter is ``weight + update``, computed once a call. The module
+:class:`Reading` of itself in which the parameter is ``weight + update``: computed once a call, or, for a stack that is
+trained, left as two (:mod:`~fxpeft.passes.live.split`). The module
 keeps its parameters, so ``state_dict``, ``named_parameters`` and ``.to()`` don't notice.
 """
 
@@ -22,6 +23,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, TracedModule, join
 from fxpeft.passes.live.bind import bind_source
 from fxpeft.passes.live.instance import base_class, given_forward
+from fxpeft.passes.live.split import Split, why_whole
 from fxpeft.passes.meta import CALL, OPERAND
 from fxpeft.passes.pipeline import Pipeline
 from fxpeft.passes.recent import Recent
@@ -109,7 +111,10 @@ def call_reading(
     forward: MethodType, values: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
     """Call a module's forward on a :class:`Reading` of it."""
-    return forward.__func__(Reading(forward.__self__, values), *args, **kwargs)  # type: ignore[arg-type]
+    module: nn.Module = forward.__self__  # type: ignore[assignment]
+    if why_whole(module):
+        values = {leaf: value.whole() if isinstance(value, Split) else value for leaf, value in values.items()}
+    return forward.__func__(Reading(module, values), *args, **kwargs)
 
 
 class ReadPass(GraphPass):

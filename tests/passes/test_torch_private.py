@@ -23,6 +23,7 @@ from fxpeft.passes.rewrite.subgraphs import copy_graph_module
 from fxpeft.passes.torch_private import (
     COMPILED,
     FSDP,
+    GROUPED_PRODUCTS,
     INNER,
     LINEAR,
     MODULE_CALL,
@@ -171,6 +172,20 @@ def test_argument_names_of_nested_arguments() -> None:
 
 def test_the_linear_that_nobody_replaced() -> None:
     assert LINEAR is torch.nn.functional.linear
+
+
+def test_grouped_products_are_those_that_a_tensor_like_argument_sees() -> None:
+    seen = []
+
+    class Like:
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> None:
+            seen.append(function)
+
+    torch.nn.functional.grouped_mm(torch.ones(4, 8), Like(), offs=torch.tensor([4], dtype=torch.int32))  # type: ignore[arg-type]
+    torch.ops.aten._grouped_mm.default(torch.ones(4, 8), Like())
+    assert len(seen) == 2
+    assert set(seen) < GROUPED_PRODUCTS
 
 
 def test_fsdp_marks_the_modules_whose_parameters_it_manages() -> None:

@@ -276,7 +276,8 @@ def test_copies_pickles_casts_and_loads(prepared: bool, tmp_path: Path) -> None:
     assert_close(logits(torch.load(tmp_path / "model.pt", weights_only=False)), wanted)
     half = copy.deepcopy(model).to(torch.bfloat16)
     assert half.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.bfloat16
-    assert float((logits(half).float() - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
+    # two products rounded to bfloat16 and their sum, where the sum of the weights is rounded once and so its product
+    assert float((logits(half).float() - wanted).abs().max()) < (0.05 if prepared else 0.08) * float(wanted.abs().max())
     other = mixtral()
     with torch.no_grad():
         for parameter in other.parameters():
@@ -318,7 +319,7 @@ def test_checkpointed_gradients(reentrant: bool) -> None:
 
 
 def test_the_base_is_updated_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many experts the loop visits."""
+    """However many experts the loop visits, where the forward reads slots; in training never."""
     model = adapted()
     model.set_experts_implementation("eager")
     calls: list[torch.Size] = []
@@ -329,6 +330,9 @@ def test_the_base_is_updated_once_a_call(monkeypatch: pytest.MonkeyPatch) -> Non
         return original(weight, *args)
 
     monkeypatch.setattr(torch, "baddbmm", counted)
+    logits(model)
+    assert not calls
+    fxpeft.prepare_hotswap(model, 8)
     logits(model)
     assert len(calls) == 4  # two parameters in each of two layers
 

@@ -75,11 +75,15 @@ class ParameterKind(Kind):
 
     def updated(self, weight: Tensor, a: Tensor, rows: Tensor) -> Tensor:
         """``weight`` plus :meth:`delta`, without holding that; traceable."""
-        left, right = (a, rows) if self.transposed else (rows, a)
-        left, right = left.permute(1, 2, 0), right.transpose(0, 1)
+        left, right = self.factors(a, rows)
         if self.experts is None:
             return add_product(weight.unsqueeze(0), left, right).squeeze(0)
         return add_product(weight, left, right)
+
+    def factors(self, a: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Two stacks whose product is :meth:`delta`, ``[experts, ..., rank]`` and ``[experts, rank, ...]``."""
+        left, right = (a, rows) if self.transposed else (rows, a)
+        return left.permute(1, 2, 0), right.transpose(0, 1)
 
 
 def add_product(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
