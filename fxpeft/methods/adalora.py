@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft.errors import AdapterError
-from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
+from fxpeft.methods.base import Base, Kept, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.model.walk import full_tensor
@@ -130,6 +130,9 @@ class AdaLora(Method[AdaLoraConfig]):
         for name in ("lora_A", "lora_B"):
             nn.init.normal_(parameters[name], std=0.02 if config.init_lora_weights else 1.0)
         nn.init.zeros_(parameters["lora_E"]) if config.init_lora_weights else nn.init.normal_(parameters["lora_E"])
+
+    def kept(self, config: AdaLoraConfig, plan: SitePlan) -> Kept:
+        return Kept(own=2 * plan.rank)  # after A for the singular values, times these for B
 
     def dropout(self, config: AdaLoraConfig, kind: Kind) -> float:
         return config.lora_dropout

@@ -155,6 +155,14 @@ class SlotValues(NamedTuple):
         return {name: value for name in FEATURES if (value := getattr(self, name)) is not None}
 
 
+class Kept(NamedTuple):
+    """What autograd keeps of a token where a method trains a site, beside the bare model's own."""
+
+    input: bool = True  # the site's input, as it is
+    own: int = 0  # how many numbers of the adapter's dtype, such as the input after A
+    outputs: int = 0  # how many of the base's output, in its dtype
+
+
 @dataclass(frozen=True)
 class Base:
     """What a method may read at a site beside its parameters there.
@@ -372,6 +380,10 @@ class Method(abc.ABC, Generic[C]):
     def penalty(self, config: C, sites: Iterable[SiteAdapter]) -> Tensor | None:
         """A term that is added to the model's loss while the adapter trains; ``None``: there is none."""
         return None
+
+    def kept(self, config: C, plan: SitePlan) -> Kept:
+        """What training a site keeps of a token, as the plan says it."""
+        return Kept(False) if self.feeds else Kept(own=plan.rank)
 
     def dropout(self, config: C, kind: Kind) -> float:
         """Probability of dropping an input of the training subgraph."""

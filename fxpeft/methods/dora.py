@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxpeft.errors import AdapterError
-from fxpeft.methods.base import Base, SiteAdapter, SitePlan, SlotValues
+from fxpeft.methods.base import Base, Kept, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.lora import Lora, LoraConfig, rest
 from fxpeft.passes.rewrite.inject import Rewrite
@@ -96,6 +96,12 @@ class Dora(Lora):
 
     def keys(self, kind: Kind) -> dict[str, str]:
         return {**super().keys(kind), MAGNITUDE: MAGNITUDE}
+
+    def kept(self, config: LoraConfig, plan: SitePlan) -> Kept:
+        kept, out = super().kept(config, plan), plan.kind.out_features
+        if self.dropout(config, plan.kind):  # what it changes of the base's output is in the adapter's dtype
+            return kept._replace(own=kept.own + out)
+        return kept._replace(outputs=out)
 
     def initialise(self, config: LoraConfig, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
         super().initialise(config, plan, parameters, base)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft.errors import AdapterError
-from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
+from fxpeft.methods.base import Base, Kept, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig, check_pattern
 from fxpeft.methods.defaults import default_feedforward
 from fxpeft.passes.rewrite.inject import Rewrite
@@ -120,6 +120,10 @@ class Ia3(Method[IA3Config]):
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
         feature = "g_in" if isinstance(plan, Ia3Plan) and plan.feedforward else "g_out"
         return SlotValues.without_ranks(plan.kind, **{feature: parameters["ia3_l"].flatten().to(torch.float32)})
+
+    def kept(self, config: IA3Config, plan: SitePlan) -> Kept:
+        feedforward = isinstance(plan, Ia3Plan) and plan.feedforward
+        return Kept(feedforward, outputs=0 if feedforward else plan.kind.out_features)
 
     def scales(self, config: IA3Config) -> bool:
         return False

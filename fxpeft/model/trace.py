@@ -10,9 +10,9 @@ import os
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,13 +27,14 @@ from fxpeft.model.wrappers import named_modules, unwrap
 from fxpeft.passes.base import PassError, join
 from fxpeft.passes.live import Container, base_class, unbind
 from fxpeft.passes.source import check_path
-from fxpeft.passes.targets.flow import Flow, flow_of
+from fxpeft.passes.targets.flow import Flow, flow_of, same_inputs
 from fxpeft.passes.targets.match import module_kind
 from fxpeft.passes.targets.roles import roles_of_sites
 from fxpeft.passes.torch_private import FakeTensorMode, pytree
 from fxpeft.passes.tried import warn_untried
 
 warn_untried("transformers", transformers.__version__)  # every other module of this package comes after this one
+T = TypeVar("T")
 BATCH, LENGTH = 2, 6
 _tracing = threading.RLock()  # torch.export keeps what it is at in variables of the process
 _flows: WeakKeyDictionary[nn.Module, tuple[list[Any], Flow]] = WeakKeyDictionary()
@@ -299,10 +300,35 @@ def roles(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dict[str
         AdapterError: the model can't be traced.
     """
     model = unwrap(model)
+    return _by_module(model, inputs, roles_of_sites)
+
+
+def first_readers(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Module that applies a weight -> the first one that reads the same value; otherwise as :func:`roles`."""
+
+    def relative(flow: Flow) -> dict[str, tuple[int, str]]:
+        return {site: _way(site, first) for site, first in same_inputs(flow).items()}
+
+    found = _by_module(unwrap(model), inputs, relative)
+    return {site: join(*site.split(".")[: len(site.split(".")) - up], rest) for site, (up, rest) in found.items()}
+
+
+def _way(start: str, end: str) -> tuple[int, str]:
+    """From one module's name to another's: how many parts to leave out at the end, and what comes in their place."""
+    parts, others = start.split("."), end.split(".")
+    pairs = zip(parts, others, strict=False)
+    same = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(parts), len(others)))
+    return len(parts) - same, ".".join(others[same:])
+
+
+def _by_module(
+    model: nn.Module, inputs: Mapping[str, Any] | None, find: Callable[[Flow], dict[str, T]]
+) -> dict[str, T]:
+    """What is found by a module's name in a model's data flow, in the modules' order."""
     with tracing():
         for repeats, flow in _short_flows(model, inputs):
-            found = repeats.expand(roles_of_sites(flow))
+            found = repeats.expand(find(flow))
             if found is not None:
                 order = {name: at for at, (name, _) in enumerate(named_modules(model))}
                 return dict(sorted(found.items(), key=lambda item: order.get(item[0], -1)))
-        return roles_of_sites(model_flow(model, inputs))
+        return find(model_flow(model, inputs))

@@ -31,6 +31,10 @@ class Later:
     def __getstate__(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        made = {f.name: f.default_factory for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        vars(self).update({name: make() for name, make in made.items() if callable(make)} | state)
+
 
 @dataclass(frozen=True)
 class PlanRow(Later):
@@ -42,6 +46,10 @@ class PlanRow(Later):
         scaling: the factor of the update. parameters: how many the adapter has here.
         extra_bytes: of those parameters. flops: what the update adds per token (per position of a
             convolution's output), two for a multiplication and its addition.
+        kept: bytes per token that training the site keeps for the backward pass beside the bare model's own and its
+            input; of a stack of experts, per row that goes to one. kept_input: bytes of its input, where that is kept.
+        update: of a parameter, ``split`` or ``whole weight``: how its update meets the input, and why.
+        input_of: the site before that reads the same input and counts it; empty where none does or is known to.
     """
 
     name: str
@@ -55,6 +63,15 @@ class PlanRow(Later):
     parameters: int
     extra_bytes: int
     flops: int
+    kept: int = 0  # an older plan, in JSON or in a pickle, has none of these
+    kept_input: int = 0
+    update: str = ""
+    input_of: str = field(default_factory=str)
+
+    @property
+    def kept_here(self) -> int:
+        """Bytes per token, its input among them where no site before counts it."""
+        return self.kept + (0 if self.input_of else self.kept_input)
 
 
 @dataclass(frozen=True)
@@ -107,6 +124,11 @@ class PlanData(Later):
         """What all updates add per token."""
         return sum(site.flops for site in self.sites)
 
+    @property
+    def kept(self) -> int:
+        """Bytes per token that training keeps for the backward pass; an input that several sites read counts once."""
+        return sum(site.kept_here for site in self.sites)
+
     def to_json(self) -> str:
         """The plan as JSON, for :meth:`from_json`."""
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("config", "flow")}
@@ -155,6 +177,8 @@ def _read(cls: type[Any], values: Any) -> Any:
     """A dataclass of strings and numbers, its types checked."""
     numbers = {"int": int, "float": (int, float), "float | None": (int, float, type(None)), "str": str}
     names = {f.name: numbers[str(f.type)] for f in dataclasses.fields(cls)}
-    if not isinstance(values, dict) or set(values) != set(names):
+    missing = dataclasses.MISSING
+    needed = {f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing}
+    if not isinstance(values, dict) or not needed <= set(values) <= set(names):
         raise TypeError(f"{values!r} where {cls.__name__} was expected")
     return cls(**{name: _of_type(value, names[name]) for name, value in values.items()})  # type: ignore[arg-type]

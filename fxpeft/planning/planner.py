@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxpeft.adapters.api import add_adapter
@@ -21,19 +22,21 @@ from fxpeft.model.fast_path import fused_above
 from fxpeft.model.modules import Modules
 from fxpeft.model.placement import placement
 from fxpeft.model.reads import read_past
-from fxpeft.model.trace import model_flow
+from fxpeft.model.trace import first_readers, model_flow
 from fxpeft.model.trace import roles as roles_of
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import Skip
 from fxpeft.passes.draw import Picture
 from fxpeft.passes.live import base_class
+from fxpeft.passes.live.split import why_whole
 from fxpeft.passes.targets.flow import Flow
+from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.names import NameSelector, pattern_value
 from fxpeft.passes.targets.patterns import explain, from_peft
 from fxpeft.passes.targets.terms import Pattern, Subject
 from fxpeft.planning.data import PlanData, PlanRow, SharedRow
 from fxpeft.planning.picture import draw_plan
-from fxpeft.planning.table import PlanDiff, diff_plans, plan_text
+from fxpeft.planning.table import PlanDiff, collapse, diff_plans, plan_text
 from fxpeft.targets.experts import converted
 from fxpeft.targets.resolve import Roles, has_pattern, subjects_of
 from fxpeft.targets.sites import AdapterPlan, make_plan
@@ -98,7 +101,7 @@ def plan(
     sites = []
     for name, site in found.sites.items():
         host = site.kind.host(name)
-        _, dtype = placement(modules[host], model, autocast=True, leaf=site.kind.leaf)
+        dtype, base = (placement(modules[host], model, autocast, site.kind.leaf)[1] for autocast in (True, False))
         shapes = method.shapes(found.config, site)
         count = sum(map(math.prod, shapes.values()))
         # what feeds a forward adds no work per token; a parameter is updated once a call, whatever the tokens
@@ -107,10 +110,14 @@ def plan(
         if hasattr(found.config, "lora_alpha"):
             own = getattr(found.config, "alpha_pattern", None) or {}
             alpha = pattern_value(own, name, found.config.lora_alpha, "alpha_pattern")
+        kept, leaf = method.kept(found.config, site), site.kind.leaf
+        own = kept.own * (base if leaf else dtype).itemsize + kept.outputs * base.itemsize
+        read = torch.int64.itemsize if site.kind.looks_up else site.kind.in_features * base.itemsize
         sites.append(
             PlanRow(
                 name, "", site.kind.name, site.kind.in_features, site.kind.out_features,
                 site.rank, alpha, site.scaling, count, count * dtype.itemsize, flops,
+                own, read if kept.input else 0, _update(modules[host], site.kind) if leaf else "",
             )
         )  # fmt: skip
     made = Plan(
@@ -124,21 +131,37 @@ def plan(
         else:
             known, untold = early or _roles(model, inputs) if roles else ({}, [])
             skipped, notes = _told(given, found, modules, known)
+            readers = first_readers(model, inputs) if known else {}
+            counted: dict[str, str] = {}
             for site in sites:
-                vars(site)["role"] = ", ".join(known.get(found.sites[site.name].kind.host(site.name), ()))
+                host = found.sites[site.name].kind.host(site.name)
+                read = site.name if site.update else readers.get(host, host)  # an expert's rows are its own
+                first = counted.setdefault(read, site.name) if site.kept_input else site.name
+                vars(site)["input_of"] = "" if first == site.name else first
+                vars(site)["role"] = ", ".join(known.get(host, ()))
                 vars(site).pop("_later", None)
-            vars(made).update(skipped=skipped, notes=(*untold, *notes))
+            updates = dict.fromkeys(site.update for site in sites if site.update)
+            told = [f"{', '.join(collapse([s.name for s in sites if s.update == why]))}: {why}" for why in updates]
+            vars(made).update(skipped=skipped, notes=(*untold, *notes, *told))
         if vars(made).keys() >= {"skipped", "flow"}:
             vars(made).pop("_later", None)
 
     if not roles:
         later("skipped")
         return made
-    for each, names in ((made, ("skipped", "notes", "flow")), *((site, ("role",)) for site in sites)):
+    for each, names in ((made, ("skipped", "notes", "flow")), *((site, ("role", "input_of")) for site in sites)):
         for name in names:
             del vars(each)[name]
         vars(each)["_later"] = later
     return made
+
+
+def _update(host: nn.Module, kind: Kind) -> str:
+    """How the update of a parameter meets the input, and why."""
+    why = why_whole(host) if getattr(kind, "experts", None) else "it is one matrix"
+    if why:
+        return f"whole weight, the update is added to all of it once a call: {why}"
+    return "split, the update is applied to the rows that go to each expert: its forward multiplies with one at a time"
 
 
 def _flow(model: nn.Module, inputs: Mapping[str, Any] | None) -> Flow | None:

@@ -72,11 +72,12 @@ def plan_table(plan: PlanData) -> Any:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for heading in ("site", "role", "kind"):
         table.add_column(heading, overflow="fold")
-    for heading in ("n", "in", "out", "rank", "alpha", "parameters", "bytes", "flops/token"):
+    for heading in ("n", "in", "out", "rank", "alpha", "parameters", "bytes", "flops/token", "kept/token"):
         table.add_column(heading, justify="right")
     alike: dict[tuple[Any, ...], list[PlanRow]] = {}
     for site in plan.sites:
-        alike.setdefault((re.sub(r"\d+", "#", site.name), *dataclasses.astuple(site)[1:]), []).append(site)
+        form = (re.sub(r"\d+", "#", v) if isinstance(v, str) else v for v in dataclasses.astuple(site))
+        alike.setdefault(tuple(form), []).append(site)
     for sites in alike.values():
         one = sites[0]
         for name in (names := collapse([s.name for s in sites])):
@@ -84,10 +85,10 @@ def plan_table(plan: PlanData) -> Any:
             table.add_row(
                 name, one.role, one.kind, str(count), str(one.in_features), str(one.out_features), str(one.rank),
                 "" if one.alpha is None else f"{one.alpha:g}",
-                *(size(v * count) for v in (one.parameters, one.extra_bytes, one.flops)),
+                *(size(v * count) for v in (one.parameters, one.extra_bytes, one.flops, one.kept_here)),
             )  # fmt: skip
     table.add_section()
-    totals = (size(v) for v in (plan.parameters, plan.extra_bytes, plan.flops))
+    totals = (size(v) for v in (plan.parameters, plan.extra_bytes, plan.flops, plan.kept))
     table.add_row("all", "", "", str(len(plan.sites)), "", "", "", "", *totals)
     return table
 

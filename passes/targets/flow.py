@@ -36,6 +36,11 @@ MOVES = frozenset({
     "split_with_sizes", "getitem", "detach", "alias", "dropout", "lift_fresh_copy", "index", "repeat_interleave",
     "repeat", "_assert_tensor_metadata",
 })  # fmt: skip
+#: those of them that leave the memory where it is
+_VIEWS = frozenset({
+    "view", "reshape", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand", "flatten", "unflatten", "detach",
+    "alias", "_unsafe_view",
+})  # fmt: skip
 ACTIVATIONS = frozenset({
     "relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu", "sigmoid", "tanh", "erf",
     "mish", "hardswish", "hardsigmoid", "hardtanh", "softplus", "softsign", "logsigmoid", "glu", "swish",
@@ -74,9 +79,22 @@ def flow_of(graph_module: GraphModule) -> Flow:
 
     Vertices are named after graph nodes. Attributes of a vertex: ``op``, ``site`` (the module that
     ran it), and where a weight is applied ``kind``. Of an edge: ``index``, the operand's place
-    (queries 0, keys 1, values 2), and ``via``, the operations on the way.
+    (queries 0, keys 1, values 2), ``via``, the operations on the way, and ``value``, the name of the node that is
+    read, or of what it is a view of.
     """
     return _Lift(graph_module).run()
+
+
+def same_inputs(flow: Flow) -> dict[str, str]:
+    """Module that applies a weight -> the first one that reads the same value."""
+    first: dict[str, str] = {}
+    found: dict[str, str] = {}
+    for vertex, attributes in flow.nodes(data=True):
+        if attributes["op"] in _PROJECTIONS:
+            for *_, edge in flow.in_edges(vertex, data=True):
+                if edge["index"] == 0:
+                    found.setdefault(attributes["site"], first.setdefault(edge["value"], attributes["site"]))
+    return found
 
 
 def operation(graph_module: GraphModule, node: Node) -> str:
@@ -212,7 +230,13 @@ class _Lift:
     def edge(self, operand: Any, vertex: str, index: int) -> None:
         value = self.values.get(operand) if isinstance(operand, Node) else None
         if value is not None and value.vertex is not None:
-            self.flow.add_edge(value.vertex, vertex, index=index, via=value.via)
+            self.flow.add_edge(value.vertex, vertex, index=index, via=value.via, value=self.stored(operand).name)
+
+    def stored(self, node: Node) -> Node:
+        """What a value is a view of."""
+        while operation(self.gm, node) in _VIEWS and isinstance(before := (*node.args, None)[0], Node):
+            node = before
+        return node
 
     def _tell_cross_attention(self) -> None:
         data = _reached_from_inputs(self.flow)
