@@ -58,6 +58,9 @@ from fxpeft.adapters import (
     save_adapter as save_adapter,
 )
 from fxpeft.adapters import (
+    save_components as save_components,
+)
+from fxpeft.adapters import (
     scaled as scaled,
 )
 from fxpeft.adapters import (

@@ -13,6 +13,7 @@ from fxpeft.adapters.api import (
     set_adapter,
     set_scale,
 )
+from fxpeft.adapters.components import save_components
 from fxpeft.adapters.contexts import active, disabled, scaled
 from fxpeft.adapters.eva import initialize_eva
 from fxpeft.adapters.injection import inject, load_adapter_state_dict
@@ -39,6 +40,7 @@ __all__ = [
     "lora_fa_groups",
     "lora_plus_groups",
     "save_adapter",
+    "save_components",
     "scaled",
     "set_adapter",
     "set_requires_grad",

@@ -74,11 +74,13 @@ def load_adapter(
     local_files_only: bool = False,
     strict: bool = False,
     partial: bool = False,
+    weight_name: str | None = None,
+    component: str | None = None,
 ) -> None:
     """Load an adapter that fxpeft or PEFT saved, and make it the active one.
 
     Args:
-        source: a folder, or an id on the Hugging Face hub.
+        source: a folder, an id on the Hugging Face hub, or a ``.safetensors`` file of diffusers or kohya.
         trainable: train it further; a loaded adapter is frozen by default.
         allow_pickle: read an ``adapter_model.bin`` that holds more than tensors too. Unpickling it runs code from
             the file: only for files that you trust.
@@ -91,6 +93,9 @@ def load_adapter(
         strict: refuse a config with fields that fxpeft doesn't know, rather than warn.
         partial: the model is a part of the one that the adapter is of, such as a pipeline's stage with half of the
             layers: tensors of modules that it lacks are left out, with a warning that names these.
+        weight_name: a file in ``source`` that is none of PEFT's two, of a format that is told by its keys.
+        component: of a pipeline's file, whose adapter it is: ``"unet"``, ``"text_encoder_2"``, ... Default: the one
+            whose sites the model has.
 
     Raises:
         CheckpointError: missing, damaged, foreign or mismatching files; every key that was not
@@ -100,7 +105,7 @@ def load_adapter(
     check_name(model, name)
     found = checkpoint.read(
         source, allow_pickle=allow_pickle, revision=revision, subfolder=subfolder, token=token,
-        local_files_only=local_files_only, strict=strict,
+        local_files_only=local_files_only, strict=strict, weight_name=weight_name, component=component,
     )  # fmt: skip
     found.config.inference_mode = not trainable
     with changing(model):

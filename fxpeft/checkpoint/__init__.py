@@ -3,13 +3,13 @@
 from fxpeft.checkpoint.assigning import Misfit, assign
 from fxpeft.checkpoint.inferred import infer_config
 from fxpeft.checkpoint.layouts import in_layout_of
+from fxpeft.checkpoint.opening import read
 from fxpeft.checkpoint.reading import (
     CONFIG,
     PICKLE,
     WEIGHTS,
     Checkpoint,
     base_of,
-    read,
     read_config,
     read_pair,
     read_pickle,

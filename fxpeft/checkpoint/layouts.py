@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, WeightTransform
 
+from fxpeft.checkpoint.formats import PipelineFile
 from fxpeft.checkpoint.keys import apart, below_module
 from fxpeft.checkpoint.reading import Checkpoint
 from fxpeft.errors import CheckpointError, listing
@@ -67,8 +68,10 @@ def in_layout_of(
     Raises:
         CheckpointError: two keys mean one place, or an expert's tensors don't fit.
     """
-    modules, method = Modules.of(model), method_of(found.config)
-    model = modules.model
+    modules = Modules.of(model)
+    if isinstance(found, PipelineFile):
+        found = found.of(modules)
+    model, method = modules.model, method_of(found.config)
     if not method.targeted:
         named = method.stored_keys(below_module(model, found.tensors, method.prefix))
         return found if named is found.tensors else replace(found, tensors=dict(named))

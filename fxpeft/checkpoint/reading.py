@@ -50,54 +50,6 @@ class Checkpoint:
         self.tensors = file_keys(dense(self.tensors, self.source), self.source)
 
 
-def read(
-    source: str | Path,
-    *,
-    allow_pickle: bool = False,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-    strict: bool = False,
-) -> Checkpoint:
-    """Read a checkpoint from a folder or from the Hugging Face hub.
-
-    Args:
-        allow_pickle: unpickle an ``adapter_model.bin`` that holds more than tensors and plain values.
-        strict: refuse a config with fields that fxpeft doesn't know; otherwise they are told of.
-
-    Raises:
-        CheckpointError: a file is missing, damaged, or no adapter of a known method.
-    """
-
-    def find(name: str) -> Path | None:
-        folder = Path(source)
-        if folder.is_dir():
-            path = folder / (subfolder or "") / name
-            return path if path.is_file() else None
-        return _from_hub(str(source), name, revision, subfolder, token, local_files_only)
-
-    path = _config_path(find, str(source))
-    weights = find(WEIGHTS)
-    if weights is not None:
-        return Checkpoint(str(source), *read_pair(path, weights, strict=strict))
-    written = read_json(path)
-    config = _config(written, path, strict)
-    pickled = find(PICKLE)
-    if pickled is None:
-        raise CheckpointError(f"{source}: expected {WEIGHTS}, found none; is this an adapter's folder?")
-    try:
-        tensors = read_pickle(pickled, weights_only=True)
-    except CheckpointError as error:
-        if not allow_pickle:
-            raise CheckpointError(
-                f"{error}\nUnpickling the rest can run any code in the file. Convert it to {WEIGHTS}, or pass "
-                "allow_pickle=True if you trust where it comes from"
-            ) from error
-        tensors = read_pickle(pickled, weights_only=False)
-    return Checkpoint(str(source), config, tensors, _release(written))
-
-
 def read_pickle(path: Path, *, weights_only: bool) -> dict[str, Tensor]:
     """A pickled file's tensors; ``CheckpointError`` where it holds something else or is damaged.
 
@@ -128,10 +80,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def base_of(folder: str | Path) -> str | None:
     """The fingerprint of the base that a folder's adapter was saved from; ``None`` where PEFT wrote it."""
-    return _metadata(Path(folder) / WEIGHTS).get(KEY)
+    return metadata_of(Path(folder) / WEIGHTS).get(KEY)
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def metadata_of(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -141,8 +93,8 @@ def _metadata(path: Path) -> dict[str, str]:
 
 def read_config(find: Callable[[str], Path | None], source: str) -> AdapterConfig:
     """Read and check ``adapter_config.json``."""
-    path = _config_path(find, source)
-    return _config(read_json(path), path)
+    path = config_path(find, source)
+    return config_of(read_json(path), path)
 
 
 def read_pair(
@@ -157,8 +109,8 @@ def read_pair(
     for _ in range(TRIES):
         before = _identity(path), _identity(weights)
         values = read_json(path)  # first: a save replaces it last, so that tensors without a note are no newer
-        config = _config(values, path, strict)
-        noted, tensors = _metadata(weights).get(STAMP), read_safetensors(weights)
+        config = config_of(values, path, strict)
+        noted, tensors = metadata_of(weights).get(STAMP), read_safetensors(weights)
         if noted is not None and stamp(values) != noted:
             others = (_pending(other) for other in unfinished(path))
             own = next((v for v in others if v is not None and stamp(v) == noted), None)
@@ -168,13 +120,13 @@ def read_pair(
             if own is None:
                 continue
             values = own
-            config = _config(values, path, strict)
+            config = config_of(values, path, strict)
         if _identity(weights) == before[1]:
-            return config, tensors, _release(values)
+            return config, tensors, release_of(values)
     raise CheckpointError(f"{path.parent}: its files were replaced each of the {TRIES} times that they were read")
 
 
-def _release(values: Mapping[str, Any]) -> str | None:
+def release_of(values: Mapping[str, Any]) -> str | None:
     named = values.get("peft_version")
     return named if isinstance(named, str) and VERSION.fullmatch(named) else None
 
@@ -206,37 +158,17 @@ def _pending(path: Path) -> dict[str, Any] | None:
         return None  # half written, or gone
 
 
-def _config_path(find: Callable[[str], Path | None], source: str) -> Path:
+def config_path(find: Callable[[str], Path | None], source: str) -> Path:
     path = find(CONFIG)
     if path is None:
         raise CheckpointError(f"{source}: expected {CONFIG}, found none; is this an adapter's folder or hub id?")
     return path
 
 
-def _config(values: Mapping[str, Any], path: Path, strict: bool = False) -> AdapterConfig:
+def config_of(values: Mapping[str, Any], path: Path, strict: bool = False) -> AdapterConfig:
     try:
         return config_class(values.get("peft_type"), str(path)).from_dict(
             dict(values), source=str(path), loading=True, strict=strict
         )
     except AdapterError as error:
         raise CheckpointError(clipped(str(error))) from error
-
-
-def _from_hub(
-    repo: str, name: str, revision: str | None, subfolder: str | None, token: str | bool | None, local: bool
-) -> Path | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            hf_hub_download(repo, name, revision=revision, subfolder=subfolder, token=token, local_files_only=local)
-        )
-    except LocalEntryNotFoundError as error:
-        if name == WEIGHTS:  # the cache may hold a pickled file alone
-            return None
-        raise CheckpointError(f"{repo}: no such folder, not in the hub's cache, and the hub can't be asked") from error
-    except EntryNotFoundError:
-        return None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(f"{repo}: no such folder, and the hub has no such adapter: {error}") from error

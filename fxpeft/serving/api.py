@@ -36,6 +36,8 @@ def hotswap(
     local_files_only: bool = False,
     strict: bool = False,
     partial: bool = False,
+    weight_name: str | None = None,
+    component: str | None = None,
 ) -> None:
     """Replace an adapter of a prepared model by another one. Nothing recompiles.
 
@@ -47,7 +49,7 @@ def hotswap(
         name: the adapter to replace; the active one by default.
         config: for a state_dict: its config. Default: the replaced adapter's.
         check_finite: refuse NaN and infinity.
-        key_mapping, strict, partial: as in :func:`fxpeft.load_adapter`.
+        key_mapping, strict, partial, weight_name, component: as in :func:`fxpeft.load_adapter`.
 
     Raises:
         AdapterError: the model is not prepared, or the adapter doesn't fit its slots.
@@ -57,7 +59,7 @@ def hotswap(
     _replaced(state, name)  # what is wrong with it is told before files are read
     given = None if isinstance(source, Mapping) else checkpoint.read(
         source, allow_pickle=allow_pickle, revision=revision, subfolder=subfolder, token=token,
-        local_files_only=local_files_only, strict=strict,
+        local_files_only=local_files_only, strict=strict, weight_name=weight_name, component=component,
     )  # fmt: skip
     with changing(model):
         state = state_of(model)

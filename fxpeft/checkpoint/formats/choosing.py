@@ -1,0 +1,147 @@
+"""Which format a file has, and which of its components a model is."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+from torch import Tensor
+
+from fxpeft.checkpoint.formats.diffusers import Diffusers
+from fxpeft.checkpoint.formats.kohya import Kohya
+from fxpeft.checkpoint.formats.part import CheckpointFormat, Part
+from fxpeft.checkpoint.inferred import infer_config, with_sites
+from fxpeft.checkpoint.reading import Checkpoint
+from fxpeft.errors import AdapterError, CheckpointError, listing
+from fxpeft.methods.base import Method
+from fxpeft.methods.lora import LoraConfig
+from fxpeft.model.modules import Modules
+
+FORMATS: tuple[CheckpointFormat, ...] = (Kohya(), Diffusers())
+
+
+@dataclass
+class PipelineFile(Checkpoint):
+    """A file of adapters of a pipeline's components, under the names that it has; :meth:`of` makes one a model's.
+
+    Its own config and tensors are those of all components together, for who asks without a model.
+
+    Args:
+        parts: component -> its adapter. wanted: the component that the user named, or ``None``.
+    """
+
+    parts: dict[str, Part] = field(default_factory=dict)
+    wanted: str | None = None
+
+    def of(self, modules: Modules) -> Checkpoint:
+        """The adapter of the component that a model is, in the model's names.
+
+        Raises:
+            CheckpointError: no component's sites are the model's, or several's are and none was named.
+        """
+        named = {component: _names(part, modules) for component, part in self.parts.items()}
+        if self.wanted is not None:
+            if self.wanted not in self.parts:
+                raise CheckpointError(f"{self.source}: component={self.wanted!r}: the file has {_listed(self.parts)}")
+            chosen = [self.wanted]
+        else:
+            chosen = [component for component, names in named.items() if any(n in modules for n in names.values())]
+        if len(chosen) != 1:
+            found = [f"{component or '(none named)'}: {next(iter(named[component]), '')}" for component in self.parts]
+            why = "no site of the file is one of" if not chosen else f"{' and '.join(chosen)} both have sites of"
+            raise CheckpointError(
+                f"{self.source}: {why} {type(modules.model).__name__}:\n{listing(found)}\n"
+                + ("Say which it is: component=" if chosen else "Is it an adapter of another model?")
+            )
+        part, names = self.parts[chosen[0]], named[chosen[0]]
+        if left := sorted(set(self.parts) - set(chosen)):
+            lines = [f"{component or '(none named)'}: {len(self.parts[component].sites())} sites" for component in left]
+            warnings.warn(
+                f"{self.source}: took {chosen[0] or 'what names no component'}, and left out the other components':\n"
+                f"{listing(lines)}", stacklevel=5,
+            )  # fmt: skip
+        renamed = Part(
+            {_renamed(key, names): tensor for key, tensor in part.tensors.items()},
+            {names.get(site, site): alpha for site, alpha in part.alphas.items()}, part.settings,
+        )  # fmt: skip
+        try:
+            return Checkpoint(self.source, *_checkpoint(renamed, self.source, modules))
+        except AdapterError as error:
+            raise CheckpointError(f"{self.source}: {error}") from error
+
+
+def read_file(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str, component: str | None = None
+) -> PipelineFile:
+    """A file of one of :data:`FORMATS`.
+
+    Raises:
+        CheckpointError: its keys are of none, or of none that holds a LoRA.
+    """
+    chosen = next((each for each in FORMATS if each.reads(tensors)), None)
+    if chosen is None:
+        raise CheckpointError(
+            f"{source}: expected an adapter's file of {' or '.join(f.name for f in FORMATS)}, found these keys:\n"
+            f"{listing(tensors)}"
+        )
+    parts = chosen.read(tensors, metadata, source)
+    several = len(parts) > 1
+    together = Part()
+    for name, part in parts.items():
+        before = f"{name}." if several and name else ""
+        together.tensors |= {f"{before}{key}": tensor for key, tensor in part.tensors.items()}
+        together.alphas |= {f"{before}{site}": alpha for site, alpha in part.alphas.items()}
+    return PipelineFile(source, *_checkpoint(together, source, None), parts=parts, wanted=component)
+
+
+def _checkpoint(part: Part, source: str, modules: Modules | None) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """A config and PEFT's keys. An alpha for each site that has one in the file, and its rank where it has none."""
+    tensors = {f"{Method.prefix}{key}": tensor for key, tensor in part.tensors.items()}
+    alphas, sites = part.alphas, part.sites()
+    if missing := [site for site in alphas if site not in set(sites)]:
+        raise CheckpointError(f"{source}: alphas of sites that have no factors:\n{listing(missing)}")
+    if part.settings is not None:
+        settings = {"peft_type": "LORA", **part.settings}
+        config: LoraConfig = LoraConfig.from_dict(settings, source=source, loading=True)
+        if modules is not None:
+            config = cast(LoraConfig, with_sites(config, tensors, modules))
+        own = {f"^{re.escape(site)}": alpha for site, alpha in alphas.items()}
+        config = replace(config, alpha_pattern={**own, **(config.alpha_pattern or {})})
+    else:
+        config = cast(LoraConfig, infer_config(tensors, modules))
+        if alphas:
+            every = {site: alphas.get(site, float(len(part.tensors[f"{site}.lora_A.weight"]))) for site in sites}
+            usual = Counter(every.values()).most_common(1)[0][0]
+            others = {f"^{re.escape(site)}": alpha for site, alpha in every.items() if alpha != usual}
+            config = replace(config, lora_alpha=usual, alpha_pattern=others)
+    return config, tensors
+
+
+def _names(part: Part, modules: Modules) -> dict[str, str]:
+    """Site in the file -> in the model: itself, or what has its name without dots, and maybe other first atoms."""
+    sites = part.sites()
+    if not part.flat:
+        return {site: site for site in sites}
+    flat: dict[str, list[str]] = {}
+    for name in modules:
+        flat.setdefault(name.replace(".", "_"), []).append(name)
+    for site in sites[:1]:  # a component may lie deeper in the model that was trained, by the same atoms at each site
+        heads = [site[: -len(name)] for name in flat if name and site.endswith(f"_{name}")]
+        for head in ("", *sorted(heads, key=len)):
+            found = {s: flat.get(s.removeprefix(head), []) for s in sites if s.startswith(head)}
+            if len(found) == len(sites) and all(len(names) == 1 for names in found.values()):
+                return {s: names[0] for s, names in found.items()}
+    return {site: flat[site][0] if len(flat.get(site, ())) == 1 else site for site in sites}
+
+
+def _renamed(key: str, names: Mapping[str, str]) -> str:
+    site, _, part = key.partition(".lora_")
+    return f"{names[site]}.lora_{part}" if site in names else key
+
+
+def _listed(components: Iterable[str]) -> str:
+    return ", ".join(component or "none named" for component in components)
