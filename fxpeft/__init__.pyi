@@ -201,6 +201,12 @@ from fxpeft.serving import (
 from fxpeft.serving import (
     remove as remove,
 )
+from fxpeft.serving import (
+    rows as rows,
+)
+from fxpeft.serving import (
+    tokens as tokens,
+)
 from fxpeft.transform import (
     add_weighted_adapter as add_weighted_adapter,
 )

@@ -1,4 +1,4 @@
-"""What a call may not ask of an adapted model: adapters per row, which a forward's ``**kwargs`` would swallow."""
+"""What a call may ask of slots with lanes alone: adapters per row, which a forward's ``**kwargs`` would swallow."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxpeft.errors import AdapterError
 from fxpeft.passes.live import base_class, given_forward
+from fxpeft.passes.live.locked import LOCK
 from fxpeft.passes.torch_private import skip_frame
 
 
@@ -21,11 +23,14 @@ def check_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     """
     if kwargs.get("adapter_names") is None:
         return
+    lock = vars(module).get(LOCK)
+    if lock is not None and lock.lanes and not torch.compiler.is_compiling():
+        return  # the locked forward, which comes next, takes it
     if "adapter_names" not in inspect.signature(given_forward(module) or base_class(module).forward).parameters:
         raise AdapterError(
             f"adapter_names={kwargs['adapter_names']!r}: expected no such argument; every row of a batch gets the "
             "active adapters, so naming some for each row would be ignored. Call the model once for each adapter, "
-            "with set_adapter(model, name) before"
+            "with set_adapter(model, name) before, or prepare it for rows of their own: prepare_hotswap(model, lanes=8)"
         )
 
 

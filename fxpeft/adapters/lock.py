@@ -35,12 +35,13 @@ class SwapLock:
 
     ``version`` counts the swaps. While ``repair`` is set the slots may be torn: nobody reads them before it ran.
     ``before_read`` is called by every forward, inside: it orders what devices do. ``None``: there is nothing to order.
+    With ``lanes`` a call may name adapters for its rows.
     """
 
-    def __init__(self, timeout: float = TIMEOUT, hold_generate: bool = True) -> None:
+    def __init__(self, timeout: float = TIMEOUT, hold_generate: bool = True, lanes: bool = False) -> None:
         if not timeout > 0:
             raise LockError(f"lock_timeout: expected a number of seconds above 0, found {timeout!r}")
-        self.timeout, self.hold_generate = float(timeout), hold_generate
+        self.timeout, self.hold_generate, self.lanes = float(timeout), hold_generate, lanes
         self.version = 0
         self.repair: Callable[[], None] | None = None
         self.before_read: Callable[[], None] | None = None
@@ -196,7 +197,7 @@ class SwapLock:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.timeout, self.hold_generate)
+        return type(self), (self.timeout, self.hold_generate, self.lanes)
 
 
 class Held:

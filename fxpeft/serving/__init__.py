@@ -3,5 +3,6 @@
 from fxpeft.serving.api import hold, hotswap
 from fxpeft.serving.prepare import prepare_hotswap
 from fxpeft.serving.release import release_hotswap, remove
+from fxpeft.serving.rows import rows, tokens
 
-__all__ = ["hold", "hotswap", "prepare_hotswap", "release_hotswap", "remove"]
+__all__ = ["hold", "hotswap", "prepare_hotswap", "release_hotswap", "remove", "rows", "tokens"]

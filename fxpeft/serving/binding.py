@@ -12,6 +12,7 @@ from fxpeft.model.walk import base_value, base_values, output_head
 from fxpeft.model.wrappers import submodule
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
 from fxpeft.passes.live.parameters import read_module, slot_rewrite
+from fxpeft.passes.slots.lanes import lane_rewrite
 from fxpeft.passes.slots.room import lay_out
 from fxpeft.passes.slots.slot import EXACT, Slot
 from fxpeft.serving import prompts as prompts_serving
@@ -47,7 +48,7 @@ def bind_slots(model: nn.Module, serving: Serving) -> None:
         rewrites, place = [], Container()
         if site in serving.kinds:
             place = serving.slots[site]
-            rewrites.append(place.live_rewrite())
+            rewrites.append(place.live_rewrite() if place.lanes is None else lane_rewrite(place))
         for leaf, (_, value) in redirects.get(site, {}).items():
             place.register_buffer(leaf, value, persistent=False)
         module.add_module("slot", place)
@@ -63,11 +64,12 @@ def _make_slots(model: nn.Module, serving: Serving) -> None:
     So an adapter of the same rank everywhere, whichever names it targets, goes into them in a handful of copies.
     """
     wanted: dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype, torch.device]] = {}
+    lanes = None if serving.board is None else serving.board.lanes
     for site, kind in serving.kinds.items():
         module = submodule(model, kind.host(site))
         device, dtype = placement(module, model, autocast=False, leaf=kind.leaf)
         features = () if kind.leaf else serving.features
-        for name, shape in Slot.shapes(kind, serving.max_rank, features).items():
+        for name, shape in Slot.shapes(kind, serving.max_rank, features, lanes.count if lanes else 1).items():
             wanted[site, name] = shape, torch.float32 if name in EXACT else dtype, device
     order = sorted(wanted, key=lambda key: (key[1], key[0].rpartition(".")[2]))
     room, made = lay_out((wanted[key] for key in order), apart=True)
@@ -75,7 +77,9 @@ def _make_slots(model: nn.Module, serving: Serving) -> None:
     for site, kind in serving.kinds.items():
         own = {name: tensor for name in ("a", "b", *EXACT) if (tensor := memory.get((site, name))) is not None}
         features = () if kind.leaf else serving.features
-        serving.slots[site] = Slot(kind, serving.max_rank, serving.rank, features=features, memory=(room, own))
+        serving.slots[site] = Slot(
+            kind, serving.max_rank, serving.rank, features=features, memory=(room, own), lanes=lanes, site=site
+        )
 
 
 def _bind_parameters(model: nn.Module, serving: Serving) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from fxpeft.errors import AdapterError
+from torch import nn
+
+from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import METHODS, slot_needs
+from fxpeft.model.batch_rows import other_rows
 from fxpeft.passes.slots.slot import LEAST
+from fxpeft.passes.targets.kinds import Kind
 from fxpeft.serving.prompts import prompt_methods
 
 
@@ -37,3 +41,19 @@ def check_slots(methods: Sequence[str], max_rank: int, rank: str, *, at_targets:
     if rank not in ("dynamic", "static"):
         raise AdapterError(f"rank: expected 'dynamic' or 'static', found {rank!r}")
     return frozenset[str]().union(*(known[m] for m in methods))
+
+
+def check_lanes(model: nn.Module, kinds: Mapping[str, Kind]) -> None:
+    """Check that rows can have adapters of their own at each of the sites.
+
+    Raises:
+        AdapterError: those where they can't, and what is there in the place of the batch's rows.
+    """
+    wrong = {site: f"a {kind.name} is the same for all rows" for site, kind in kinds.items() if not kind.takes_lanes}
+    wrong |= other_rows(model, [site for site in kinds if site not in wrong])
+    if wrong:
+        raise AdapterError(
+            "lanes: these targets don't see the rows of a batch one by one and in their order:\n"
+            f"{listing(f'{site}: {what}' for site, what in wrong.items())}\n"
+            "leave them out of targets, or prepare with lanes=1"
+        )

@@ -6,8 +6,9 @@ import copy
 import sys
 import time
 from _thread import get_ident
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -22,6 +23,9 @@ from fxpeft.passes.torch_private import MODULE_CALL, pytree
 
 class ModelLock(SwapLock):
     """The lock of a model, which knows what a copy of it has to copy."""
+
+    #: what gives the rows of a call the adapters that it names; :mod:`fxpeft.serving.rows` has it
+    naming: ClassVar[Callable[..., AbstractContextManager[None]]]
 
     def snapshot(self, module: nn.Module) -> nn.Module | None:
         """A copy of a locked module as of one moment, to be pickled in its place; ``None`` where nobody swaps.

@@ -18,16 +18,18 @@ from fxpeft.errors import AdapterError
 from fxpeft.methods import method_of
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import PassError
+from fxpeft.passes.slots.lanes import Lanes
 from fxpeft.passes.slots.slot import ActiveRank
 from fxpeft.passes.targets.terms import Pattern
 from fxpeft.passes.torch_private import constants_setting
 from fxpeft.serving import prompts as prompts_serving
 from fxpeft.serving.base_loads import watch_loads
 from fxpeft.serving.binding import bind_slots
-from fxpeft.serving.declared import check_slots
+from fxpeft.serving.board import Board
+from fxpeft.serving.declared import check_lanes, check_slots
 from fxpeft.serving.guard import ModelLock, drain, guard_forwards
 from fxpeft.serving.packing import settle
-from fxpeft.serving.swap import Serving, lower
+from fxpeft.serving.swap import Serving, lower, watch_reads
 from fxpeft.serving.together import check_gains, check_ranks
 from fxpeft.targets.parameters import check_hosts
 from fxpeft.targets.saved import saved_modules
@@ -49,6 +51,7 @@ def prepare_hotswap(
     target_parameters: str | Pattern | Collection[str] | None = None,
     lock_timeout: float = TIMEOUT,
     hold_generate: bool = True,
+    lanes: int = 1,
 ) -> None:
     """Give every target a slot. From then on loading, swapping, mixing and switching off are copies.
 
@@ -70,6 +73,9 @@ def prepare_hotswap(
             graph without symbolic sizes.
         lock_timeout: seconds that a swap waits for forwards, or a forward for a swap, before it gives up.
         hold_generate: let a whole ``generate`` hold swaps off, so that all tokens come from one adapter.
+        lanes: how many adapters can be in one batch, for :func:`fxpeft.rows` and :func:`fxpeft.tokens`; the ranks of
+            all of them together count for ``max_rank``. The model is traced then, to see that each target sees the
+            batch's rows. A call without rows runs the graph of one lane.
 
     Raises:
         AdapterError: unknown targets or methods, or an adapter that doesn't fit; nothing was changed.
@@ -77,6 +83,8 @@ def prepare_hotswap(
     """
     model = unwrap(model)
     check_slots(methods, max_rank, rank)
+    if isinstance(lanes, bool) or not isinstance(lanes, int) or lanes < 1:
+        raise AdapterError(f"lanes: expected how many adapters one batch may have, at least 1, found {lanes!r}")
     if (setting := constants_setting()) is not None:
         raise AdapterError(f"{setting} folds slots into constants, so swaps would have no effect")
     existing = find_state(model)
@@ -88,8 +96,11 @@ def prepare_hotswap(
     serving = Serving(
         max_rank, ActiveRank(max_rank) if rank == "dynamic" else None, tuple(methods),
         *_declare(model, adapters, targets, exclude, modules_to_save, bias, methods, target_parameters),
-        lock=ModelLock(lock_timeout, hold_generate),
+        lock=ModelLock(lock_timeout, hold_generate, lanes > 1),
     )  # fmt: skip
+    if lanes > 1:
+        check_lanes(model, serving.kinds)
+        serving.board = Board(Lanes(lanes, max_rank, rank == "dynamic"))
     prompts = prompts_serving.declare(model, methods, num_virtual_tokens, adapters)
     if prompts is not None:
         serving.prompts = prompts_serving.PromptSlot.of(model, *prompts)
@@ -98,6 +109,8 @@ def prepare_hotswap(
     active = existing.active if existing is not None else []
     check_ranks([a for a in trial if a.name in active], max_rank)
     check_gains([a for a in trial if a.name in active])
+    if serving.board is not None:
+        serving.board.check([a for a in trial if a.name in active], max_rank)
 
     with serving.lock.write():  # nobody else has it; from here on they wait at it
         try:
@@ -117,6 +130,7 @@ def _enter_slots(model: nn.Module, serving: Serving, adapters: list[Adapter]) ->
     bind_slots(model, serving)
     watch_loads(model)
     state.serving = serving
+    watch_reads(serving)
     for adapter in adapters:
         settle(lower(model, serving, adapter), serving.slots)
     serving.activate(model, state, state.running())

@@ -19,15 +19,15 @@ from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.base import Base, SlotValues
 from fxpeft.methods.values import Values
-from fxpeft.model.walk import base_state, base_value, base_values
-from fxpeft.model.wrappers import submodule
-from fxpeft.passes.base import PassError, attribute, join
+from fxpeft.passes.base import PassError
 from fxpeft.passes.recent import Recent
 from fxpeft.passes.slots.copies import Copies
-from fxpeft.passes.slots.slot import FEATURES, LEAST, ActiveRank, Slot
+from fxpeft.passes.slots.slot import LEAST, ActiveRank, Slot
 from fxpeft.passes.targets.kinds import Kind
-from fxpeft.passes.torch_private import version_of, zero_each
+from fxpeft.passes.torch_private import zero_each
 from fxpeft.serving import prompts as prompts_serving
+from fxpeft.serving.board import Board, check_finite
+from fxpeft.serving.brought import show_copies, show_features
 from fxpeft.serving.guard import ModelLock
 from fxpeft.serving.packing import settle
 from fxpeft.serving.staging import ACCELERATORS, StreamOrder
@@ -54,6 +54,7 @@ class Serving(Host):
         held: the slots' tensors, as views of the dicts that hold them, which follow where a slot gets others.
         order: of reads and writes on accelerators, where slots are on such.
         torn: a swap began to write and did not come to its end.
+        board: who is where, in slots with lanes.
     """
 
     max_rank: int
@@ -75,13 +76,16 @@ class Serving(Host):
     held: list[ValuesView[Tensor | None]] = field(default_factory=list)
     order: StreamOrder | None = None
     torn: bool = False
+    board: Board | None = None
     lock: ModelLock = field(default_factory=ModelLock)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "places": [], "held": [], "order": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({"places": [], "held": [], "order": None, "torn": False, "used": None, **state})
+        vars(self).update(
+            {"places": [], "held": [], "order": None, "torn": False, "used": None, "board": None, **state}
+        )
         self.plans = Recent(state["plans"].items(), limit=64)  # a plain dict in older pickles
 
     @functools.cached_property
@@ -122,6 +126,9 @@ class Serving(Host):
         check_together(adapters)
         check_ranks(adapters, self.max_rank)
         check_gains(adapters)
+        if self.board is not None:
+            self.board.keep(adapters)
+            self.board.check(adapters, self.max_rank)
         reshow(model, self, adapters)
 
     def replace(self, model: nn.Module, state: ModelState, adapter: Adapter, *, owned: bool) -> None:
@@ -133,6 +140,7 @@ class Serving(Host):
             check_together(active)
             if state.enabled and new.name in state.active:
                 self.activate(model, state, active, fresh=new)
+            self._renew(model, new)
             state.adapters[new.name] = new
 
     def rescale(self, model: nn.Module, state: ModelState, name: str, strength: float) -> None:
@@ -142,12 +150,24 @@ class Serving(Host):
                 settle(changed, self.slots)
             if state.enabled and name in state.active:
                 self.activate(model, state, [changed if n == name else state.adapters[n] for n in state.active])
+            self._renew(model, changed)
             state.adapters[name] = changed
 
+    def _renew(self, model: nn.Module, adapter: Adapter) -> None:
+        """Show another version of an adapter that is resident beside the active ones."""
+        if self.board is not None and self.board.renew(adapter):
+            if not adapter.settled:
+                settle(adapter, self.slots)
+            self.board.check(self.shown, self.max_rank)
+            reshow(model, self, self.shown)
+
     def undo(self, model: nn.Module) -> Callable[[], None]:
-        shown = self.shown
+        shown, board = self.shown, self.board
+        beside = [] if board is None else board.beside
 
         def show_again() -> None:
+            if board is not None:
+                board.beside = beside
             if self.torn or self.shown is not shown:
                 reshow(model, self, shown)
 
@@ -195,6 +215,8 @@ def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
             continue
         if (rank := lowered[site].d.numel()) > serving.max_rank:
             problems.append(f"{site}: rank {rank} is above max_rank {serving.max_rank}")
+    if serving.board is not None:
+        problems += check_finite(lowered)
     if problems:
         raise AdapterError(
             f"adapter {adapter.name!r} doesn't fit the slots; nothing was changed.\n{listing(problems)}\n"
@@ -214,10 +236,15 @@ def lower_again(state: ModelState) -> None:
 
 def reshow(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
     """Write the slots, whatever they hold now. Where that breaks off, they are torn until it is done again."""
-    for adapter in adapters:
+    board = serving.board
+    for adapter in adapters if board is None else (*adapters, *board.beside):
         if adapter.stale:
             settle(lower(model, serving, adapter), serving.slots)
+            if board is not None:
+                board.placed.pop(adapter.name, None)
     if serving.torn:
+        if board is not None:
+            board.forget(serving.slots)
         serving.dirty = dict.fromkeys(serving.slots, serving.max_rank)
         serving.holds = {}
         serving.featured = {(site, name) for site, slot in serving.slots.items() for name in slot.features}
@@ -231,6 +258,9 @@ def reshow(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
 def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
     """Write the slots. Everything was checked; only copies are left."""
     _find_places(serving)
+    if serving.board is not None:
+        _show_lanes(model, serving, serving.board, adapters)
+        return
     used: dict[str, int] = {}
     copies = []
     for adapter in adapters:
@@ -249,8 +279,8 @@ def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
         for each in copies:
             each.run()
         if serving.features:
-            _show_features(serving, adapters)
-        _show_copies(model, serving, adapters)
+            show_features(serving.slots, serving.featured, adapters)
+        show_copies(model, serving.copies, serving.tensors, serving.holds, adapters)
         prompts_serving.show(model, serving.prompts, adapters)
     if not same or serving.features:
         for site, slot in serving.slots.items():
@@ -260,6 +290,25 @@ def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
     if serving.rank is not None and len(serving.rank.carrier) != active:
         serving.rank.set(active)
     serving.used = used
+
+
+def watch_reads(serving: Serving) -> None:
+    """Let every forward of slots with lanes have the rows that are named where it is called."""
+    if serving.board is not None:
+        serving.board.order, serving.lock.before_read = serving.order, serving.board.before_read
+
+
+def _show_lanes(model: nn.Module, serving: Serving, board: Board, adapters: list[Adapter]) -> None:
+    """The same in slots with lanes, where every adapter has its ranks for itself."""
+    active = board.show(serving.slots, adapters, serving.order)
+    if serving.features:
+        show_features(serving.slots, serving.featured, adapters)
+    show_copies(model, serving.copies, serving.tensors, serving.holds, adapters)
+    prompts_serving.show(model, serving.prompts, adapters)
+    for site, slot in serving.slots.items():
+        slot.idle = not any(site in place.adapter.lowered for place in board.placed.values())
+    if serving.rank is not None:
+        serving.rank.set(active)
 
 
 def _find_places(serving: Serving) -> None:
@@ -282,6 +331,7 @@ def _find_places(serving: Serving) -> None:
         if devices != set(serving.order.devices if serving.order else ()):
             serving.order = StreamOrder(devices) if devices else None
             serving.lock.before_read = serving.order.before_read if serving.order else None
+            watch_reads(serving)
 
 
 def _clear(serving: Serving, used: Mapping[str, int], active: int) -> None:
@@ -330,49 +380,3 @@ def _copies(serving: Serving, adapter: Adapter, used: Mapping[str, int]) -> tupl
     if first and adapter.settled:
         adapter.copies = (serving.places, copies, ranks)
     return copies, ranks
-
-
-def _show_features(serving: Serving, adapters: list[Adapter]) -> None:
-    """Gains and shifts: the one adapter's that has them, the sum of shifts, or the neutral value."""
-    first = adapters[0].lowered if adapters else {}
-    for site, slot in serving.slots.items():
-        lowered = [a.lowered[site] for a in adapters if site in a.lowered]
-        for name in slot.features:
-            given = [value for v in lowered if (value := getattr(v, name)) is not None]
-            if given:
-                if len(given) > 1 or site not in first or given[0] is not getattr(first[site], name):
-                    getattr(slot, name).copy_(given[0] if len(given) == 1 else torch.stack(given).sum(0))
-                serving.featured.add((site, name))
-            elif (site, name) in serving.featured:
-                getattr(slot, name).fill_(FEATURES[name][1])
-                serving.featured.discard((site, name))
-
-
-def _show_copies(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
-    """Modules and parameters that an adapter brings, or the base's own; copied where that changes."""
-    for path, copy in serving.copies.items():
-        owner = next((a.values for a in adapters if path in a.values.saved), None)
-        written = _written(base_state(submodule(model, path)).values()) if owner is None else ()
-        if not _holds(serving, path, owner, written):
-            own = base_values(submodule(model, path)) if owner is None else owner.saved[path]
-            for key, tensor in own.items():
-                attribute(copy, key).copy_(tensor.detach())
-            serving.holds[path] = owner, written
-    for path in serving.tensors:
-        owner = next((a.values for a in adapters if path in a.values.tensors), None)
-        written = _written([attribute(model, path)]) if owner is None else ()
-        if not _holds(serving, path, owner, written):
-            site, _, leaf = path.rpartition(".")
-            value: Tensor = base_value(model, path) if owner is None else owner.tensors[path]
-            attribute(model, join(site, "slot", leaf)).copy_(value.detach())
-            serving.holds[path] = owner, written
-
-
-def _holds(serving: Serving, path: str, owner: Values | None, written: tuple[tuple[int, int], ...]) -> bool:
-    held = serving.holds.get(path)
-    return held is not None and held[0] is owner and held[1] == written
-
-
-def _written(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
-    """Which tensors, and how often they were written: other weights of the base make its copies stale."""
-    return tuple((id(t), 0 if t.is_inference() else version_of(t)) for t in tensors)

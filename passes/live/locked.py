@@ -10,8 +10,10 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import inspect
 from _thread import get_ident
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -33,12 +35,14 @@ class Lock(Protocol):
     hold_generate: bool
     classes: dict[type, type]
     before_read: Callable[[], None] | None
+    lanes: bool
 
     def reads(self, thread: int) -> bool: ...
     def acquire_read(self, key: object) -> None: ...
     def wake(self) -> None: ...
     def read(self) -> Any: ...
     def torn_backward(self) -> Exception: ...
+    def naming(self, module: nn.Module, names: Any, generate: Any = None) -> AbstractContextManager[None]: ...
     def snapshot(self, module: nn.Module) -> nn.Module | None: ...
 
 
@@ -104,12 +108,17 @@ def refuse_constants() -> None:
 
 
 def _locked(inner: Callable[..., Any], made: type[nn.Module]) -> Callable[..., Any]:
+    own_names = "adapter_names" in inspect.signature(inner).parameters
+
     @functools.wraps(inner)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             refuse_constants()
             return inner(self, *args, **kwargs)
         lock, me = vars(self).get(LOCK), get_ident()
+        if kwargs.get("adapter_names") is not None and lock is not None and lock.lanes and not own_names:
+            with lock.naming(self, kwargs.pop("adapter_names")):
+                return forward(self, *args, **kwargs)
         if lock is None or me in lock.readers or lock.reads(me):
             if not isinstance(self, made):
                 return type(self).forward(self, *args, **kwargs)
@@ -138,6 +147,13 @@ def _locked(inner: Callable[..., Any], made: type[nn.Module]) -> Callable[..., A
 def _held(inner: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(inner)
     def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        lock = vars(self).get(LOCK)
+        if lock is not None and lock.lanes and not torch.compiler.is_dynamo_compiling():
+            with lock.naming(self, kwargs.pop("adapter_names", None), (args, kwargs)):
+                return held(self, *args, **kwargs)
+        return held(self, *args, **kwargs)
+
+    def held(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         lock, me = vars(self).get(LOCK), get_ident()
         if torch.compiler.is_dynamo_compiling() or lock is None or not lock.hold_generate or lock.reads(me):
             return inner(self, *args, **kwargs)
@@ -151,6 +167,7 @@ def _held(inner: Callable[..., Any]) -> Callable[..., Any]:
                 lock.wake()
 
     skip_frame(generate)
+    skip_frame(held)
     return generate
 
 

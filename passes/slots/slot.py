@@ -27,8 +27,11 @@ from fxpeft.passes.torch_private import is_recorded, mark_dynamic, version_of
 
 Ranks: TypeAlias = tuple[Tensor, Tensor, Tensor, bool]
 FEATURES = {"g_in": ("in_features", 1.0), "g_out": ("out_features", 1.0), "shift": ("out_features", 0.0)}
+LANE = "lane_"  # begins the name of a feature of each lane
 NEUTRAL = {"d": 0, "shift": 0, "g_in": 1, "g_out": 1}  # what is in a slot that holds nothing
-EXACT = ("d", *FEATURES)  # float32 whatever the model's dtype: alpha / rank in bfloat16 would be off by up to 0.4%
+NEUTRAL |= {LANE + name: NEUTRAL[name] for name in FEATURES}
+# float32 whatever the model's dtype: alpha / rank in bfloat16 would be off by up to 0.4%
+EXACT = ("d", *FEATURES, *(LANE + name for name in FEATURES))
 CARRIER = ".carrier"  # where a program's slots read the active rank, in the place of an ActiveRank
 LEAST = 2  # Dynamo specialises sizes 0 and 1, so ranks start at 2; rank 1 is padded
 
@@ -70,6 +73,8 @@ class Slot(Container):
         rank: the model's active rank, or ``None`` for static mode.
         features: which of ``g_in`` [in], ``g_out`` [out] and ``shift`` [out] the slot has.
         memory: its tensors by name, of zeros, and the room where they lie. Default: memory of its own.
+        lanes: a ``Lanes``, of a model whose rows may have adapters of their own; see :mod:`fxpeft.passes.slots.lanes`.
+        site: the site's name, for messages.
 
     ``idle`` says that it holds nothing, so that a graph without it may run; whoever writes slots keeps it true.
     """
@@ -80,6 +85,10 @@ class Slot(Container):
     g_in: Tensor
     g_out: Tensor
     shift: Tensor
+    lane_g_in: Tensor  # with lanes: [lanes + 1, in], and so on
+    lane_g_out: Tensor
+    lane_shift: Tensor
+    lanes: Any
 
     def __init__(
         self,
@@ -91,15 +100,18 @@ class Slot(Container):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         memory: tuple[Room, Mapping[str, Tensor]] | None = None,
+        lanes: Any = None,
+        site: str = "",
     ) -> None:
         super().__init__()
         self.kind, self.rank, self.idle = kind, rank, False
+        self.lanes, self.site = lanes, site
         self.windows: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         self.stacks: tuple[Any, ...] = ()  # what compiled code reads in the place of several slots' A's
         self.kept: Kept | None = None  # what a call that is not compiled reads
         self.room: Room | None = memory[0] if memory else None
         given = memory[1] if memory else {}
-        shapes = self.shapes(kind, max_rank, features)
+        shapes = self.shapes(kind, max_rank, features, 1 if lanes is None else lanes.count)
         self.features = tuple(name for name in FEATURES if name in shapes)
         for name, shape in shapes.items():
             value = given.get(name)
@@ -111,12 +123,13 @@ class Slot(Container):
         self._announce()
 
     @staticmethod
-    def shapes(kind: Kind, max_rank: int, features: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of the placeholders that a slot has."""
+    def shapes(kind: Kind, max_rank: int, features: Collection[str] = (), lanes: int = 1) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of a slot's placeholders; of several lanes' features a row each, and a neutral one."""
         takes = {"g_in": kind.takes_gain, "g_out": True, "shift": kind.takes_bias}
         a, b = kind.slot_shapes(max_rank)
         own = [name for name in FEATURES if name in features and takes[name]]
-        return {"a": a, "b": b, "d": (max_rank,), **{name: (getattr(kind, FEATURES[name][0]),) for name in own}}
+        shapes = {"a": a, "b": b, "d": (max_rank,), **{name: (getattr(kind, FEATURES[name][0]),) for name in own}}
+        return shapes if lanes == 1 else shapes | {LANE + name: (lanes + 1, *shapes[name]) for name in own}
 
     def window(self, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Views of some ranks of A, B and d, kept: making three costs more than copying a small adapter."""
@@ -147,7 +160,7 @@ class Slot(Container):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         held = {name: b.tensor(apart=True) if isinstance(b, Span) else b for name, b in state["_buffers"].items()}
-        super().__setstate__({"room": None, "kept": None, **state, "_buffers": held})  # type: ignore[no-untyped-call]
+        super().__setstate__({"room": None, "kept": None, "lanes": None, "site": "", **state, "_buffers": held})  # type: ignore[no-untyped-call]
         self._announce()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:

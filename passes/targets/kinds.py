@@ -38,6 +38,7 @@ class Kind:
     looks_up = False  # whether its input is the numbers of columns of A
     takes_bias = True  # whether a term may be added per output feature, as lora_bias does
     takes_gain = True  # whether the input can be multiplied
+    takes_lanes = False  # whether rows of its input may have adapters of their own
     like_target = True  # whether A is applied in the way of the target's own weight
     leaf = ""  # of a target that is a parameter: its name in its module
     is_parameter = False  # whether targets are named by a parameter, not by its module
@@ -134,6 +135,15 @@ class Kind:
     def per_input(self, c: Tensor) -> Tensor:
         """View one number per input feature, ``[in]``, so that it broadcasts over the input."""
         return self.per_output(c)
+
+    def leading(self, x: Tensor) -> torch.Size:
+        """The sizes of an input before its features: rows, tokens and the like."""
+        return x.shape[:-1]
+
+    def per_row(self, c: Tensor, x: Tensor) -> Tensor:
+        """View numbers of an input's rows, or tokens, ``[..., n]``, so that they broadcast over ``n`` features."""
+        rows = c.shape[:-1]
+        return c.view(*rows, *(1 for _ in self.leading(x)[len(rows) :]), c.shape[-1])
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """The target's own operation without its bias; ``weight`` is ``[out, in, ...]`` as :meth:`delta`."""

@@ -65,7 +65,7 @@ def test_a_swap_that_fails_leaves_the_old_adapter(monkeypatch: pytest.MonkeyPatc
         wanted = compiled(X)
     from fxpeft.serving import swap
 
-    real, calls = swap._show_copies, []
+    real, calls = swap.show_copies, []
 
     def broken(*args: Any) -> None:
         calls.append(args)
@@ -73,7 +73,7 @@ def test_a_swap_that_fails_leaves_the_old_adapter(monkeypatch: pytest.MonkeyPatc
             raise RuntimeError("in the middle")
         real(*args)
 
-    monkeypatch.setattr(swap, "_show_copies", broken)
+    monkeypatch.setattr(swap, "show_copies", broken)
     with pytest.raises(RuntimeError, match="in the middle"):
         fxpeft.set_adapter(model, "full")
     assert len(calls) == 2

@@ -66,7 +66,7 @@ def test_what_is_saved_from_slots_is_what_was_loaded(old: str, new: str, tmp_pat
 
 STEPS = [
     (checkpoint, "read"), (checkpoint, "assign"), (loading, "plan_for"), (swap, "lower"), (swap, "settle"),
-    (swap, "check_together"), (swap, "check_ranks"), (swap, "_show_copies"), (ActiveRank, "set"),
+    (swap, "check_together"), (swap, "check_ranks"), (swap, "show_copies"), (ActiveRank, "set"),
 ]  # fmt: skip
 
 

@@ -42,6 +42,7 @@ class Conv(Kind):
 
     family = "conv"
     is_linear = False
+    takes_lanes = True
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -102,6 +103,12 @@ class Conv(Kind):
 
     def per_output(self, c: Tensor) -> Tensor:
         return c.view(-1, *(1 for _ in self.kernel))
+
+    def leading(self, x: Tensor) -> torch.Size:
+        return x.shape[: x.ndim - len(self.kernel) - 1]  # a batch, or nothing
+
+    def per_row(self, c: Tensor, x: Tensor) -> Tensor:
+        return c.view(*c.shape, *(1 for _ in self.kernel))
 
     def rows(self, b: Tensor) -> Tensor:
         flat = b.flatten(1)  # [out, rank / groups]

@@ -32,10 +32,14 @@ class Embedding(Kind):
     looks_up = True
     takes_bias = False
     takes_gain = False
+    takes_lanes = True
 
     def reduce(self, x: Tensor, a: Tensor) -> Tensor:
         """Token ids ``[...]`` to ``[..., rank]``: the ids' columns of A."""
         return F.embedding(x, a.t(), **dict(self.options))
+
+    def leading(self, x: Tensor) -> torch.Size:
+        return x.shape
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(x, weight.t(), **dict(self.options))

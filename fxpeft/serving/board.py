@@ -1,0 +1,331 @@
+"""The board: which adapters are resident in slots with lanes, where, and what the rows of a call are named for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxpeft.adapters.lock import SwapLock
+from fxpeft.adapters.state import Adapter
+from fxpeft.errors import AdapterError
+from fxpeft.methods.base import SlotValues
+from fxpeft.passes.slots.copies import Copies
+from fxpeft.passes.slots.lanes import Lanes
+from fxpeft.passes.slots.slot import LANE, LEAST, NEUTRAL, Slot
+from fxpeft.passes.torch_private import skip_frame, zero_each
+from fxpeft.serving.staging import StreamOrder
+
+
+@dataclass(frozen=True, eq=False)
+class Named:
+    """What the rows of a call are named for.
+
+    Args:
+        mixtures: each adapter's name -> its weight; empty: the bare base.
+        ids: which of them a row has, ``[rows]``, or a token, ``[rows, tokens]``.
+        repeats: how many rows of a call each may stand for, side by side, as beams do.
+    """
+
+    mixtures: Sequence[Mapping[str, float]]
+    ids: Tensor
+    repeats: int = 1
+
+    def names(self) -> list[str]:
+        """The adapters that are named, each once."""
+        return list(dict.fromkeys(name for mixture in self.mixtures for name in mixture))
+
+
+#: a task of an event loop has its own, and a thread that ``asyncio.to_thread`` uses has its caller's
+_named: ContextVar[Mapping[Lanes, Named]] = ContextVar("fxpeft_rows")
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where an adapter is: in which lane, from which rank on, over how many, the same at every site.
+
+    Args:
+        alone: it is the first of those that a call without rows computes with. gains: it has a gain at some site.
+    """
+
+    adapter: Adapter
+    lane: int
+    start: int
+    width: int
+    alone: bool
+    gains: bool
+
+    def same(self, other: Place | None) -> bool:
+        """Whether the other has the same in the same place."""
+        if other is None or self.adapter is not other.adapter:
+            return False
+        return (self.lane, self.start, self.width, self.alone) == (other.lane, other.start, other.width, other.alone)
+
+
+@dataclass
+class Board:
+    """The residents of a prepared model's slots: the active adapters, and ``beside`` them those that rows name.
+
+    Args:
+        placed: name -> place of each that is in the slots now.
+        pins: of each open ``with`` block the names that it has. used: resident -> when it was last named, by ``clock``.
+        version: counts what changes places.
+        held: slot and lane with a feature other than neutral.
+    """
+
+    lanes: Lanes
+    beside: list[Adapter] = field(default_factory=list)
+    placed: dict[str, Place] = field(default_factory=dict)
+    pins: dict[object, Collection[str]] = field(default_factory=dict)
+    used: dict[str, int] = field(default_factory=dict)
+    clock: int = 0
+    version: int = 0
+    held: set[tuple[str, str, int]] = field(default_factory=set)
+    device: torch.device | None = None
+    order: StreamOrder | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "pins": {}, "used": {}, "order": None}  # nobody has named rows of a copy
+
+    # --- who is resident ---
+
+    def keep(self, active: Sequence[Adapter]) -> None:
+        """Have beside other active adapters those that open blocks name."""
+        there = {adapter.name for adapter in active}
+        residents = (place.adapter for place in self.placed.values())
+        known, pinned = {a.name: a for a in (*residents, *self.beside)}, self.pinned()
+        self.beside = [a for name, a in known.items() if name in pinned and name not in there]
+
+    def pinned(self) -> set[str]:
+        """The adapters that open blocks name."""
+        return {name for names in tuple(self.pins.values()) for name in names}
+
+    def touch(self, names: Iterable[str]) -> None:
+        """Note that these are named now."""
+        self.clock += 1
+        self.used.update(dict.fromkeys(names, self.clock))
+
+    def renew(self, adapter: Adapter) -> bool:
+        """Have another version of a resident; returns whether there is one of that name."""
+        self.beside = [adapter if a.name == adapter.name else a for a in self.beside]
+        return adapter.name in self.placed
+
+    def take(self, active: Sequence[Adapter], wanted: Iterable[Adapter], max_rank: int) -> None:
+        """Have these resident, in the places of those that were named longest ago and that nobody names now.
+
+        Raises:
+            AdapterError: there is no room.
+        """
+        there = {adapter.name for adapter in active}
+        beside, pinned = [a for a in self.beside if a.name not in there], self.pinned()
+        for adapter in (a for a in wanted if a.name not in there):
+            others = [a for a in beside if a.name != adapter.name]
+            at = next((i for i, a in enumerate(beside) if a.name == adapter.name), len(others))
+            while (problem := self.problem(active, [*others, adapter], max_rank)) is not None:
+                free = [i for i, a in enumerate(others) if a.name not in pinned]
+                if not free:
+                    raise AdapterError(problem)
+                at = min(free, key=lambda i: self.used.get(others[i].name, 0))
+                del others[at]
+            beside = [*others[:at], adapter, *others[at:]]
+        self.beside = beside
+
+    def check(self, active: Sequence[Adapter], max_rank: int) -> None:
+        """Refuse active adapters that don't go in together with those beside them.
+
+        Raises:
+            AdapterError: there is no room, or they bring what every row would get.
+        """
+        if (problem := self.problem(active, self.beside, max_rank)) is not None:
+            raise AdapterError(problem)
+        for adapter in active if self.pins else ():
+            check_rows_take(adapter)
+
+    def problem(self, active: Sequence[Adapter], beside: Sequence[Adapter], max_rank: int) -> str | None:
+        """Why these don't go into the slots together, or ``None``."""
+        names = ", ".join(a.name for a in (*active, *beside))
+        count, end = len(active) + len(beside), _end(active, beside)
+        if count > self.lanes.count:
+            return f"{count} adapters at once ({names}), more than the {self.lanes.count} lanes: {_MORE}"
+        if end > max_rank:
+            return f"{end} ranks side by side of {names}, more than max_rank {max_rank}: {_MORE}"
+        return None
+
+    # --- how they get there ---
+
+    def show(self, slots: Mapping[str, Slot], active: Sequence[Adapter], order: StreamOrder | None) -> int:
+        """Write what isn't there yet; returns how many ranks a call without rows computes with."""
+        places = self._layout(active)
+        new = [place for name, place in places.items() if not place.same(self.placed.get(name))]
+        self.placed = {}  # until all is written
+        with nullcontext() if order is None else order.writing() as ready:
+            copies = [_copies(slots, place) for place in new]
+            if ready is not None:
+                for each in copies:
+                    each.stage()
+                ready()
+            end = _end(active, ())
+            _clear(slots, [*((p.start, p.width) for p in new), *([(end, LEAST - end)] if end < LEAST else [])])
+            for each in copies:
+                each.run()
+            for place in new:
+                self._show_features(slots, place)
+        self.placed, self.version = places, self.version + 1
+        self.used = {name: self.used.get(name, 0) for name in places}
+        self.device = next((slot.a.device for slot in slots.values()), None)
+        return max(LEAST, end)
+
+    def _layout(self, active: Sequence[Adapter]) -> dict[str, Place]:
+        places: dict[str, Place] = {}
+        for adapter in (*active, *self.beside):
+            start = max((place.start + place.width for place in places.values()), default=0)
+            if len(places) >= len(active):
+                start = max(start, LEAST)  # the ranks before are of a call without rows
+            gains = any(v.g_in is not None or v.g_out is not None for v in adapter.lowered.values())
+            places[adapter.name] = Place(
+                adapter, len(places), start, width(adapter), not places and bool(active), gains
+            )
+        return places
+
+    @torch.no_grad()
+    def _show_features(self, slots: Mapping[str, Slot], place: Place) -> None:
+        for site, slot in slots.items():
+            value = place.adapter.lowered.get(site)
+            for name in slot.features:
+                own, key = None if value is None else getattr(value, name), (site, name, place.lane)
+                if own is not None:
+                    getattr(slot, LANE + name)[place.lane].copy_(own)
+                    self.held.add(key)
+                elif key in self.held:
+                    getattr(slot, LANE + name)[place.lane].fill_(NEUTRAL[name])
+                    self.held.discard(key)
+
+    def forget(self, slots: Mapping[str, Slot]) -> None:
+        """Take it that anything may be in the slots."""
+        self.placed = {}
+        self.held = {
+            (site, name, lane)
+            for site, slot in slots.items()
+            for name in slot.features
+            for lane in range(self.lanes.count)
+        }
+
+    # --- what rows are named for ---
+
+    @contextmanager
+    def naming(self, named: Named, lock: SwapLock) -> Iterator[None]:
+        """Name the rows of this context's calls; ``lock`` keeps places as they are while they are read."""
+        before = _named.get({})
+        _named.set({**before, self.lanes: named})
+        try:
+            with lock.read():
+                self.sync()
+            yield
+        finally:
+            _named.set(before)
+            self.lanes.clear()
+            if self.lanes in before:
+                with lock.read():
+                    self.sync()
+
+    def named(self) -> Named | None:
+        """What the rows of this context's calls are named for."""
+        return _named.get({}).get(self.lanes)
+
+    def before_read(self) -> None:
+        """Part of every forward that holds the lock."""
+        if self.order is not None:
+            self.order.before_read()
+        self.sync()
+
+    def sync(self) -> None:
+        """Let this thread's calls have the rows that are named in its context."""
+        named = self.named()
+        if named is None:
+            if self.lanes.held is not None:
+                self.lanes.clear()
+        elif self.lanes.held != (named, self.version):
+            self.lanes.name(*self._found(named), named.repeats)
+            self.lanes.held = (named, self.version)
+
+    def _found(self, named: Named) -> tuple[Tensor, Tensor, Tensor]:
+        lanes, places = self.lanes, self.placed
+        with torch.inference_mode(False), torch.no_grad():
+            ranks = max((places[n].start + places[n].width for n in named.names()), default=0)
+            mask = torch.zeros(len(named.mixtures), max(LEAST, ranks) if lanes.dynamic else lanes.max_rank)
+            weights = torch.zeros(len(named.mixtures), lanes.count)
+            picks = torch.full((len(named.mixtures),), lanes.count)
+            for row, mixture in enumerate(named.mixtures):
+                for name, weight in mixture.items():
+                    place = places[name]
+                    mask[row, place.start : place.start + place.width] = weight
+                    weights[row, place.lane] = weight
+                    if place.gains:
+                        picks[row] = place.lane
+            mask, weights, picks = (values[named.ids].to(self.device) for values in (mask, weights, picks))
+        return mask, weights, picks
+
+
+skip_frame(Board.before_read, deep=True)  # Dynamo begins behind it
+_MORE = "name fewer at a time, or prepare the model for more (release_hotswap, then prepare_hotswap before compiling)"
+
+
+def check_rows_take(adapter: Adapter) -> None:
+    """Refuse an adapter that brings more than a slot's values, which only all rows of a call can have.
+
+    Raises:
+        AdapterError: it does.
+    """
+    brings = [*adapter.values.saved, *adapter.values.tensors, *(["a prompt"] if adapter.prompt is not None else [])]
+    if brings:
+        raise AdapterError(
+            f"adapter {adapter.name!r} brings {', '.join(brings)}, which rows of one call can't have each of their "
+            "own: set it active, and call the model without naming rows"
+        )
+
+
+def width(adapter: Adapter) -> int:
+    """The most ranks that an adapter has at a site."""
+    return max((value.d.numel() for value in adapter.lowered.values()), default=0)
+
+
+def _end(active: Sequence[Adapter], beside: Sequence[Adapter]) -> int:
+    end = sum(map(width, active))
+    return max(end, LEAST) + sum(map(width, beside)) if beside else end
+
+
+def _copies(slots: Mapping[str, Slot], place: Place) -> Copies:
+    pairs: list[tuple[Tensor, Tensor]] = []
+    written: list[Tensor] = []
+    for site, value in place.adapter.lowered.items():
+        slot = slots[site]
+        if rank := value.d.numel():
+            pairs += zip(slot.window(place.start, rank), value[:3], strict=True)
+            written += (slot.a, slot.b, slot.d)
+        if place.alone:
+            for name, own in value.features().items():
+                pairs.append((slot.beside(name), own))
+                written.append(getattr(slot, name))
+    return Copies(pairs, written, join=place.adapter.settled)
+
+
+def _clear(slots: Mapping[str, Slot], ranges: Sequence[tuple[int, int]]) -> None:
+    """Switch ranks off at all sites; what A and B hold there stays, and is finite: see :func:`check_finite`."""
+    stale = [slot.window(start, count)[2] for start, count in ranges if count for slot in slots.values()]
+    if stale:
+        zero_each(stale)
+        torch.autograd.graph.increment_version([s.d for s in slots.values() if not s.d.is_inference()])
+
+
+def check_finite(lowered: Mapping[str, SlotValues]) -> list[str]:
+    """Where an adapter holds NaN or infinity, which other rows would get too: sums over ranks go over all lanes."""
+    return [
+        f"{site}: holds NaN or infinity, which beside other lanes would reach their rows; prepare without lanes for it"
+        for site, value in lowered.items()
+        if not all(bool(torch.isfinite(t).all()) for t in value if t is not None)
+    ]

@@ -1,0 +1,205 @@
+"""Rows and tokens of one batch with adapters of their own: ``with rows(model, ["a", None, {"a": 0.7, "b": 0.3}]):``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from fxpeft.adapters.change import changing
+from fxpeft.adapters.state import ModelState, find_state, state_of
+from fxpeft.errors import AdapterError, short
+from fxpeft.methods import method_of
+from fxpeft.model.wrappers import unwrap
+from fxpeft.passes.base import PassError
+from fxpeft.passes.torch_private import skip_frame
+from fxpeft.serving.board import Board, Named, check_rows_take
+from fxpeft.serving.guard import ModelLock
+from fxpeft.serving.packing import settle
+from fxpeft.serving.swap import Serving, reshow, serving_of, watch_reads
+from fxpeft.serving.together import check_gains
+
+#: an adapter's name, names with weights, or none: ``None`` and PEFT's ``"__base__"``
+Lane: TypeAlias = str | Mapping[str, float] | None
+BASE = "__base__"
+
+
+def rows(model: nn.Module, names: Sequence[Lane]) -> Any:
+    """Give each row of the batches that are called inside a ``with`` block adapters of its own.
+
+    The model has to be prepared with ``lanes``. All rows run in one pass of one graph, whichever adapters they name,
+    of whatever ranks and methods; naming others recompiles nothing. The active adapters play no part. Inside the block
+    the adapters that it names stay in the slots; another version of one (``hotswap``, ``set_scale``) is seen by the
+    next call. The block is its thread's, or its task's in an event loop: calls of others don't see it.
+
+    Args:
+        names: for each row an adapter's name; names with weights, which add up: ``{"a": 0.7, "b": 0.3}``, or
+            ``{"a": 0.5}``, an adapter at half its scale; or ``None``, the base alone.
+
+    Raises:
+        AdapterError: an unknown name, one that rows can't have, or more adapters at once than there are lanes or
+            ranks; nothing was changed.
+        LockError: an adapter that isn't in the slots yet is named inside a forward or hold of the same thread.
+    """
+    model, board = _prepared(model)
+    return _naming(model, board, _named_rows("rows", names))
+
+
+def tokens(model: nn.Module, names: Sequence[Sequence[Lane]]) -> Any:
+    """Give each token adapters of its own, as :func:`rows` does each row.
+
+    That is for batches that hold several requests in one row, as those of continuous batching, ``[1, tokens]``.
+
+    Args:
+        names: for each row, for each of its tokens, what :func:`rows` takes for a row; as many for every row.
+
+    Raises:
+        AdapterError, LockError: as :func:`rows`.
+    """
+    model, board = _prepared(model)
+    found = [] if isinstance(names, str | Mapping) or not isinstance(names, Sequence) else list(names)
+    if not found or any(isinstance(row, str | Mapping) or not isinstance(row, Sequence) for row in found):
+        raise AdapterError(f"tokens: expected a sequence of names for each row, found {short(names)}")
+    counts = [len(row) for row in found]
+    if len(set(counts)) > 1 or not counts[0]:
+        raise AdapterError(f"tokens: expected a name for every token, as many in each row, found {short(counts)}")
+    mixtures, ids = _numbered([name for row in found for name in row])
+    return _naming(model, board, Named(mixtures, torch.tensor(ids).view(len(found), -1)))
+
+
+def _prepared(model: nn.Module) -> tuple[nn.Module, Board]:
+    model = unwrap(model)
+    board = serving_of(state_of(model)).board
+    if board is None:
+        raise AdapterError(
+            "rows of their own adapters need lanes: prepare_hotswap(model, lanes=8) for up to eight adapters at once, "
+            "before compiling (after release_hotswap, where the model is prepared without)"
+        )
+    return model, board
+
+
+def _named_rows(what: str, names: Sequence[Lane]) -> Named:
+    if isinstance(names, str | Mapping) or not isinstance(names, Sequence) or not names:
+        raise AdapterError(f"{what}: expected a name, names with weights, or None for each row, found {short(names)}")
+    mixtures, ids = _numbered(names)
+    return Named(mixtures, torch.tensor(ids))
+
+
+def _numbered(names: Sequence[Lane]) -> tuple[list[dict[str, float]], list[int]]:
+    """The different ones among the lanes that are named, and the number of each one's."""
+    mixtures: dict[tuple[tuple[str, float], ...], int] = {}
+    ids = [mixtures.setdefault(tuple(sorted(_mixture(name).items())), len(mixtures)) for name in names]
+    return [dict(items) for items in mixtures], ids
+
+
+def _mixture(name: Lane) -> dict[str, float]:
+    if name is None or name == BASE:
+        return {}
+    if isinstance(name, str):
+        return {name: 1.0}
+    if not isinstance(name, Mapping) or not all(isinstance(key, str) for key in name):
+        raise AdapterError(f"a row: expected an adapter's name, names with weights, or None, found {short(name)}")
+    found: dict[str, float] = {}
+    for key, weight in name.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise AdapterError(f"a row: {key}: expected a finite number as its weight, found {short(weight)}")
+        if weight:
+            found[key] = float(weight)
+    return found
+
+
+@contextmanager
+def _naming(model: nn.Module, board: Board, named: Named) -> Iterator[None]:
+    names, block = named.names(), object()
+    serving = serving_of(state_of(model))
+    try:
+        with serving.lock.read():  # no swap looks at the pins meanwhile
+            _check(state_of(model), named)
+            board.pins[block] = names
+            missing = [name for name in names if name not in board.placed]
+        if missing:
+            _take(model, serving, board, names)
+        board.touch(names)
+        watch_reads(serving)
+        with board.naming(named, serving.lock):
+            yield
+    finally:
+        board.pins.pop(block, None)
+
+
+def _take(model: nn.Module, serving: Serving, board: Board, names: Sequence[str]) -> None:
+    with changing(model):
+        state = state_of(model)
+        wanted = [state.get(name) for name in names]
+        board.take(serving.shown, wanted, serving.max_rank)
+        for adapter in board.beside:
+            if not adapter.settled:
+                settle(adapter, serving.slots)
+        try:
+            reshow(model, serving, serving.shown)
+        except PassError as error:
+            raise AdapterError(str(error)) from None
+
+
+def _of_call(model: nn.Module, names: Sequence[Lane] | None, generate: tuple[Any, Any] | None = None) -> Any:
+    """Give the rows of one call of a locked module adapters of their own.
+
+    Args:
+        names: as in :func:`rows`; ``None``: those that the caller's block names.
+        generate: arguments of a ``generate``, whose beams and sequences of one row are rows side by side.
+    """
+    state = find_state(model)
+    board = None if state is None or state.serving is None else serving_of(state).board
+    if board is None:
+        raise AdapterError(f"adapter_names: expected a call of the whole model, found one of a {type(model).__name__}")
+    repeats = 1 if generate is None else _repeats(model, *generate)
+    if names is not None:
+        named = _named_rows("adapter_names", names)
+    elif (given := board.named()) is None or repeats == given.repeats:
+        return nullcontext()
+    else:
+        named = given
+    return _naming(model, board, replace(named, repeats=repeats))
+
+
+def _repeats(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """How many rows Transformers' ``generate`` makes of each."""
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None) or getattr(
+        model, "generation_config", None
+    )
+    asked = (kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences"))
+    return max(1, *(number for number in asked if isinstance(number, int)), 1)
+
+
+ModelLock.naming = staticmethod(_of_call)
+for _function in (_of_call, _naming.__wrapped__):  # type: ignore[attr-defined]
+    skip_frame(_function, deep=True)  # Dynamo begins behind them
+
+
+def _check(state: ModelState, named: Named) -> None:
+    """Refuse what rows can't have.
+
+    Raises:
+        AdapterError: which row names it, and why.
+    """
+    names = named.names()
+    for name in names:
+        check_rows_take(state.get(name))
+    state.check_unfolded(names, "rows can't name it")
+    for adapter in state.running():
+        check_rows_take(adapter)
+    for mixture in named.mixtures:
+        check_gains([state.get(name) for name in mixture])
+        for name, weight in mixture.items():
+            adapter = state.get(name)
+            gains = any(v.g_in is not None or v.g_out is not None for v in adapter.lowered.values())
+            if gains and weight != 1:
+                raise AdapterError(
+                    f"a row: {name}: expected the weight 1, found {weight:g}: its gains "
+                    f"({method_of(adapter.config).name}) don't grow with a scale"
+                )
