@@ -97,7 +97,7 @@ def _from_hub(
             hf_hub_download(repo, name, revision=revision, subfolder=subfolder, token=token, local_files_only=local)
         )
     except LocalEntryNotFoundError as error:
-        if name == WEIGHTS:  # the cache may hold a pickled file alone
+        if name in (WEIGHTS, CONFIG):  # the cache may hold a pickled file alone, or diffusers'
             return None
         raise CheckpointError(f"{repo}: no such folder, not in the hub's cache, and the hub can't be asked") from error
     except EntryNotFoundError:

@@ -32,10 +32,12 @@ class PipelineFile(Checkpoint):
 
     Args:
         parts: component -> its adapter. wanted: the component that the user named, or ``None``.
+        written: the tensors under the keys that the file has.
     """
 
     parts: dict[str, Part] = field(default_factory=dict)
     wanted: str | None = None
+    written: Mapping[str, Tensor] = field(default_factory=dict)
 
     def of(self, modules: Modules) -> Checkpoint:
         """The adapter of the component that a model is, in the model's names.
@@ -57,13 +59,25 @@ class PipelineFile(Checkpoint):
                 f"{self.source}: {why} {type(modules.model).__name__}:\n{listing(found)}\n"
                 + ("Say which it is: component=" if chosen else "Is it an adapter of another model?")
             )
-        part, names = self.parts[chosen[0]], named[chosen[0]]
         if left := sorted(set(self.parts) - set(chosen)):
             lines = [f"{component or '(none named)'}: {len(self.parts[component].sites())} sites" for component in left]
             warnings.warn(
                 f"{self.source}: took {chosen[0] or 'what names no component'}, and left out the other components':\n"
                 f"{listing(lines)}", stacklevel=5,
             )  # fmt: skip
+        return self.component(chosen[0], modules, named[chosen[0]])
+
+    def component(self, component: str, modules: Modules, names: Mapping[str, str] | None = None) -> Checkpoint:
+        """A component's adapter in a model's names.
+
+        Args:
+            names: site in the file -> in the model, where that was found before.
+
+        Raises:
+            CheckpointError: the model lacks a site; all are named.
+        """
+        part = self.parts[component]
+        names = _names(part, modules) if names is None else names
         renamed = Part(
             {_renamed(key, names): tensor for key, tensor in part.tensors.items()},
             {names.get(site, site): alpha for site, alpha in part.alphas.items()}, part.settings,
@@ -95,7 +109,7 @@ def read_file(
         before = f"{name}." if several and name else ""
         together.tensors |= {f"{before}{key}": tensor for key, tensor in part.tensors.items()}
         together.alphas |= {f"{before}{site}": alpha for site, alpha in part.alphas.items()}
-    return PipelineFile(source, *_checkpoint(together, source, None), parts=parts, wanted=component)
+    return PipelineFile(source, *_checkpoint(together, source, None), parts=parts, wanted=component, written=tensors)
 
 
 def _checkpoint(part: Part, source: str, modules: Modules | None) -> tuple[LoraConfig, dict[str, Tensor]]:

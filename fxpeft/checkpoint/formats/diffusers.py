@@ -50,6 +50,18 @@ def _spelled(key: str, *, text: bool) -> str:
     return f"{match['owner']}.{module}.lora.{match['part']}.weight"
 
 
+def alpha_key(key: str) -> str:
+    """The key under which a file says the alpha of a key that diffusers' converters name it by.
+
+    They put ``.alpha`` behind a site, or behind all of the key of a factor in one of the older spellings.
+    """
+    factor = key.removesuffix(".alpha")
+    match = COMPONENT.fullmatch(factor)
+    before, rest = (f"{match['component']}.", match["key"]) if match else ("", factor)
+    site = re.sub(r"\.lora(?:_linear_layer)?\.down\.weight$", "", _spelled(rest, text="text_encoder" in before))
+    return f"{before}{site}.alpha"
+
+
 def _settings(metadata: Mapping[str, str], source: str) -> dict[str, dict[str, Any]]:
     """Component -> the fields of its config; diffusers joins both with a dot."""
     written = metadata.get(METADATA)
