@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -254,3 +255,19 @@ def test_compiled_is_one_graph_whose_backward_has_the_mask_of_its_forward() -> N
     # the update is linear in A and in B
     for p in (part.lora_A, part.lora_B):  # type: ignore[union-attr]
         assert_close((p * p.grad).sum().float() + base, loss)  # type: ignore[operator]
+
+
+def test_the_partitioner_tells_what_is_kept_and_what_is_made_again(caplog: pytest.LogCaptureFixture) -> None:
+    """By ``AOT_PARTITIONER_DEBUG=1``, which sets this constant, and ``TORCH_LOGS``, as the guide has them."""
+    net, x = three(lora_dropout=0.2), torch.randn(7, 48).bfloat16()
+    caplog.set_level("INFO", "torch._functorch.partitioners")
+    with patch("torch._functorch.partitioners.AOT_PARTITIONER_DEBUG", True):
+        torch.compile(net, backend="aot_eager_decomp_partition", fullgraph=True)(x)
+    told = {line.partition(": ")[0]: line.partition(": ")[2] for line in caplog.messages}
+    sizes = [size for size, _ in ast.literal_eval(told["Theoretical Per Activation Storage Sizes"])]
+    # the input for both sites; it prefers the cast that they share to what is cast
+    assert (sizes.count(7 * 48 * 2), sizes.count(7 * 48 * 4)) == (0, 1)
+    assert [sizes.count(7 * rank * 4) for rank in (3, 4)] == [2, 1]
+    assert not {7 * 80 * 4, 7 * 48, 7 * 80}.intersection(sizes)  # no other copy, no mask
+    assert dict(ast.literal_eval(told["Count of Ops Rematerialized"]))["prims.convert_element_type"] >= 1
+    assert "# remat/fw/bw" in told
