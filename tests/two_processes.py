@@ -24,7 +24,8 @@ def in_two_processes(function: Callable[..., Any], folder: Path, *args: Any) -> 
 
 def _run(rank: int, port: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **own)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
         torch.save(function(rank, *args), folder / f"returned{rank}.pt")

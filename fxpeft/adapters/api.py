@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from fxpeft import checkpoint
+from fxpeft.adapters.agreement import change_of_parts
 from fxpeft.adapters.attach import check_together, detach, hosts
 from fxpeft.adapters.change import changes, changing, ordinary
 from fxpeft.adapters.installing import check_name, install_adapter, switch
@@ -79,6 +80,8 @@ def load_adapter(
 ) -> None:
     """Load an adapter that fxpeft or PEFT saved, and make it the active one.
 
+    Where processes hold parts of the model, all of them call this, and all of them load it or none does.
+
     Args:
         source: a folder, an id on the Hugging Face hub, or a ``.safetensors`` file of diffusers or kohya.
         trainable: train it further; a loaded adapter is frozen by default.
@@ -103,24 +106,27 @@ def load_adapter(
     """
     model = unwrap(model)
     check_name(model, name)
-    found = checkpoint.read(
-        source, allow_pickle=allow_pickle, revision=revision, subfolder=subfolder, token=token,
-        local_files_only=local_files_only, strict=strict, weight_name=weight_name, component=component,
-    )  # fmt: skip
-    found.config.inference_mode = not trainable
-    with changing(model):
-        modules, misfit = Modules(model), checkpoint.Misfit() if ignore_mismatched_sizes else None
-        plan, values = load(
-            modules, found, key_mapping=key_mapping, check_finite=check_finite, misfit=misfit, partial=partial
-        )
-        if misfit is not None and (misfit.missing or misfit.unexpected):
-            load(modules, found, plan=plan, key_mapping=key_mapping)  # whose error names them
-        autocast = autocast_adapter_dtype and not is_prepared(model)  # slots have the base's dtype: nothing to gain
-        if misfit is not None and misfit.mismatched:
-            complete(values, fresh_values(model, plan, autocast=autocast))
-            lines = (f"{key}: expected {list(own)}, found {list(theirs)}" for key, theirs, own in misfit.mismatched)
-            warnings.warn(f"{source}: tensors of other shapes were left out:\n{listing(lines)}", stacklevel=3)
-        install_adapter(model, Adapter(name, plan, placed(model, values, autocast=autocast)), modules)
+    with change_of_parts(model) as agreement:
+        found = checkpoint.read(
+            source, allow_pickle=allow_pickle, revision=revision, subfolder=subfolder, token=token,
+            local_files_only=local_files_only, strict=strict, weight_name=weight_name, component=component,
+        )  # fmt: skip
+        found.config.inference_mode = not trainable
+        with changing(model):
+            agreement.step(found, last=not is_prepared(model))
+            modules, misfit = Modules(model), checkpoint.Misfit() if ignore_mismatched_sizes else None
+            plan, values = load(
+                modules, found, key_mapping=key_mapping, check_finite=check_finite, misfit=misfit, partial=partial
+            )
+            if misfit is not None and (misfit.missing or misfit.unexpected):
+                load(modules, found, plan=plan, key_mapping=key_mapping)  # whose error names them
+            autocast = autocast_adapter_dtype and not is_prepared(model)  # slots have the base's dtype: nothing to gain
+            if misfit is not None and misfit.mismatched:
+                complete(values, fresh_values(model, plan, autocast=autocast))
+                lines = (f"{key}: expected {list(own)}, found {list(theirs)}" for key, theirs, own in misfit.mismatched)
+                warnings.warn(f"{source}: tensors of other shapes were left out:\n{listing(lines)}", stacklevel=3)
+            install_adapter(model, Adapter(name, plan, placed(model, values, autocast=autocast)), modules)
+            agreement.step(last=True)
 
 
 @changes

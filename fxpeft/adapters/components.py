@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
 from torch import nn
 
-from fxpeft.adapters.gathering import first_writes, whole_adapter
+from fxpeft.adapters.agreement import written
+from fxpeft.adapters.gathering import whole_adapter
 from fxpeft.adapters.saving import adapter_files
 from fxpeft.adapters.state import state_of
 from fxpeft.checkpoint import Checkpoint
@@ -47,6 +47,6 @@ def save_components(
         plain = True if whole.config.peft_type == "LORA" else None  # what isn't is refused below
         config, tensors = adapter_files(model, whole, plain=plain, save_embedding_layers=False)
         found[component] = Checkpoint(f"{component}'s adapter", config, tensors)
-    with first_writes() if gathered else nullcontext(True) as here:
+    with written(together=gathered) as here:
         if here:
             write_components(Path(path), found, file_format)

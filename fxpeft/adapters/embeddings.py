@@ -10,13 +10,14 @@ from typing import Literal
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
+from fxpeft.adapters.agreement import holders
 from fxpeft.adapters.gathering import gather, parted
 from fxpeft.adapters.state import Adapter
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
 from fxpeft.model.placement import ZERO
 from fxpeft.model.walk import base_modules, base_state, base_values, embedding_layer
-from fxpeft.model.wrappers import submodule, unwrap
+from fxpeft.model.wrappers import plain_name, submodule, unwrap
 from fxpeft.passes.base import attribute
 from fxpeft.passes.torch_private import FSDP
 
@@ -24,16 +25,23 @@ SaveEmbeddings = bool | Literal["auto"]
 NAMES = ("embed_tokens", "lm_head")  # PEFT's EMBEDDING_LAYER_NAMES: targets whose base weights "auto" saves
 
 
-def embedding_tensors(model: nn.Module, adapter: Adapter, save: SaveEmbeddings = "auto") -> dict[str, Tensor]:
+def embedding_tensors(
+    model: nn.Module,
+    adapter: Adapter,
+    save: SaveEmbeddings = "auto",
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Weights of the input and output embeddings under PEFT's keys; those that the adapter brings itself left out.
 
     Args:
         model: as the caller has it; shards are gathered, by all processes.
         save: ``"auto"``: embeddings that are targets, and both where the vocabulary is of another size than that of
             the base model that the config names, which is looked up in folders and in the hub's cache only.
+        state_dict: the whole model's, gathered before: weights that are in parts are taken from it, and no other
+            process has to be here.
 
     Raises:
-        AdapterError: ``save`` is none of these, or a weight is not whole here.
+        AdapterError: ``save`` is none of these, a weight is not whole here, or ``state_dict`` lacks it.
     """
     outer, model = model, unwrap(model)
     if not isinstance(save, bool) and save != "auto":
@@ -59,7 +67,15 @@ def embedding_tensors(model: nn.Module, adapter: Adapter, save: SaveEmbeddings =
         for leaf in base_state(submodule(model, name)):
             if f"{name}.{leaf}" not in adapter.values.tensors:
                 places[f"{method.prefix}{place}.{leaf}"] = name, leaf
-    return _whole(outer, places)
+    if state_dict is None or not holders(outer):
+        return _whole(outer, places)
+    held = {plain_name(key): value for key, value in state_dict.items()}
+    if missing := [path for name, leaf in places.values() if (path := f"{name}.{leaf}") not in held]:
+        raise AdapterError(
+            f"the base's embeddings are saved with this adapter, and state_dict lacks\n{listing(missing)}\npass the "
+            "whole model's, or call save_adapter on every process, without a state_dict"
+        )
+    return {key: held[f"{name}.{leaf}"].detach() for key, (name, leaf) in places.items()}
 
 
 def _whole(model: nn.Module, places: Mapping[str, tuple[str, str]]) -> dict[str, Tensor]:

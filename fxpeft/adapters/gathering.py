@@ -7,14 +7,14 @@ anything is written.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fxpeft.adapters.agreement import in_group
 from fxpeft.adapters.state import Adapter
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods.values import Values
@@ -154,22 +154,7 @@ def check_whole(adapter: Adapter) -> None:
         for name, parameter in part.named_parameters():
             if hasattr(parameter, "full_tensor") or hasattr(parameter, ZERO) or FSDP in vars(part):
                 raise AdapterError(
-                    f"adapter {adapter.name!r}: FSDP or ZeRO-3 has parted its parameters ({name}), slots are whole: "
-                    "save_adapter it, delete_adapter, prepare_hotswap, and load_adapter what was saved; or prepare the "
-                    "model before it is sharded"
+                    f"adapter {adapter.name!r}: its parameters are in parts ({name}) by FSDP, ZeRO-3 or tensor "
+                    "parallelism, slots are whole: save_adapter it, delete_adapter, prepare_hotswap, and load_adapter "
+                    "what was saved; or prepare the model before it is sharded"
                 )
-
-
-def in_group() -> bool:
-    """Whether this process is one of several that torch knows of."""
-    return dist.is_available() and dist.is_initialized()
-
-
-@contextmanager
-def first_writes() -> Iterator[bool]:
-    """Whether this process writes what all of them gathered; at the end of the block it is written for each."""
-    try:
-        yield not in_group() or dist.get_rank() == 0
-    finally:
-        if in_group():
-            dist.barrier()

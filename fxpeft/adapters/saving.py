@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from fxpeft import checkpoint
+from fxpeft.adapters.agreement import written
 from fxpeft.adapters.embeddings import SaveEmbeddings, embedding_tensors
-from fxpeft.adapters.gathering import first_writes, whole_adapter
+from fxpeft.adapters.gathering import whole_adapter
 from fxpeft.adapters.plain import has_to_be_plain
 from fxpeft.adapters.plain import plain as as_plain
 from fxpeft.adapters.state import Adapter, state_of
@@ -48,26 +50,33 @@ def save_adapter(
 
     Raises:
         AdapterError: no such adapter, or it is no plain LoRA of the base, or it is not whole here and nothing can
-            gather it; nothing was written.
+            gather it; nothing was written. Or another process, which was to write, could not.
     """
     adapter = state_of(model).chosen(name)
     whole = whole_adapter(model, adapter)
     files = adapter_files(model, whole, plain=plain, save_embedding_layers=save_embedding_layers)
-    if whole is adapter:
-        write_adapter(model, path, *files)
-        return
-    with first_writes() as here:
+    with written(together=whole is not adapter) as here:
         if here:
             write_adapter(model, path, *files)
 
 
 def adapter_files(
-    model: nn.Module, adapter: Adapter, *, plain: bool | None, save_embedding_layers: SaveEmbeddings
+    model: nn.Module,
+    adapter: Adapter,
+    *,
+    plain: bool | None,
+    save_embedding_layers: SaveEmbeddings,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """What is written of an adapter that is whole here, see :func:`save_adapter`: its config and its tensors."""
+    """What is written of an adapter that is whole here, see :func:`save_adapter`: its config and its tensors.
+
+    Args:
+        state_dict: as in :func:`~fxpeft.adapters.embeddings.embedding_tensors`.
+    """
     if plain or (plain is None and has_to_be_plain(unwrap(model), adapter)):
         adapter = as_plain(adapter)
-    return adapter.config, adapter_tensors(adapter) | embedding_tensors(model, adapter, save_embedding_layers)
+    embeddings = embedding_tensors(model, adapter, save_embedding_layers, state_dict)
+    return adapter.config, adapter_tensors(adapter) | embeddings
 
 
 def write_adapter(model: nn.Module, path: str | Path, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:

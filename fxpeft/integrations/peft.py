@@ -17,6 +17,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fxpeft import adapters, checkpoint, serving, transform
+from fxpeft.adapters.agreement import written
 from fxpeft.adapters.change import changing
 from fxpeft.adapters.saving import adapter_files, write_adapter
 from fxpeft.adapters.state import find_state, is_prepared, state_of
@@ -177,14 +178,14 @@ class PeftModel(nn.Module, metaclass=_Bridge):
         if state_dict is not None and not is_main_process:  # one process alone may have gathered it
             return
         held = {name: held_adapter(self, name, state_dict) for name in names}
-        files = {
-            name: adapter_files(self, adapter, plain=plain, save_embedding_layers=save_embedding_layers)
-            for name, adapter in held.items()
-        }
-        for name, adapter in held.items() if is_main_process else ():
-            folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            write_adapter(self, folder, *files[name])
-            write_unfinished(folder, unfinished(adapter))
+        options: Any = {"plain": plain, "save_embedding_layers": save_embedding_layers, "state_dict": state_dict}
+        files = {name: adapter_files(self, adapter, **options) for name, adapter in held.items()}
+        gathered = state_dict is None and any(held[name] is not adapters_of(self)[name] for name in held)
+        with written(together=gathered):
+            for name, adapter in held.items() if is_main_process else ():
+                folder = Path(save_directory) if name == "default" else Path(save_directory) / name
+                write_adapter(self, folder, *files[name])
+                write_unfinished(folder, unfinished(adapter))
 
     def add_adapter(self, adapter_name: str, peft_config: object, low_cpu_mem_usage: bool = False) -> None:
         """Add a fresh adapter; unlike :func:`fxpeft.add_adapter` it isn't made the active one.

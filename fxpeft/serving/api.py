@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fxpeft import checkpoint
+from fxpeft.adapters.agreement import change_of_parts
 from fxpeft.adapters.change import changing, ordinary
 from fxpeft.adapters.loading import load
 from fxpeft.adapters.name import check_adapter_name
@@ -42,7 +43,8 @@ def hotswap(
     """Replace an adapter of a prepared model by another one. Nothing recompiles.
 
     Everything is checked before the first byte of a slot is written. If anything fails, the old
-    adapter goes on serving.
+    adapter goes on serving. Where processes hold parts of the model, all of them call this between the same
+    forwards, with the same adapter: they swap together, or none of them does.
 
     Args:
         source: a folder or hub id as in :func:`fxpeft.load_adapter`, or a state_dict with PEFT's keys.
@@ -52,21 +54,26 @@ def hotswap(
         key_mapping, strict, partial, weight_name, component: as in :func:`fxpeft.load_adapter`.
 
     Raises:
-        AdapterError: the model is not prepared, or the adapter doesn't fit its slots.
+        AdapterError: the model is not prepared, or the adapter doesn't fit its slots; or another process failed.
     """
     model, state = unwrap(model), state_of(model)
     serving_of(state)
     _replaced(state, name)  # what is wrong with it is told before files are read
-    given = None if isinstance(source, Mapping) else checkpoint.read(
-        source, allow_pickle=allow_pickle, revision=revision, subfolder=subfolder, token=token,
-        local_files_only=local_files_only, strict=strict, weight_name=weight_name, component=component,
-    )  # fmt: skip
-    with changing(model):
-        state = state_of(model)
-        old = _replaced(state, name)
-        found = given or checkpoint.Checkpoint("the state_dict", config or old.config, dict(source))  # type: ignore[arg-type]
-        plan, values = load(Modules(model), found, key_mapping=key_mapping, check_finite=check_finite, partial=partial)
-        serving_of(state).replace(model, state, Adapter(old.name, plan, values, old.strength), owned=given is not None)
+    with change_of_parts(model) as agreement:
+        given = None if isinstance(source, Mapping) else checkpoint.read(
+            source, allow_pickle=allow_pickle, revision=revision, subfolder=subfolder, token=token,
+            local_files_only=local_files_only, strict=strict, weight_name=weight_name, component=component,
+        )  # fmt: skip
+        with changing(model):
+            state = state_of(model)
+            old = _replaced(state, name)
+            found = given or checkpoint.Checkpoint("the state_dict", config or old.config, dict(source))  # type: ignore[arg-type]
+            agreement.step(found)
+            modules = Modules(model)
+            plan, values = load(modules, found, key_mapping=key_mapping, check_finite=check_finite, partial=partial)
+            new = Adapter(old.name, plan, values, old.strength)
+            serving_of(state).replace(model, state, new, owned=given is not None)
+            agreement.step(last=True)
 
 
 def _replaced(state: ModelState, name: str | None) -> Adapter:

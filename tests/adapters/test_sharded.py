@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import runpy
+import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,27 +17,38 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from closeness import is_close
 from safetensors.torch import load_file
 from tiny import randomise, tiny_llama, token_ids
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from two_processes import in_two_processes
 
 import fxpeft
 from fxpeft import AdapterError, LoraConfig
+from fxpeft.serving import swap
 
 # adapted embeddings take the base's weight along into the file
 CONFIG: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "embed_tokens"],
                           "modules_to_save": ["lm_head"], "rank_pattern": {"embed_tokens": 2}}  # fmt: skip
 
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed.py"
+HALVES = find_spec("bitsandbytes") is not None
+
+
 def adapted() -> Any:
-    model = tiny_llama().train()
-    fxpeft.add_adapter(model, LoraConfig(**CONFIG))
+    return trainable(tiny_llama())
+
+
+def trainable(model: Any) -> Any:
+    fxpeft.add_adapter(model.train(), LoraConfig(**CONFIG))
     randomise((p for p in model.parameters() if p.requires_grad), seed=3)
     return model
 
@@ -56,14 +71,114 @@ def message(action: Callable[[], Any]) -> str:
     """What an action's error says; empty: none."""
     try:
         action()
-    except AdapterError as error:
+    except (AdapterError, OSError, ZeroDivisionError) as error:
         return str(error)
     return ""
+
+
+def rows(rank: int | None = None) -> Tensor:
+    """A batch of four; of a process its half."""
+    ids = token_ids(4)
+    return ids if rank is None else ids[2 * rank : 2 * rank + 2]
+
+
+def losses(model: Any, ids: Tensor, steps: int = 3) -> list[Tensor]:
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    found = []
+    for _ in range(steps):
+        loss = model(ids).logits.square().mean()
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        found.append(loss.detach())
+    return found
+
+
+def in_half_the_bits() -> Any:
+    """A base that bitsandbytes holds in 4 bits, with a LoRA, beside a module that is trained whole."""
+    model = tiny_llama()
+    bits = importlib.import_module("bitsandbytes").nn
+    for name, module in list(model.model.layers.named_modules()):
+        if isinstance(module, nn.Linear):
+            new = bits.Linear4bit(module.in_features, module.out_features, bias=False, quant_type="nf4",
+                                  compute_dtype=torch.float32)  # fmt: skip
+            new.weight = bits.Params4bit(module.weight.data.clone(), requires_grad=False, quant_type="nf4")
+            model.model.layers.set_submodule(name, new.to("cpu"))
+            assert new.weight.dtype == torch.uint8
+    return trainable(model)
+
+
+def data_parallel(rank: int, said: dict[str, Any]) -> None:
+    """Each process with its half of the batch, under DDP."""
+    made = {"plain": adapted, "nf4": in_half_the_bits} if HALVES else {"plain": adapted}
+    for name, make in made.items():
+        model = make()
+        each = losses(DistributedDataParallel(model), rows(rank))
+        for loss in each:
+            dist.all_reduce(loss)
+        said[f"ddp {name}"] = [loss.item() / 2 for loss in each]
+        said[f"ddp {name} state"] = {k: v.clone() for k, v in fxpeft.adapter_state_dict(model).items()}
+
+
+def together(rank: int, folder: Path, said: dict[str, Any]) -> None:
+    """What one process fails to do, no other does."""
+    ids, served = token_ids(), fsdp2(tiny_llama())
+    other = adapted()
+    randomise((p for p in other.parameters() if p.requires_grad), seed=8)
+    if rank == 0:
+        fxpeft.save_adapter(other, folder / "other")
+        broken = folder / "broken"
+        shutil.copytree(folder / "other", broken)
+        (broken / "adapter_model.safetensors").write_bytes(b"no file")
+    dist.barrier()
+    with torch.no_grad():
+        fxpeft.prepare_hotswap(served, 4, targets=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+        fxpeft.load_adapter(served, folder / "fsdp2")
+        before = served(ids).logits
+        for name, paths in {
+            "missing": ("other", "nowhere"),
+            "broken": ("broken", "other"),
+            "others": ("other", "fsdp2"),
+        }.items():
+            said[f"swap {name}"] = message(lambda: fxpeft.hotswap(served, folder / paths[rank]))  # noqa: B023
+            said[f"load {name}"] = message(lambda: fxpeft.load_adapter(served, folder / paths[rank], "second"))  # noqa: B023
+            said[f"kept {name}"] = torch.equal(served(ids).logits, before), fxpeft.loaded_adapters(served)
+        if rank == 0:  # one breaks off amid its writes
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(swap, "show_copies", lambda *args: 1 / 0)
+                said["swap torn"] = message(lambda: fxpeft.hotswap(served, folder / "other"))
+        else:
+            said["swap torn"] = message(lambda: fxpeft.hotswap(served, folder / "other"))
+        said["kept torn"] = torch.equal(served(ids).logits, before), fxpeft.loaded_adapters(served)
+        fxpeft.hotswap(served, folder / "other")
+        said["swapped"] = served(ids).logits
+
+    trained = fsdp2(adapted())
+    (folder / "taken").touch() if rank == 0 else None
+    said["save"] = message(lambda: fxpeft.save_adapter(trained, folder / "taken"))
+    dist.barrier()
+    with fxpeft.installed():
+        named = folder / "taken" / "below"
+        said["save_pretrained"] = message(lambda: trained.save_pretrained(named, is_main_process=rank == 0))
+        trained.save_pretrained(folder / "main", is_main_process=rank == 0)
+    losses(trained, ids, 1)
+    options = StateDictOptions(ignore_frozen_params=True)
+    dcp.save({"model": get_model_state_dict(trained, options=options)}, checkpoint_id=folder / "dcp")
+
+
+def example(*arguments: str) -> str:
+    """What the example prints."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.setattr(sys, "argv", [str(EXAMPLE), *arguments])
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    return printed.getvalue()
 
 
 def everything(rank: int, folder: Path) -> dict[str, Any]:
     """All that two processes are asked here, in one launch."""
     ids, said = token_ids(), {}
+    said["examples"] = [example(), example("--shard")]
+    data_parallel(rank, said)
     for name, shard in {"fsdp1": fsdp1, "fsdp2": fsdp2}.items():
         model = adapted()
         wrapped = shard(model)
@@ -96,6 +211,7 @@ def everything(rank: int, folder: Path) -> dict[str, Any]:
         said["slots"] = late(ids).logits
         with fxpeft.disabled(late):
             said["bare"] = late(ids).logits
+    together(rank, folder, said)
     return said
 
 
@@ -157,6 +273,75 @@ def test_what_comes_after_sharding_is_not_trained(said: Any, tmp_path: Path) -> 
         torch.testing.assert_close(each["logits"], expected)
         torch.testing.assert_close(each["slots"], expected)
         torch.testing.assert_close(each["bare"], bare)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["plain", pytest.param("nf4", marks=pytest.mark.skipif(not HALVES, reason="no bitsandbytes"))]
+)
+def test_ddp_trains_as_one_process(name: str, said: Any) -> None:
+    model = adapted() if name == "plain" else in_half_the_bits()
+    expected = [loss.item() for loss in losses(model, rows())]
+    for each in said[1]:
+        assert each[f"ddp {name}"] == pytest.approx(expected, rel=1e-5)
+        for key, value in fxpeft.adapter_state_dict(model).items():
+            torch.testing.assert_close(each[f"ddp {name} state"][key], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_swap_is_done_by_all_processes_or_by_none(said: Any) -> None:
+    folder, (first, second) = said
+    for verb in ("swap", "load"):
+        assert "nowhere" in second[f"{verb} missing"]
+        assert first[f"{verb} missing"].startswith(
+            "another process failed, so nothing was changed here:\n  process 1: "
+        )
+        assert "nowhere" in first[f"{verb} missing"]
+        assert "process 0: CheckpointError: " in second[f"{verb} broken"]
+        for rank, each in enumerate((first, second)):
+            assert f"process {1 - rank} read another adapter" in each[f"{verb} others"]
+    assert "process 0: ZeroDivisionError" in second["swap torn"]
+    model = tiny_llama()
+    fxpeft.load_adapter(model, folder / "other")
+    for each in (first, second):
+        for name in ("missing", "broken", "others", "torn"):
+            assert each[f"kept {name}"] == (True, ["default"])
+        torch.testing.assert_close(each["swapped"], model(token_ids()).logits)
+
+
+@pytest.mark.slow
+def test_what_the_first_process_cannot_write_is_an_error_in_all(said: Any, tmp_path: Path) -> None:
+    folder, (first, second) = said
+    for verb in ("save", "save_pretrained"):
+        assert "taken" in first[verb]
+        assert second[verb].startswith("another process failed to write:\n  process 0: ")
+        assert first[verb][:100] in second[verb]
+    expected = plain(tmp_path, trained=False)[1]
+    found = load_file(folder / "main" / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+@pytest.mark.slow
+def test_the_example_prints_the_same_in_one_process_and_in_two(said: Any) -> None:
+    alone = example()
+    assert "served" in alone
+    assert [each["examples"] for each in said[1]] == [[alone] * 2, [""] * 2]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_processes_is_read_by_one(said: Any, tmp_path: Path) -> None:
+    expected, _ = plain(tmp_path, trained=True)
+    model = adapted()
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    state = {"model": get_model_state_dict(model, options=options)}
+    dcp.load(state, checkpoint_id=said[0] / "dcp", no_dist=True)
+    set_model_state_dict(model, state["model"], options=options)
+    own = {name: p for name, p in expected.named_parameters() if p.requires_grad}
+    assert state["model"].keys() == own.keys()
+    assert not any(torch.equal(adapted().get_parameter(name), parameter) for name, parameter in own.items())
+    for name, parameter in own.items():
+        torch.testing.assert_close(model.get_parameter(name), parameter)
 
 
 def test_zero_3_gathers_the_parameters_that_it_has_parted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

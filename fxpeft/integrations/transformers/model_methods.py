@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import LoadStateDictConfig
 
 from fxpeft import adapters
+from fxpeft.adapters.agreement import change_of_parts
 from fxpeft.adapters.change import changes, changing, ordinary
 from fxpeft.adapters.installing import install_adapter
 from fxpeft.adapters.name import check_adapter_name
-from fxpeft.adapters.state import Adapter, state_of
+from fxpeft.adapters.state import Adapter, is_prepared, state_of
 from fxpeft.adapters.values import fresh_values
 from fxpeft.errors import AdapterError
 from fxpeft.integrations.transformers import loading
@@ -125,22 +126,25 @@ def load_adapter(
         raise ValueError(
             "You should either pass a `peft_model_id` or a `peft_config` and `adapter_state_dict` to load an adapter."
         )
-    found = loading.read(
-        source, peft_config, adapter_state_dict, download=download, use_safetensors=options.use_safetensors
-    )
-    with changing(self):
-        swaps = _swaps(self, name, hotswap)
-        _check_swappable(self, found.config) if swaps else _check_type(self, found.config)
-        # the table of from_pretrained has the user's key_mapping too
-        fitted = loading.fit(self, found, name, trainable=is_trainable, conversions=options.weight_mapping)
-        # a report of tensors that can't be used is an error, so it comes before anything is changed
-        log_report(self, found.source, options.ignore_mismatched_sizes, fitted.info, logger)
-        new = Adapter(name, fitted.plan, fitted.values)
-        swap(self, new) if swaps else add(self, new)
-        if is_trainable:
-            train_parts(state_of(self).get(name))
-        else:
-            self.eval()  # type: ignore[no-untyped-call]
+    with change_of_parts(self) as agreement:
+        found = loading.read(
+            source, peft_config, adapter_state_dict, download=download, use_safetensors=options.use_safetensors
+        )
+        with changing(self):
+            agreement.step(found, last=not is_prepared(self))
+            swaps = _swaps(self, name, hotswap)
+            _check_swappable(self, found.config) if swaps else _check_type(self, found.config)
+            # the table of from_pretrained has the user's key_mapping too
+            fitted = loading.fit(self, found, name, trainable=is_trainable, conversions=options.weight_mapping)
+            # a report of tensors that can't be used is an error, so it comes before anything is changed
+            log_report(self, found.source, options.ignore_mismatched_sizes, fitted.info, logger)
+            new = Adapter(name, fitted.plan, fitted.values)
+            swap(self, new) if swaps else add(self, new)
+            if is_trainable:
+                train_parts(state_of(self).get(name))
+            else:
+                self.eval()  # type: ignore[no-untyped-call]
+            agreement.step(last=True)
     return fitted.info
 
 

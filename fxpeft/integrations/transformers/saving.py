@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import create_and_tag_model_card
 
 from fxpeft import checkpoint
+from fxpeft.adapters.agreement import written
 from fxpeft.adapters.embeddings import embedding_tensors
 from fxpeft.adapters.saving import adapter_tensors
 from fxpeft.adapters.state import Adapter, state_of
@@ -87,10 +88,6 @@ def _save(
     create_pr: bool = False,
     **create: Any,
 ) -> None:
-    folder = Path(save_directory)
-    if folder.is_file():
-        logger.error(f"Provided path ({save_directory}) should be a directory, not a file")
-        return
     state = state_of(model)
     if len(state.active) > 1:
         raise ValueError(
@@ -98,28 +95,33 @@ def _save(
             "adapters separately one by one by iteratively calling `model.set_adapter(adapter_name)` then "
             "`model.save_pretrained(...)`"
         )
-    if state_dict is not None and not saves_here(model, is_main_process):
-        # one process alone may have gathered it, as accelerate's get_state_dict does
-        embedding_tensors(model, state.get(only_active(model)))  # which processes may gather together
-        return
-    adapter = held_adapter(model, only_active(model), state_dict)
+    here = saves_here(model, is_main_process)
+    if state_dict is not None and not here:
+        return  # one process alone may have gathered it, as accelerate's get_state_dict does
+    own = state.get(only_active(model))
+    adapter = held_adapter(model, own.name, state_dict)
     tensors = adapter_tensors(adapter) if save_peft_format else without_prefix(adapter)
     prefix = method_of(adapter.config).prefix
-    for key, tensor in embedding_tensors(model, adapter).items():
+    for key, tensor in embedding_tensors(model, adapter, state_dict=state_dict).items():
         tensors[key if save_peft_format else key.removeprefix(prefix)] = tensor
     more = unfinished(adapter)
-    if not saves_here(model, is_main_process):
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    if push_to_hub:
-        target = hf_api().create_repo(repo_id or folder.name, exist_ok=True, token=token, **create).repo_id
-        timestamps = model._get_files_timestamps(folder)
-    write_unfinished(folder, more)
-    checkpoint.write(folder, model, adapter.config, tensors)
-    if push_to_hub:
-        if not (folder / CARD).is_file():  # the user's own text stays
-            create_and_tag_model_card(target, model.model_tags, token=token).save(folder / CARD)
-        write_card(folder, model, adapter.config)
-        model._upload_modified_files(
-            folder, target, timestamps, commit_message=commit_message, token=token, create_pr=create_pr
-        )
+    with written(together=state_dict is None and adapter is not own):
+        if not here:
+            return
+        folder = Path(save_directory)
+        if folder.is_file():
+            logger.error(f"Provided path ({save_directory}) should be a directory, not a file")
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if push_to_hub:
+            target = hf_api().create_repo(repo_id or folder.name, exist_ok=True, token=token, **create).repo_id
+            timestamps = model._get_files_timestamps(folder)
+        write_unfinished(folder, more)
+        checkpoint.write(folder, model, adapter.config, tensors)
+        if push_to_hub:
+            if not (folder / CARD).is_file():  # the user's own text stays
+                create_and_tag_model_card(target, model.model_tags, token=token).save(folder / CARD)
+            write_card(folder, model, adapter.config)
+            model._upload_modified_files(
+                folder, target, timestamps, commit_message=commit_message, token=token, create_pr=create_pr
+            )
