@@ -22,6 +22,7 @@ OTHERS = {
     "_hf_hook": "accelerate", "_old_forward": "accelerate", "_original_forward": "accelerate",
     "_attn_implementation": "transformers", "_get_files_timestamps": "transformers",
     "_hf_peft_config_loaded": "transformers", "_hotswap_enabled": "transformers", "_load_best_model": "transformers",
+    "_no_split_modules": "transformers",
     "_load_from_checkpoint": "transformers", "_prepare_peft_hotswap_kwargs": "transformers",
     "_push_from_checkpoint": "transformers", "_require_grads_hooks": "transformers",
     "_upload_modified_files": "transformers",

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from fxpeft.integrations import trl
+from fxpeft.integrations import accelerate, trl
 from fxpeft.integrations.transformers import loading, model_methods, saving, trainer
 from fxpeft.integrations.transformers.releases import LOCAL_SUBFOLDERS, find_adapter_config
 
@@ -30,8 +30,9 @@ def install() -> None:
     take an adapter's folder or id, ``save_pretrained`` and ``push_to_hub`` write the adapter alone,
     and ``Trainer`` resumes from it. Signatures, return values and errors are those of transformers
     5.23 and 5.24, whose integrations differ in the PEFT that they ask for alone. TRL's trainers treat such
-    models as PEFT's, and take fxpeft's configs as ``peft_config``. Calling it twice is
-    calling it once. Models that PEFT itself has adapted are left to PEFT.
+    models as PEFT's, and take fxpeft's configs as ``peft_config``; accelerate's FSDP checkpoints hold the adapters
+    alone where ``Trainer`` asks for that. Calling it twice is calling it once. Models that PEFT itself has adapted are
+    left to PEFT.
     """
     if _before:
         return
@@ -90,6 +91,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield Trainer, "_push_from_checkpoint", trainer.pushes_adapter(Trainer._push_from_checkpoint)
     yield Trainer, "__init_subclass__", classmethod(_trainer_comes)
     yield from trl.replacements()
+    yield from accelerate.replacements()
 
 
 def _trainer_comes(cls: type[Any], /, **kwargs: Any) -> None:
