@@ -8,10 +8,12 @@ from typing import Any
 from torch import nn
 
 from fxpeft.adapters.state import Adapter, ModelState
+from fxpeft.adapters.tensor_parallel import alike, parted_values
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SharedPart, SiteAdapter
 from fxpeft.model.fast_path import fused_above, is_fused, switch_off
+from fxpeft.model.placement import parted
 from fxpeft.model.progress import progress
 from fxpeft.model.walk import output_head
 from fxpeft.model.wrappers import submodule
@@ -31,14 +33,21 @@ def hosts(model: nn.Module, adapters: Iterable[Adapter]) -> dict[str, nn.Module]
 
 
 def attach(model: nn.Module, adapter: Adapter) -> None:
-    """Register the adapter's parameters below the modules they belong to, as ``adapters.<name>``."""
-    method, values = method_of(adapter.config), adapter.values
-    parameters = adapter.parameter_sites()
+    """Register the adapter's parameters below the modules they belong to, as ``adapters.<name>``.
+
+    Where tensor parallelism has parted a module, they are parted with it, by all processes.
+    """
+    adapter.values = values = alike(model, adapter.values)
+    method, parameters = method_of(adapter.config), adapter.parameter_sites()
     shared = SharedPart(values.shared, method.shared_trained(adapter.config)) if values.shared else None
 
     def part_of(site: str) -> SiteAdapter:
-        plan = adapter.plan.sites[site]
-        made = method.part(adapter.config, plan, values.sites[site], strength=adapter.strength)
+        plan, own = adapter.plan.sites[site], values.sites[site]
+        host = submodule(model, plan.kind.host(site))
+        cut = bool(parted(host))
+        made = method.part(adapter.config, plan, parted_values(host, own) if cut else own, strength=adapter.strength)
+        if cut:
+            made.parted = True
         if shared is not None:
             made.share(shared, hold=site == next(iter(values.sites)))
         return made

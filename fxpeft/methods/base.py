@@ -66,7 +66,7 @@ class SiteAdapter(nn.Module):
         frozen: those of ``parameters`` that are never trained; they become buffers.
 
     ``shared`` is what the adapter's sites share, where its method has such. It is a child of the first site's part, and
-    no child of the others, so that it is trained, moved and listed once.
+    no child of the others, so that it is trained, moved and listed once. ``parted``: along with the site's module.
 
     ``scaling`` stays float32 whatever dtype the model is cast to: alpha / rank rounded to bfloat16
     would be off by up to 0.4%. ``running`` says whether the site's forward computes with it, for whoever prints it.
@@ -74,7 +74,7 @@ class SiteAdapter(nn.Module):
 
     scaling: Tensor
     shared: SharedPart
-    running = False
+    running = parted = False
 
     def __init__(
         self,

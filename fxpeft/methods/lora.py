@@ -23,18 +23,20 @@ from torch import Tensor, nn
 from fxpeft.errors import AdapterError
 from fxpeft.methods import inits
 from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
-from fxpeft.methods.config import RankConfig
+from fxpeft.methods.config import AdapterConfig, RankConfig
 from fxpeft.methods.inits import EvaConfig, LoftQConfig
 from fxpeft.passes.base import PassError, join
 from fxpeft.passes.live.parameters import scaled
 from fxpeft.passes.live.split import split_product
 from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.slots.parted import parted_lora
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.names import pattern_value
 from fxpeft.passes.targets.operations import ParameterKind
 from fxpeft.passes.targets.terms import Pattern
 
 S = TypeVar("S", LoftQConfig, EvaConfig)
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # which don't look at the base
 
 
 @dataclass
@@ -295,6 +297,9 @@ class Lora(Method[LoraConfig]):
     def rewrite(self, name: str, config: LoraConfig, site: SiteAdapter) -> Rewrite:
         operands = ("lora_A", "lora_B", "scaling", "lora_B_bias", "lora_A0", "lora_B0", "dropout")
         kind = site.plan.kind
+        if site.parted:
+            held = {join(name, o): getattr(site, o) for o in ("lora_A", "lora_B", "scaling")}
+            return Rewrite(f"lora:{name}", parted_lora, held, reads=("weight",))
         leaf = kind.leaf if kind.updates_weight else ""
         held = {join(name, leaf, o): getattr(site, o) for o in operands if hasattr(site, o)}
         return Rewrite(f"lora:{name}", lora_weight if kind.updates_weight else lora, held)
@@ -314,6 +319,15 @@ class Lora(Method[LoraConfig]):
         r = plan.rank
         kept = {"lora_A": plan.kind.unranks(lowered.a[:r]), "lora_B": plan.kind.unrows(lowered.b[:r], r)}
         return kept | {name: value.detach().clone() for name, value in parameters.items() if name not in kept}
+
+
+def why_not_parted(method: Method[Any], config: AdapterConfig) -> str | None:
+    """Why an adapter can't be at a module that tensor parallelism has parted, or ``None``: it is a plain LoRA."""
+    if type(method) is not Lora:
+        return f"{method.name} can't be parted with it"
+    plain = {"lora_dropout": (0,), "lora_bias": (False,), "bias": ("none",), "init_lora_weights": PLAIN_STARTS}
+    found = [f"{name}={value!r}" for name, own in plain.items() if (value := getattr(config, name)) not in own]
+    return f"{', '.join(found)} can't be parted with it" if found else None
 
 
 def _whole(base: Base) -> Tensor:

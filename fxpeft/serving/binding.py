@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft.model.fast_path import fused_above, switch_off
-from fxpeft.model.placement import placement
+from fxpeft.model.placement import parted, placement
 from fxpeft.model.progress import progress
 from fxpeft.model.walk import base_value, base_values, output_head
 from fxpeft.model.wrappers import submodule
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
 from fxpeft.passes.live.parameters import read_module, slot_rewrite
 from fxpeft.passes.slots.lanes import lane_rewrite
+from fxpeft.passes.slots.parted import parted_rewrite
 from fxpeft.passes.slots.room import lay_out
 from fxpeft.passes.slots.slot import EXACT, Slot
 from fxpeft.serving import prompts as prompts_serving
@@ -48,7 +49,8 @@ def bind_slots(model: nn.Module, serving: Serving) -> None:
         rewrites, place = [], Container()
         if site in serving.kinds:
             place = serving.slots[site]
-            rewrites.append(place.live_rewrite() if place.lanes is None else lane_rewrite(place))
+            make = parted_rewrite if parted(module) else lane_rewrite if place.lanes is not None else Slot.live_rewrite
+            rewrites.append(make(place))
         for leaf, (_, value) in redirects.get(site, {}).items():
             place.register_buffer(leaf, value, persistent=False)
         module.add_module("slot", place)

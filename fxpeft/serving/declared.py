@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import METHODS, slot_needs
 from fxpeft.model.batch_rows import other_rows
+from fxpeft.model.placement import parted
+from fxpeft.model.wrappers import submodule
 from fxpeft.passes.slots.slot import LEAST
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.serving.prompts import prompt_methods
@@ -56,4 +58,19 @@ def check_lanes(model: nn.Module, kinds: Mapping[str, Kind]) -> None:
             "lanes: these targets don't see the rows of a batch one by one and in their order:\n"
             f"{listing(f'{site}: {what}' for site, what in wrong.items())}\n"
             "leave them out of targets, or prepare with lanes=1"
+        )
+
+
+def check_parted(model: nn.Module, hosts: Iterable[str], methods: Sequence[str], lanes: int) -> None:
+    """Check that modules which tensor parallelism has parted get slots of low-rank factors alone.
+
+    Raises:
+        AdapterError: something else was declared; the parted modules are named.
+    """
+    given = [*(f"methods={m!r}" for m in methods if slot_needs().get(m)), *([f"lanes={lanes}"] if lanes > 1 else [])]
+    cut = sorted(name for name in hosts if parted(submodule(model, name))) if given else []
+    if cut:
+        raise AdapterError(
+            f"{', '.join(given)}: expected LoRA in one lane where tensor parallelism has parted modules, as here:\n"
+            f"{listing(cut)}\nleave them out of targets"
         )

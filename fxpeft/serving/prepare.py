@@ -26,7 +26,7 @@ from fxpeft.serving import prompts as prompts_serving
 from fxpeft.serving.base_loads import watch_loads
 from fxpeft.serving.binding import bind_slots
 from fxpeft.serving.board import Board
-from fxpeft.serving.declared import check_lanes, check_slots
+from fxpeft.serving.declared import check_lanes, check_parted, check_slots
 from fxpeft.serving.guard import ModelLock, drain, guard_forwards
 from fxpeft.serving.packing import settle
 from fxpeft.serving.swap import Serving, lower, watch_reads
@@ -98,6 +98,7 @@ def prepare_hotswap(
         *_declare(model, adapters, targets, exclude, modules_to_save, bias, methods, target_parameters),
         lock=ModelLock(lock_timeout, hold_generate, lanes > 1),
     )  # fmt: skip
+    check_parted(model, serving.hosts(), methods, lanes)
     if lanes > 1:
         check_lanes(model, serving.kinds)
         serving.board = Board(Lanes(lanes, max_rank, rank == "dynamic"))

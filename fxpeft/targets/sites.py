@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from fxpeft.errors import AdapterError, listing, short
 from fxpeft.methods import method_of
-from fxpeft.methods.base import SitePlan
+from fxpeft.methods.base import Method, SitePlan
 from fxpeft.methods.config import AdapterConfig, matching
-from fxpeft.methods.lora import LoraConfig
+from fxpeft.methods.lora import LoraConfig, why_not_parted
 from fxpeft.model.modules import Modules
+from fxpeft.model.placement import parted, parted_dimension
 from fxpeft.passes.base import PassError, join
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.names import EXCLUDED, Selection, pattern_table
 from fxpeft.passes.targets.regex import shown
 from fxpeft.passes.targets.terms import Pattern
-from fxpeft.passes.torch_private import FSDP
 from fxpeft.targets.defaults import with_targets
 from fxpeft.targets.experts import converted
 from fxpeft.targets.parameters import parameter_sites
@@ -174,13 +174,14 @@ def find_targets(
         config = with_site_names(config, patterns, sites)
     config = method.resolve(config, modules.model)
 
-    kinds: dict[str, Kind] = {name: _site_kind(name, modules) for name in targets}
+    kinds: dict[str, Kind] = {name: _site_kind(name, modules, method, config) for name in targets}
     config, saved = with_saved(config, modules, of_file)
     inner = parameter_sites(config, modules, kinds, saved)
     kinds |= {site: each.kind for site, each in inner.items()}
     if not kinds:
         raise AdapterError(_nothing_found(config, why_not))
     tensors = _bias_names(modules, method.bias(config), kinds, saved)
+    _check_whole(modules, [*inner, *tensors], saved)
     return Targets(config, kinds, {site: each.wrapped for site, each in inner.items()}, saved, tensors, left_out)
 
 
@@ -199,16 +200,20 @@ def _without_idle(
     return config, targets, out
 
 
-def _site_kind(name: str, modules: Modules) -> Kind:
+def _parted(name: str, leaves: list[str], why: str) -> AdapterError:
+    return AdapterError(
+        f"{name}: tensor parallelism has parted its {' and '.join(leaves)}, and {why}: take it out, or shard the model "
+        "with FSDP2, without tp_plan"
+    )
+
+
+def _site_kind(name: str, modules: Modules, method: Method[Any], config: AdapterConfig) -> Kind:
     if why := modules.idle(name):
         raise AdapterError(f"{name}: {why}; add it to exclude_modules")
-    parted = [leaf for leaf, p in modules[name]._parameters.items() if hasattr(p, "placements")]
-    if parted and FSDP not in vars(modules[name]):  # FSDP2 makes them whole before a forward
-        raise AdapterError(
-            f"{name}: tensor parallelism has parted its {' and '.join(parted)}, and an adapter there would have to be "
-            "parted with it, which isn't supported: add it to exclude_modules, or shard the model with FSDP2, "
-            "without tp_plan"
-        )
+    if leaves := parted(modules[name]):
+        cut = parted_dimension(modules[name])
+        if why := why_not_parted(method, config) or (cut if isinstance(cut, str) else None):
+            raise _parted(name, leaves, why)
     try:
         return modules.kind(name)
     except PassError as error:
@@ -217,6 +222,17 @@ def _site_kind(name: str, modules: Modules) -> Kind:
         raise AdapterError(
             f"{name}: {error}; take it out of target_modules or add it to exclude_modules{hint}"
         ) from None
+
+
+def _check_whole(modules: Modules, parameters: Iterable[str], saved: Collection[str]) -> None:
+    """Refuse parameters of parted modules, and copies of such modules."""
+    for path in parameters:
+        name, _, leaf = path.rpartition(".")
+        if leaves := parted(modules[name]):
+            raise _parted(name, leaves, f"{leaf} can't be adapted or trained there")
+    for name in modules if saved else ():
+        if any(name == path or name.startswith(f"{path}.") for path in saved) and (leaves := parted(modules[name])):
+            raise _parted(name, leaves, "modules_to_save can't have a copy of it")
 
 
 def _bias_names(modules: Modules, mode: str, sites: Collection[str], saved: list[str]) -> list[str]:

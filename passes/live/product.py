@@ -87,11 +87,13 @@ def _own_name(module: nn.Module, traced: GraphModule, found: Node | str) -> str:
 
 
 def check_stored(module: nn.Module, leaf: str) -> None:
-    """Refuse a tensor of a module that can't be written to: computed, quantised, offloaded."""
+    """Refuse a tensor of a module that can't be written to: computed, quantised, offloaded, in parts."""
     name = base_class(module).__name__
     tensor = {**module._parameters, **module._buffers}.get(leaf)
     if tensor is None or hasattr(base_class(module), leaf):
         raise PassError(f"{name}.{leaf} is not stored but computed when it is read; remove its parametrization first")
+    if hasattr(tensor, "placements"):
+        raise PassError(f"{name}.{leaf} is here in part: fold into a model that one process holds, and save that")
     if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_floating_point() or tensor.layout != torch.strided:
         found = f"{type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}"
         raise PassError(f"expected a plain floating-point tensor, {name}.{leaf} is a {found}: dequantise it first")

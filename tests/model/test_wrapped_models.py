@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -196,7 +197,8 @@ def test_modules_that_tensor_parallelism_has_parted_are_refused_before_anything_
     model = two_linears()
     parallelize_module(model, init_device_mesh("cpu", (1,)), {"0": ColwiseParallel()})
     before = {name: type(module) for name, module in model.named_modules()}
-    for verb in (fxpeft.prepare_hotswap, lambda m: fxpeft.add_adapter(m, fxpeft.LoraConfig(**CONFIG))):
+    prepare = partial(fxpeft.prepare_hotswap, bias="lora_only")
+    for verb in (prepare, lambda m: fxpeft.add_adapter(m, fxpeft.LoraConfig(**CONFIG))):
         with pytest.raises(fxpeft.AdapterError, match="0: tensor parallelism has parted its weight and bias"):
             verb(model)
     assert {name: type(module) for name, module in model.named_modules()} == before
