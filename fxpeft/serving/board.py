@@ -16,7 +16,7 @@ from fxpeft.adapters.state import Adapter
 from fxpeft.errors import AdapterError
 from fxpeft.methods.base import SlotValues
 from fxpeft.passes.slots.copies import Copies
-from fxpeft.passes.slots.lanes import Lanes
+from fxpeft.passes.slots.lanes import Lanes, RowTensors
 from fxpeft.passes.slots.slot import LANE, LEAST, NEUTRAL, Slot
 from fxpeft.passes.torch_private import skip_frame, zero_each
 from fxpeft.serving.staging import StreamOrder
@@ -250,25 +250,30 @@ class Board:
             if self.lanes.held is not None:
                 self.lanes.clear()
         elif self.lanes.held != (named, self.version):
-            self.lanes.name(*self._found(named), named.repeats)
+            with torch.inference_mode(False), torch.no_grad():
+                self.lanes.name(self._tensors(named), named.repeats)
             self.lanes.held = (named, self.version)
 
-    def _found(self, named: Named) -> tuple[Tensor, Tensor, Tensor]:
-        lanes, places = self.lanes, self.placed
-        with torch.inference_mode(False), torch.no_grad():
-            ranks = max((places[n].start + places[n].width for n in named.names()), default=0)
-            mask = torch.zeros(len(named.mixtures), max(LEAST, ranks) if lanes.dynamic else lanes.max_rank)
-            weights = torch.zeros(len(named.mixtures), lanes.count)
-            picks = torch.full((len(named.mixtures),), lanes.count)
-            for row, mixture in enumerate(named.mixtures):
-                for name, weight in mixture.items():
-                    place = places[name]
-                    mask[row, place.start : place.start + place.width] = weight
-                    weights[row, place.lane] = weight
-                    if place.gains:
-                        picks[row] = place.lane
-            mask, weights, picks = (values[named.ids].to(self.device) for values in (mask, weights, picks))
-        return mask, weights, picks
+    def _tensors(self, named: Named) -> RowTensors:
+        lanes, places, count = self.lanes, self.placed, len(named.mixtures)
+        end = max((places[n].start + places[n].width for n in named.names()), default=0)
+        most = max((sum(places[name].width for name in mixture) for mixture in named.mixtures), default=0)
+        sizes = (max(LEAST, end), max(LEAST, most)) if lanes.dynamic else (lanes.max_rank, lanes.max_rank)
+        mask, own, ranks = torch.zeros(count, sizes[0]), torch.zeros(count, sizes[1]), torch.zeros(count, sizes[1])
+        weights, picks = torch.zeros(count, lanes.count), torch.full((count,), lanes.count)
+        for row, mixture in enumerate(named.mixtures):
+            at = 0
+            for name, weight in mixture.items():
+                place = places[name]
+                start, width = place.start, place.width
+                mask[row, start : start + width] = own[row, at : at + width] = weight
+                ranks[row, at : at + width] = torch.arange(start, start + width)
+                weights[row, place.lane] = weight
+                if place.gains:
+                    picks[row] = place.lane
+                at += width
+        tensors = RowTensors(mask, weights, picks, ranks.long(), own)
+        return RowTensors._make(values[named.ids].to(self.device) for values in tensors)
 
 
 skip_frame(Board.before_read, deep=True)  # Dynamo begins behind it

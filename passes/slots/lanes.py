@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,21 @@ from fxpeft.passes.targets.one_node import one_node
 from fxpeft.passes.torch_private import mark_dynamic
 
 
+class RowTensors(NamedTuple):
+    """What the rows, or tokens, of a call are named for, as tensors; the leading sizes are theirs.
+
+    ``mask``: ``[..., r]``, the weight of each packed rank. ``weights``: ``[..., lanes]``, of each lane, for shifts.
+    ``picks``: ``[...]``, the lane whose gains a row has, or ``lanes``, for none. ``ranks``: ``[..., w]``, which ranks
+    are a row's own, and ``own``: their weights, zero behind the last one.
+    """
+
+    mask: Tensor
+    weights: Tensor
+    picks: Tensor
+    ranks: Tensor
+    own: Tensor
+
+
 class Lanes(threading.local):
     """What the rows of this thread's calls are named for, shared by all slots of a model.
 
@@ -35,10 +50,8 @@ class Lanes(threading.local):
         count: how many adapters can be resident. max_rank: as of the slots. dynamic: whether calls pay for the rank in
             use only.
 
-    ``mask``: ``[rows, r]`` or ``[rows, tokens, r]``, the weight of each rank; ``[0, ...]`` where none are named.
-    ``weights``: ``[..., lanes]``, the weight of each lane, for shifts. ``picks``: ``[...]``, the lane whose gains a row
-    has, or ``count``, for none. ``repeats``: how many rows of a call each may stand for, side by side. ``held``: what
-    the owner of this remembers of its rows.
+    ``named``: what rows are named for, of no rows where none are. ``repeats``: how many rows of a call each may stand
+    for, side by side. ``held``: what the owner of this remembers of its rows.
     """
 
     def __init__(self, count: int, max_rank: int, dynamic: bool = True) -> None:
@@ -49,14 +62,15 @@ class Lanes(threading.local):
     def clear(self) -> None:
         """Name no rows."""
         with torch.inference_mode(False):  # to Dynamo a tensor of inference mode is another kind
-            self.mask, self.repeats, self.held = torch.empty(0, LEAST), 1, None
-            self.weights, self.picks = torch.empty(0, self.count), torch.empty(0, dtype=torch.long)
+            sizes, numbers = ((0, LEAST), (0, self.count)), torch.empty(0, dtype=torch.long)
+            mask, weights = (torch.empty(size) for size in sizes)
+            self.named, self.repeats, self.held = RowTensors(mask, weights, numbers, numbers, mask), 1, None
 
-    def name(self, mask: Tensor, weights: Tensor, picks: Tensor, repeats: int) -> None:
+    def name(self, named: RowTensors, repeats: int) -> None:
         """Name the rows of this thread's calls."""
-        if self.dynamic and self.max_rank > LEAST:
-            mark_dynamic(mask, mask.ndim - 1, LEAST, self.max_rank)
-        self.mask, self.weights, self.picks, self.repeats = mask, weights, picks, repeats
+        for tensor in (named.mask, named.ranks, named.own) if self.dynamic and self.max_rank > LEAST else ():
+            mark_dynamic(tensor, tensor.ndim - 1, LEAST, self.max_rank)
+        self.named, self.repeats = named, repeats
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Lanes, (self.count, self.max_rank, self.dynamic)
@@ -79,33 +93,34 @@ def gained(slot: Slot, x: Tensor) -> Tensor:
     kind, lanes = slot.kind, slot.lanes
     if "g_in" not in slot.features:
         return x
-    if lanes.mask.shape[0] == 0:
+    if lanes.named.mask.shape[0] == 0:
         return (x * kind.per_input(slot.g_in)).type_as(x)
-    return (x * _of_rows(slot, x, slot.lane_g_in.index_select(0, _flat(lanes.picks, x)))).type_as(x)
+    return (x * _of_rows(slot, x, slot.lane_g_in.index_select(0, _flat(lanes.named.picks, x)))).type_as(x)
 
 
 @one_node
 def adapted(slot: Slot, x: Tensor, y: Tensor) -> Tensor:
     """The output ``y`` of a target with what its slot adds and multiplies, those of each row where rows are named."""
     kind, lanes = slot.kind, slot.lanes
-    if lanes.mask.shape[0] == 0:
+    if lanes.named.mask.shape[0] == 0:
         features = {name: getattr(slot, name) for name in slot.features if name != "g_in"}
         plain = live_slot_of_all_ranks if slot.rank is None else live_slot
         return plain(kind, lambda x: y, x, slot=slot, **features)
-    out = y + packed(slot, x)
+    out = y + (gathered(slot, x) if gathers(slot, x) else packed(slot, x))
     if "g_out" in slot.features:
-        out = out * _of_rows(slot, x, slot.lane_g_out.index_select(0, _flat(lanes.picks, x)))
+        out = out * _of_rows(slot, x, slot.lane_g_out.index_select(0, _flat(lanes.named.picks, x)))
     if "shift" in slot.features:
-        out = out + _of_rows(slot, x, torch.matmul(lanes.weights.to(x.device), slot.lane_shift[:-1]))
+        out = out + _of_rows(slot, x, torch.matmul(lanes.named.weights.to(x.device), slot.lane_shift[:-1]))
     return out.type_as(y)
 
 
 def packed(slot: Slot, x: Tensor) -> Tensor:
     """What each row's ranks add to the output, as two products with the ranks of all lanes, each row masked on them.
 
-    Each factor is read once, however many rows there are.
+    Each factor is read once, however many rows there are; each row pays for the ranks of all.
     """
-    kind, mask, r = slot.kind, slot.lanes.mask, slot.lanes.mask.size(-1)
+    kind, mask = slot.kind, slot.lanes.named.mask
+    r = mask.size(-1)
     a, b, d = slot.a.narrow(0, 0, r), slot.b.narrow(0, 0, r), slot.d.narrow(0, 0, r)
     weights = _of_rows(slot, x, d * mask.to(d.device))
     h = kind.reduce_rows(x, a)
@@ -113,22 +128,59 @@ def packed(slot: Slot, x: Tensor) -> Tensor:
     return kind.expand_rows(torch.where(weights == 0, 0, (h * weights).type_as(h)), b)
 
 
+def gathered(slot: Slot, x: Tensor) -> Tensor:
+    """The same as two batched products with each row's own ranks, which are gathered first.
+
+    A row pays for its own ranks alone, and for their copy.
+    """
+    named, rows = slot.lanes.named, x.shape[0]
+    ranks, own = (_repeated(slot, x, each).to(x.device) for each in (named.ranks, named.own))
+    width, picks = ranks.shape[-1], ranks.flatten()
+    a, b = (factor.index_select(0, picks).view(rows, width, -1) for factor in (slot.a, slot.b))
+    weights = (slot.d.index_select(0, picks).view(rows, width) * own).unsqueeze(1)
+    h = torch.bmm(x.reshape(rows, -1, x.shape[-1]).type_as(a), a.transpose(1, 2))
+    out = torch.bmm(torch.where(weights == 0, 0, (h * weights).type_as(h)), b)
+    return out.view(*x.shape[:-1], -1)
+
+
+MOVE = 32  # multiplications that take as long as one number of a factor takes to be copied and read again
+
+
+def gathers(slot: Slot, x: Tensor) -> bool:
+    """Whether :func:`gathered` costs less than :func:`packed` where all lanes are in use, by shapes alone.
+
+    With ``n`` adapters of ``w`` ranks in a batch of ``rows`` of ``tokens``, packed multiplies ``rows * tokens * n * w``
+    times for each feature, gathered ``rows * tokens * w`` times, and moves ``rows * w`` numbers: it costs less where
+    ``tokens * (n - 1)`` is above :data:`MOVE`. There are as many as there are rows, or lanes, at most.
+    """
+    if not slot.kind.gathers or not slot.lanes.dynamic or slot.lanes.named.mask.ndim > 2:
+        return False
+    tokens = x.shape[1:-1].numel()
+    return bool(tokens * (slot.lanes.count - 1) > MOVE and tokens * (x.shape[0] - 1) > MOVE)
+
+
 def _of_rows(slot: Slot, x: Tensor, values: Tensor) -> Tensor:
-    """Values of the named rows, ``[..., n]``, so that they broadcast over the features of this site's input or output.
+    """Values of the named rows, ``[..., n]``, so that they broadcast over the features of an input or output here."""
+    return slot.kind.per_row(_repeated(slot, x, values), x)
+
+
+def _repeated(slot: Slot, x: Tensor, values: Tensor) -> Tensor:
+    """Values of the named rows, ``[..., n]``, for as many rows as the input has.
 
     Raises:
         AdapterError: the site's rows are not those that were named.
     """
-    kind, lanes = slot.kind, slot.lanes
-    named, found = lanes.mask.shape[:-1], kind.leading(x)
+    lanes = slot.lanes
+    named, found = lanes.named.mask.shape[:-1], slot.kind.leading(x)
+    values = values.reshape(*named, values.shape[-1])
     if len(named) == 1 and len(found) > 0 and lanes.repeats > 1 and found[0] == named[0] * lanes.repeats:
-        return kind.per_row(values.reshape(named[0], -1).repeat_interleave(lanes.repeats, 0), x)
+        return values.repeat_interleave(lanes.repeats, 0)
     if len(found) < len(named) or any(n != f for n, f in zip(named, found, strict=False)):
         raise AdapterError(
             f"{slot.site}: expected {_told(named)}, as rows or tokens were named, found an input of {list(x.shape)}: "
             "name as many as the batch has"
         )
-    return kind.per_row(values.reshape(*named, values.shape[-1]), x)
+    return values
 
 
 def _flat(picks: Tensor, x: Tensor) -> Tensor:

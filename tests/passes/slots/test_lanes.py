@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 import fxpeft
 from fxpeft.passes import forward_text
-from fxpeft.passes.slots.lanes import Lanes
+from fxpeft.passes.slots.lanes import Lanes, RowTensors, gathers
 
 ONE_LANE = """\
 def forward(self, input):
@@ -48,6 +48,10 @@ PACKED = [
     "linear", "narrow", "narrow", "narrow", "mul", "reshape", "view", "linear", "eq", "mul", "where", "matmul", "add",
     "type_as",
 ]  # fmt: skip
+GATHERED = [
+    "linear", "reshape", "reshape", "flatten", "index_select", "view", "index_select", "view", "index_select", "view",
+    "mul", "unsqueeze", "reshape", "transpose", "bmm", "eq", "mul", "where", "bmm", "view", "add", "type_as",
+]  # fmt: skip
 
 
 class Net(nn.Module):
@@ -70,7 +74,7 @@ def prepared(lanes: int) -> Net:
     return model
 
 
-def operations(model: nn.Module) -> list[str]:
+def operations(model: nn.Module, tokens: int = 3) -> list[str]:
     """What Dynamo captures of a call, in its order, without what does nothing to plain floats on one device."""
     captured: list[GraphModule] = []
 
@@ -80,7 +84,7 @@ def operations(model: nn.Module) -> list[str]:
 
     torch._dynamo.reset()
     with torch.no_grad():
-        torch.compile(model, backend=backend, fullgraph=True)(torch.zeros(4, 3, 6))
+        torch.compile(model, backend=backend, fullgraph=True)(torch.zeros(4, tokens, 6))
     nodes = [n for graph in captured for n in graph.graph.nodes if n.op in ("call_function", "call_method")]
     names = [n.target if isinstance(n.target, str) else n.target.__name__ for n in nodes]
     asked = ("size", "getitem", "to")
@@ -103,13 +107,24 @@ def test_packed_rows() -> None:
         assert operations(model) == PACKED
 
 
+def test_gathered_rows() -> None:
+    """Over long inputs; how long says the number of adapters that a batch may have."""
+    model = prepared(3)
+    with fxpeft.rows(model, ["a", None, "a", {"a": 0.5}]):
+        assert operations(model, tokens=16) == PACKED
+        assert operations(model, tokens=17) == GATHERED
+        x = torch.zeros(4, 17, 6)
+        assert [gathers(model.up.slot, part) for part in (x, x[:, :5], x[:2], x[0])] == [True, False, False, False]
+
+
 def test_lanes_are_a_threads_own() -> None:
     lanes = Lanes(3, 8)
-    lanes.name(torch.ones(2, 5), torch.ones(2, 3), torch.zeros(2, dtype=torch.long), 1)
+    numbers = torch.zeros(2, 4, dtype=torch.long)
+    lanes.name(RowTensors(torch.ones(2, 5), torch.ones(2, 3), numbers[:, 0], numbers, torch.ones(2, 4)), 1)
     seen: list[int] = []
-    thread = threading.Thread(target=lambda: seen.append(lanes.mask.shape[0]))
+    thread = threading.Thread(target=lambda: seen.append(lanes.named.mask.shape[0]))
     thread.start()
     thread.join()
-    assert (seen, lanes.mask.shape[0]) == ([0], 2)
+    assert (seen, lanes.named.mask.shape[0]) == ([0], 2)
     for twin in (copy.deepcopy(lanes), pickle.loads(pickle.dumps(lanes))):
-        assert (twin.count, twin.max_rank, twin.dynamic, twin.mask.shape[0]) == (3, 8, True, 0)
+        assert (twin.count, twin.max_rank, twin.dynamic, twin.named.mask.shape[0]) == (3, 8, True, 0)
