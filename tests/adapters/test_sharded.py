@@ -142,6 +142,8 @@ def together(rank: int, folder: Path, said: dict[str, Any]) -> None:
         }.items():
             said[f"swap {name}"] = message(lambda: fxpeft.hotswap(served, folder / paths[rank]))  # noqa: B023
             said[f"load {name}"] = message(lambda: fxpeft.load_adapter(served, folder / paths[rank], "second"))  # noqa: B023
+            with fxpeft.installed():
+                said[f"own {name}"] = message(lambda: served.load_adapter(str(folder / paths[rank]), "third"))  # noqa: B023
             said[f"kept {name}"] = torch.equal(served(ids).logits, before), fxpeft.loaded_adapters(served)
         if rank == 0:  # one breaks off amid its writes
             with pytest.MonkeyPatch.context() as patch:
@@ -291,7 +293,7 @@ def test_ddp_trains_as_one_process(name: str, said: Any) -> None:
 @pytest.mark.slow
 def test_a_swap_is_done_by_all_processes_or_by_none(said: Any) -> None:
     folder, (first, second) = said
-    for verb in ("swap", "load"):
+    for verb in ("swap", "load", "own"):  # own: Transformers' method of that name
         assert "nowhere" in second[f"{verb} missing"]
         assert first[f"{verb} missing"].startswith(
             "another process failed, so nothing was changed here:\n  process 1: "
