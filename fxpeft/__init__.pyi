@@ -99,6 +99,9 @@ from fxpeft.errors import (
 from fxpeft.errors import (
     PatternError as PatternError,
 )
+from fxpeft.integrations.adopting import (
+    adopt as adopt,
+)
 from fxpeft.integrations.peft import (
     PeftModel as PeftModel,
 )

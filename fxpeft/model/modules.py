@@ -36,7 +36,14 @@ class Modules(Mapping[str, nn.Module]):
 
     @cached_property
     def _named(self) -> dict[str, nn.Module]:
-        return dict(base_modules(self.model))
+        named = dict(base_modules(self.model))
+        theirs = next((name for name, module in named.items() if of_peft(module)), None)
+        if theirs is not None:
+            raise AdapterError(
+                f"{theirs or 'the model'} is PEFT's, a {type(named[theirs]).__name__}, and its factors would be taken "
+                "for targets: model = fxpeft.adopt(model) takes PEFT's adapters over; or unload them"
+            )
+        return named
 
     def __getitem__(self, name: str) -> nn.Module:
         return self._named[name]
@@ -67,6 +74,11 @@ class Modules(Mapping[str, nn.Module]):
             _check_whole(name, self._named[name])
             self._kinds[name] = kind_of(self._named[name])
         return self._kinds[name]
+
+
+def of_peft(module: nn.Module) -> bool:
+    """Whether a module's class is PEFT's, which need not be installed."""
+    return type(module).__module__.partition(".")[0] == "peft"
 
 
 def _check_whole(name: str, module: nn.Module) -> None:
