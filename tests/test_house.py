@@ -125,7 +125,8 @@ def test_the_public_names_are_one_list() -> None:
     assert sorted(listed) == fxpeft.__all__
     assert set(fxpeft.__all__) <= set(dir(fxpeft))
     for name, home in listed.items():
-        assert home in (*PACKAGES, "fxpeft.errors", "fxpeft.integrations.peft", "fxpeft.live_model"), f"{name}: {home}"
+        files = "fxpeft.errors", "fxpeft.integrations.adopting", "fxpeft.integrations.peft", "fxpeft.live_model"
+        assert home in (*PACKAGES, *files), f"{name}: {home}"
         assert getattr(fxpeft, name) is getattr(importlib.import_module(home or ""), name)
     with pytest.raises(AttributeError, match="no attribute 'lora'"):
         fxpeft.lora  # noqa: B018
