@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import version
 
 import pytest
+from processes import python
 
 import fxpeft
 
@@ -29,12 +30,12 @@ import fxpeft.programs.rewriting, fxpeft.programs.packaging
 assert all(getattr(fxpeft.programs, name) is getattr(fxpeft, name) for name in fxpeft.programs.__all__)
 assert {"Slots", "adapter_inputs", "eject", "rewrite"} <= set(fxpeft.programs.__all__)  # a module had them in 0.1.0
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = python("-c", program, timeout=60)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_command_tells_the_version() -> None:
-    done = subprocess.run([sys.executable, "-m", "fxpeft", "--version"], capture_output=True, text=True, timeout=60)
+    done = python("-m", "fxpeft", "--version", timeout=60)
     assert done.stdout.strip() == f"fxpeft {version('fxpeft')}"
 
 

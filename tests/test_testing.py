@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_files import save_each
+from processes import python
 from tiny import randomise, tiny_llama, token_ids
 from torch import Tensor, nn
 
@@ -338,9 +339,8 @@ def test_guard(no_recompiles):
 
 
 def run_pytest(folder: Path, *options: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(folder)]
     own = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}  # CI's are not the project's
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder, env=own)
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *options, folder, timeout=120, cwd=folder, env=own)
     return done.returncode, done.stdout + done.stderr
 
 

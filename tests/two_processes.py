@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from processes import FORKS
+from torch.multiprocessing.spawn import start_processes
 
 
 def in_two_processes(function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
@@ -18,7 +19,8 @@ def in_two_processes(function: Callable[..., Any], folder: Path, *args: Any) -> 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn(_run, (port, folder, function, args), nprocs=2)  # type: ignore[no-untyped-call]
+    method = FORKS.get_start_method()
+    start_processes(_run, (port, folder, function, args), nprocs=2, start_method=method)  # type: ignore[no-untyped-call]
     return [torch.load(folder / f"returned{rank}.pt", weights_only=False) for rank in range(2)]
 
 

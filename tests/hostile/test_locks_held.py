@@ -6,14 +6,13 @@ import copy
 import io
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import python
 from swapping import NAMES, X, close, fresh, is_free, lock_of, net, prepared, slow_swaps, threads
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -263,8 +262,5 @@ print("fine")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_children_of_forks_have_a_free_lock_and_one_adapter(tmp_path: Path) -> None:
     here = str(Path(__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORKS, here, str(tmp_path)], capture_output=True, text=True, timeout=110,
-        check=False,
-    )  # fmt: skip
+    done = python("-c", FORKS, here, tmp_path, timeout=110)
     assert done.stdout.strip() == "fine", done.stderr

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import python
 from tiny import tiny_llama, two_linears
 from torch import nn
 
@@ -113,5 +112,5 @@ def test_the_issues_name_calls_nothing() -> None:
         "net(torch.ones(1, 3))\n"
         "print(98 in seen)\n"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    result = python("-c", script)
     assert result.stdout.split() == ["refused", "False"], result.stderr

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from processes import python
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_method.py"
 
 
 def test_a_method_of_ones_own_trains_and_shares_a_graph_with_lora() -> None:
-    done = subprocess.run([sys.executable, str(EXAMPLE)], capture_output=True, text=True, timeout=300)
+    done = python(EXAMPLE)
     assert done.returncode == 0, done.stderr
     losses = [float(value) for value in re.findall(r"loss (\S+)", done.stdout)]
     assert len(losses) == 3

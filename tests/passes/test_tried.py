@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import pkgutil
 import re
-import subprocess
-import sys
 import textwrap
 import warnings
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import python
 
 from fxpeft.errors import PassError
 from fxpeft.passes import torch_private
@@ -39,7 +38,8 @@ def test_another_names_itself_and_those_that_were(version: str) -> None:
 
 def test_each_library_warns_once_in_a_process_and_everything_works() -> None:
     code = """
-        import sys
+        import sys, warnings
+        warnings.simplefilter("always")
         import torch, transformers  # which makes its module anew at the first use of some names
         torch.__version__ = torch.torch_version.TorchVersion("9.1.0")
         sys.modules["transformers"].__version__ = "99.2"
@@ -49,9 +49,9 @@ def test_each_library_warns_once_in_a_process_and_everything_works() -> None:
         import fxpeft.integrations.transformers, fxpeft.programs, fxpeft.tools.cli, fxpeft.passes.torch_private
         model(torch.ones(2, 5)).sum().backward()
     """
-    command = [sys.executable, "-W", "always", "-c", textwrap.dedent(code)]
-    printed = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stderr
-    assert re.findall(r"UserWarning: (\S+ \S+) was not tried", printed) == ["torch 9.1.0", "transformers 99.2"]
+    done = python("-c", textwrap.dedent(code), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"UserWarning: (\S+ \S+) was not tried", done.stderr) == ["torch 9.1.0", "transformers 99.2"]
 
 
 def test_nothing_caps_torch_or_transformers() -> None:

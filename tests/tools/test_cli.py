@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from closeness import assert_close
 from peer_files import CASES, FILES
+from processes import python
 from tiny import randomise, tiny_llama, token_ids
 from typer.testing import CliRunner
 
@@ -59,8 +59,7 @@ def told(*arguments: object, code: int = 0) -> Any:
 
 
 def process(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fxpeft", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180)
+    return python("-m", "fxpeft", *arguments, timeout=180)
 
 
 # --- as a subprocess ---

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import FORKS, python
 from typer.testing import CliRunner
 
 import fxpeft
@@ -32,8 +32,7 @@ BY_HAND = {"reduce-overhead", "generate", "compiled-methods", "fold", "speed-for
 
 
 def process(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fxpeft.gpu_check", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return python("-m", "fxpeft.gpu_check", *arguments)
 
 
 def here(*arguments: object) -> Any:
@@ -155,7 +154,9 @@ def raises(setting: Setting) -> dict[str, Any]:
 def apart() -> dict[str, Any]:
     checks = [Check(f.__name__, "A sentence.", f) for f in (dies, passes, raises, skips)]
     start = time.monotonic()
-    found = {result.name: result for result in run_apart([*checks, Check("hangs", "", hangs, limit=2)], CPU)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("multiprocessing.get_context", lambda method: FORKS)  # sooner there; the dry run spawns its own
+        found = {result.name: result for result in run_apart([*checks, Check("hangs", "", hangs, limit=2)], CPU)}
     assert time.monotonic() - start < 200
     return found
 
