@@ -6,7 +6,10 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when huggingface_hub is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: the cores run other tests
+# a package's code around its kernels: a test calls it a few times, and compiling it is half of the test
+os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -20,8 +23,19 @@ torch.set_num_threads(1)
 UNTRACED = ("compile", "hostile", "integrations", "peers", "test_patterns_that_hang.py", "test_saving.py")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """xdist keeps the order of the files, instead of starting those of one long test last and alone."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Coverage is that of the rooms' own fast tests, of many cases the first: tracing all takes minutes."""
+    """Files with the most slow tests come first, then those with the most tests.
+
+    Coverage is that of the rooms' own fast tests, of many cases the first: tracing all takes minutes.
+    """
+    tests = Counter(item.path for item in items)
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (-slow[item.path], -tests[item.path]))
     if not config.pluginmanager.hasplugin("_cov"):
         return
     seen: set[tuple[object, object]] = set()
@@ -44,6 +58,14 @@ def fresh_graphs() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def known_processor() -> None:
+    """Inductor has found out what the processor can, by compiling: it does not once more in a test's own cache."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    pick_vec_isa()
 
 
 @pytest.fixture

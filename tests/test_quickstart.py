@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import pytest
+from processes import python
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -15,14 +15,12 @@ QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart.py"
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(QUICKSTART), *options]
-    # offline, and on one thread: more gain nothing on models this small, and stall wherever cores are shared
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+    return python(QUICKSTART, *options, timeout=400)
 
 
+@pytest.mark.slow
 def test_each_adapter_wins_on_its_own_text_in_one_graph(tmp_path: Path) -> None:
-    done = run("--steps", "40", "--output", str(tmp_path))
+    done = run("--steps", "20", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "compiled graphs: 1;" in done.stdout
     rows = re.findall(r"^(base|adapter [AB]).*?(\d+\.\d{3})\s+(\d+\.\d{3})\s+[\d.]+ ms$", done.stdout, re.MULTILINE)
@@ -34,6 +32,7 @@ def test_each_adapter_wins_on_its_own_text_in_one_graph(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_any_model_and_any_texts(tmp_path: Path) -> None:
     words = {f"w{i}": i for i in range(40)}
     tokenizer = Tokenizer(models.WordLevel({**words, "?": 40}, unk_token="?"))

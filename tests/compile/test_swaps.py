@@ -80,6 +80,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_one_graph_serves_every_adapter(
     way: str, folders: dict[str, str], ids: Tensor, expected: dict[str, Tensor]
@@ -124,6 +125,7 @@ def test_one_graph_per_layer_kind(folders: dict[str, str], ids: Tensor, expected
     assert counter.frame_count == 1  # both layers run the same graph
 
 
+@pytest.mark.slow
 def test_a_second_shape_collides_with_ranks_and_costs_one_graph(
     folders: dict[str, str], ids: Tensor, expected: dict[str, Tensor]
 ) -> None:
