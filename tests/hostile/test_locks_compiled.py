@@ -107,6 +107,7 @@ def test_no_mixture_in_inductors_code_and_no_recompile() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("known_processor")
 def test_inductors_cache_is_hit_by_another_prepared_model(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.utils import counters
 
