@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import python
 
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-import functools, json, torch, fxpeft
+import functools, json, os, torch, fxpeft
 from pathlib import Path
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._dynamo.utils import counters
 from adapter_files import save
 from block_nets import TARGETS, inputs, net
 from closeness import assert_close
 
+pick_vec_isa()  # what the compiler and the processor can: asked, by compiling, where it is known by now
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = {cache!r}
 name, rank, artifacts, root = {name!r}, {rank}, {artifacts!r}, Path({root!r})
 if artifacts == "load":
     assert torch.compiler.load_cache_artifacts((root / "artifacts").read_bytes()) is not None
@@ -60,9 +61,8 @@ print(json.dumps({{
 
 def start(cache: Path, **values: Any) -> dict[str, int]:
     """What a process found in its caches."""
-    script = SCRIPT.format(tests=str(Path(__file__).parents[1]), **{"artifacts": "", **values})
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1]), cache=str(cache), **{"artifacts": "", **values})
+    done = python("-c", script)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return found
