@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import python
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "deploy.py"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs the system's C++ compiler")
 def test_the_example_runs(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path)], capture_output=True, text=True, check=False)
+    done = python(SCRIPT, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "a: first tags [0, 1, 2, 3, 0, 1, 2, 3]",

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import python
 from tiny import randomise
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -190,6 +189,7 @@ def compiled_anew(mine: BackendPass | None) -> tuple[Tensor, dict[str, int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("known_processor")
 def test_caches_on_disk_know_the_pass() -> None:
     """The uuid is a part of the key also where the graphs are alike; without one nothing is kept."""
     with fresh_cache():
@@ -215,7 +215,7 @@ def test_caches_on_disk_know_the_pass() -> None:
 
 @pytest.mark.slow
 def test_the_example() -> None:
-    done = subprocess.run([sys.executable, str(EXAMPLE)], capture_output=True, text=True, timeout=300, check=False)
+    done = python(EXAMPLE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "three swaps and off: 1 graph compiled",

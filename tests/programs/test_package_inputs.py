@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import zipfile
@@ -17,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_close
+from processes import python
 from tiny import randomise
 from torch import Tensor, nn
 from torch.export import Dim
@@ -163,10 +161,7 @@ print("equal")
 @pytest.mark.slow
 def test_large_inputs_do_not_crash_the_process(adapter: Path) -> None:
     """An expanded row of 12 kB read as 24 MB ends outside of the process's memory; hence a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", LARGE, str(packaged()), str(adapter)], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
+    done = python("-c", LARGE, packaged(), adapter, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "equal"), done.stderr[-2000:]
 
 

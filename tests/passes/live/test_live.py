@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from closeness import assert_close
 from graphs import lora
+from processes import python
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -223,8 +222,7 @@ def test_loads_in_a_fresh_process(tmp_path: Path) -> None:
         "    assert type(module[0]).__name__.startswith('Adapted'), name\n"
         "print(len(saved))\n"
     )
-    command = [sys.executable, "-c", script, str(tmp_path / "saved.pt")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    result = python("-c", script, tmp_path / "saved.pt", cwd=tmp_path)
     assert (result.returncode, result.stdout.strip()) == (0, str(len(saved))), result.stderr
     assert len(saved) == 10
 
