@@ -28,7 +28,7 @@ from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import Skip
 from fxpeft.passes.draw import Picture
 from fxpeft.passes.live import base_class
-from fxpeft.passes.live.split import why_whole
+from fxpeft.passes.live.split import is_whole_compiled, why_whole
 from fxpeft.passes.targets.flow import Flow
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.names import NameSelector, pattern_value
@@ -117,7 +117,7 @@ def plan(
             PlanRow(
                 name, "", site.kind.name, site.kind.in_features, site.kind.out_features,
                 site.rank, alpha, site.scaling, count, count * dtype.itemsize, flops,
-                own, read if kept.input else 0, _update(modules[host], site.kind) if leaf else "",
+                own, read if kept.input else 0, _update(modules[host], site.kind, base) if leaf else "",
             )
         )  # fmt: skip
     made = Plan(
@@ -156,12 +156,15 @@ def plan(
     return made
 
 
-def _update(host: nn.Module, kind: Kind) -> str:
+def _update(host: nn.Module, kind: Kind, dtype: torch.dtype) -> str:
     """How the update of a parameter meets the input, and why."""
     why = why_whole(host) if getattr(kind, "experts", None) else "it is one matrix"
     if why:
         return f"whole weight, the update is added to all of it once a call: {why}"
-    return "split, the update is applied to the rows that go to each expert: its forward multiplies with one at a time"
+    split = "split, the update is applied to the rows that go to each expert: its forward multiplies with one at a time"
+    if is_whole_compiled(host, dtype):
+        return f"{split}; compiled it is the whole weight, since torch's grouped product takes nothing else there"
+    return split
 
 
 def _flow(model: nn.Module, inputs: Mapping[str, Any] | None) -> Flow | None:

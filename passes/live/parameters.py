@@ -23,7 +23,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from fxpeft.passes.base import GraphPass, PassError, Report, RewriteResult, TracedModule, join
 from fxpeft.passes.live.bind import bind_source
 from fxpeft.passes.live.instance import base_class, given_forward
-from fxpeft.passes.live.split import Split, why_whole
+from fxpeft.passes.live.split import given
 from fxpeft.passes.meta import CALL, OPERAND
 from fxpeft.passes.pipeline import Pipeline
 from fxpeft.passes.recent import Recent
@@ -112,9 +112,8 @@ def call_reading(
 ) -> Any:
     """Call a module's forward on a :class:`Reading` of it."""
     module: nn.Module = forward.__self__  # type: ignore[assignment]
-    if why_whole(module):
-        values = {leaf: value.whole() if isinstance(value, Split) else value for leaf, value in values.items()}
-    return forward.__func__(Reading(module, values), *args, **kwargs)
+    read = {leaf: given(module, value) for leaf, value in values.items()}
+    return forward.__func__(Reading(module, read), *args, **kwargs)
 
 
 class ReadPass(GraphPass):

@@ -41,6 +41,24 @@ def why_whole(module: nn.Module) -> str:
     return f"experts_implementation={name!r} takes the parameter's memory; set_experts_implementation({FORWARDS[1]!r})"
 
 
+def given(module: nn.Module, value: Any) -> Any:
+    """What a module's forward reads: a :class:`Split` as it is, or the sum where it has to be a tensor."""
+    if not isinstance(value, Split):
+        return value
+    if why_whole(module) or (torch.compiler.is_compiling() and is_whole_compiled(module, value.dtype)):
+        return value.whole()
+    return value
+
+
+def is_whole_compiled(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a compiled forward that multiplies with a :class:`Split` in eager is given the sum.
+
+    Dynamo asks no argument of torch's own grouped product, which Transformers calls there in bfloat16 alone.
+    """
+    config: Any = module.config
+    return config._experts_implementation == "grouped_mm" and dtype is torch.bfloat16
+
+
 class Split:
     """``weight + left @ right`` of two or three dimensions, as torch's functions and methods see it.
 
