@@ -9,8 +9,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 # a package's code around its kernels: a test calls it a few times, and compiling it is half of the test
 os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 
+import atexit
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,12 @@ import torch
 import fxpeft
 
 torch.set_num_threads(1)
+
+# g++ looks here for its linker: of each of hundreds of kernels, linking takes a third, and gold half of that
+if (gold := shutil.which("ld.gold")) and "COMPILER_PATH" not in os.environ:
+    os.environ["COMPILER_PATH"] = tempfile.mkdtemp(prefix="fxpeft-linker-")
+    Path(os.environ["COMPILER_PATH"], "ld").symlink_to(gold)
+    atexit.register(shutil.rmtree, os.environ["COMPILER_PATH"])
 
 # tests across rooms; and those that look at the clock or kill at a moment
 UNTRACED = ("compile", "hostile", "integrations", "peers", "test_patterns_that_hang.py", "test_saving.py")
