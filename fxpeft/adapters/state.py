@@ -44,7 +44,7 @@ class Adapter:
         settled: whether the slot values are contiguous, in memory of the adapter's own: showing them is a plain copy.
         room: that memory; the site's values are views of it where they can be.
         copies: how to show the adapter alone in the slots: the list of places where those were, the copies, and the
-            rank of each site that has one.
+            rank of each site that has one, or in slots with lanes its place.
         trained: what :func:`fxpeft.set_requires_grad` said since the active adapters were last chosen.
         stale: the slot values follow from weights that the base no longer has: lowered anew before they are shown.
     """

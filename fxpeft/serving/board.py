@@ -111,9 +111,10 @@ class Board:
         self.used.update(dict.fromkeys(names, self.clock))
 
     def renew(self, adapter: Adapter) -> bool:
-        """Have another version of a resident; returns whether there is one of that name."""
+        """Have another version of a resident; returns whether an older one is in the slots."""
         self.beside = [adapter if a.name == adapter.name else a for a in self.beside]
-        return adapter.name in self.placed
+        place = self.placed.get(adapter.name)
+        return place is not None and place.adapter is not adapter
 
     def take(self, active: Sequence[Adapter], wanted: Iterable[Adapter], max_rank: int) -> None:
         """Have these resident, in the places of those that were named longest ago and that nobody names now.
@@ -149,7 +150,7 @@ class Board:
     def problem(self, active: Sequence[Adapter], beside: Sequence[Adapter], max_rank: int) -> str | None:
         """Why these don't go into the slots together, or ``None``."""
         names = ", ".join(a.name for a in (*active, *beside))
-        count, end = len(active) + len(beside), _end(active, beside)
+        count, end = len(active) + len(beside), self._end(active, beside)
         if count > self.lanes.count:
             return f"{count} adapters at once ({names}), more than the {self.lanes.count} lanes: {_MORE}"
         if end > max_rank:
@@ -158,18 +159,23 @@ class Board:
 
     # --- how they get there ---
 
-    def show(self, slots: Mapping[str, Slot], active: Sequence[Adapter], order: StreamOrder | None) -> int:
-        """Write what isn't there yet; returns how many ranks a call without rows computes with."""
-        places = self._layout(active)
+    def show(
+        self, slots: Mapping[str, Slot], active: Sequence[Adapter], memory: list[int], order: StreamOrder | None
+    ) -> int:
+        """Write what isn't there yet; returns how many ranks a call without rows computes with.
+
+        Args:
+            memory: where the slots are; copies that were prepared for another list are prepared anew.
+        """
+        places, end = self._layout(active), self._end(active, ())
         new = [place for name, place in places.items() if not place.same(self.placed.get(name))]
         self.placed = {}  # until all is written
         with nullcontext() if order is None else order.writing() as ready:
-            copies = [_copies(slots, place) for place in new]
+            copies = [_copies(slots, place, memory) for place in new]
             if ready is not None:
                 for each in copies:
                     each.stage()
                 ready()
-            end = _end(active, ())
             _clear(slots, [*((p.start, p.width) for p in new), *([(end, LEAST - end)] if end < LEAST else [])])
             for each in copies:
                 each.run()
@@ -186,11 +192,24 @@ class Board:
             start = max((place.start + place.width for place in places.values()), default=0)
             if len(places) >= len(active):
                 start = max(start, LEAST)  # the ranks before are of a call without rows
-            gains = any(v.g_in is not None or v.g_out is not None for v in adapter.lowered.values())
-            places[adapter.name] = Place(
-                adapter, len(places), start, width(adapter), not places and bool(active), gains
-            )
+            known = self._known(adapter)
+            gains = known.gains if known else has_gains(adapter)
+            alone = not places and bool(active)
+            places[adapter.name] = Place(adapter, len(places), start, self._width(adapter), alone, gains)
         return places
+
+    def _known(self, adapter: Adapter) -> Place | None:
+        place = self.placed.get(adapter.name)
+        return place if place is not None and place.adapter is adapter else None
+
+    def _width(self, adapter: Adapter) -> int:
+        """The most ranks that an adapter has at a site."""
+        known = self._known(adapter)
+        return known.width if known else max((value.d.numel() for value in adapter.lowered.values()), default=0)
+
+    def _end(self, active: Sequence[Adapter], beside: Sequence[Adapter]) -> int:
+        end = sum(map(self._width, active))
+        return max(end, LEAST) + sum(map(self._width, beside)) if beside else end
 
     @torch.no_grad()
     def _show_features(self, slots: Mapping[str, Slot], place: Place) -> None:
@@ -294,20 +313,19 @@ def check_rows_take(adapter: Adapter) -> None:
         )
 
 
-def width(adapter: Adapter) -> int:
-    """The most ranks that an adapter has at a site."""
-    return max((value.d.numel() for value in adapter.lowered.values()), default=0)
+def has_gains(adapter: Adapter) -> bool:
+    """Whether an adapter has a gain at some site."""
+    return any(v.g_in is not None or v.g_out is not None for v in adapter.lowered.values())
 
 
-def _end(active: Sequence[Adapter], beside: Sequence[Adapter]) -> int:
-    end = sum(map(width, active))
-    return max(end, LEAST) + sum(map(width, beside)) if beside else end
-
-
-def _copies(slots: Mapping[str, Slot], place: Place) -> Copies:
+def _copies(slots: Mapping[str, Slot], place: Place, memory: list[int]) -> Copies:
+    """The copies of an adapter to its place, kept while it comes to the same one."""
+    adapter, where = place.adapter, {"start": place.start, "alone": int(place.alone)}
+    if adapter.copies is not None and adapter.copies[0] is memory and adapter.copies[2] == where:
+        return adapter.copies[1]
     pairs: list[tuple[Tensor, Tensor]] = []
     written: list[Tensor] = []
-    for site, value in place.adapter.lowered.items():
+    for site, value in adapter.lowered.items():
         slot = slots[site]
         if rank := value.d.numel():
             pairs += zip(slot.window(place.start, rank), value[:3], strict=True)
@@ -316,7 +334,10 @@ def _copies(slots: Mapping[str, Slot], place: Place) -> Copies:
             for name, own in value.features().items():
                 pairs.append((slot.beside(name), own))
                 written.append(getattr(slot, name))
-    return Copies(pairs, written, join=place.adapter.settled)
+    copies = Copies(pairs, written, join=adapter.settled)
+    if adapter.settled:
+        adapter.copies = (memory, copies, where)
+    return copies
 
 
 def _clear(slots: Mapping[str, Slot], ranges: Sequence[tuple[int, int]]) -> None:

@@ -12,7 +12,6 @@ from fxpeft.adapters.penalty import unwatch_loss, watch_loss
 from fxpeft.adapters.restore import restoring, writing
 from fxpeft.adapters.state import ModelState, drop_state, state_of
 from fxpeft.adapters.values import placed
-from fxpeft.errors import AdapterError
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import attribute
 from fxpeft.passes.live import unbind
@@ -31,7 +30,7 @@ def remove(model: nn.Module) -> None:
     """
     model, state = unwrap(model), state_of(model)
     if state.serving is not None:
-        _check_unnamed(serving_of(state))
+        serving_of(state).check_unnamed()
     bare = {} if state.folded is None else state.folded.bare(model)
     with restoring(model, state.adapters.values()), writing([attribute(model, path) for path in bare]):
         if state.serving is not None:
@@ -57,7 +56,7 @@ def release_hotswap(model: nn.Module) -> None:
     """
     model, state = unwrap(model), state_of(model)
     serving = serving_of(state)
-    _check_unnamed(serving)
+    serving.check_unnamed()
     check_trained(model, state.running())
     with restoring(model, state.adapters.values()):
         leave_slots(model, state, serving)
@@ -78,16 +77,6 @@ def leave_slots(model: nn.Module, state: ModelState, serving: Serving) -> None:
     rebind(model, hosts(model, state.adapters.values()), state.running())
     set_trainable(state)
     watch_loss(model, state)
-
-
-def _check_unnamed(serving: Serving) -> None:
-    """Refuse to take slots away from calls whose rows have adapters of their own.
-
-    Raises:
-        AdapterError: a block is open.
-    """
-    if serving.board is not None and serving.board.pins:
-        raise AdapterError("a block of fxpeft.rows or fxpeft.tokens is open: leave it first, for it needs the slots")
 
 
 def release_slots(model: nn.Module, state: ModelState, serving: Serving) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -18,7 +18,7 @@ from fxpeft.methods import method_of
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import PassError
 from fxpeft.passes.torch_private import skip_frame
-from fxpeft.serving.board import Board, Named, check_rows_take
+from fxpeft.serving.board import Board, Named, check_rows_take, has_gains
 from fxpeft.serving.guard import ModelLock
 from fxpeft.serving.packing import settle
 from fxpeft.serving.swap import Serving, reshow, serving_of, watch_reads
@@ -29,7 +29,7 @@ Lane: TypeAlias = str | Mapping[str, float] | None
 BASE = "__base__"
 
 
-def rows(model: nn.Module, names: Sequence[Lane]) -> Any:
+def rows(model: nn.Module, names: Sequence[Lane]) -> AbstractContextManager[None]:
     """Give each row of the batches that are called inside a ``with`` block adapters of its own.
 
     The model has to be prepared with ``lanes``. All rows run in one pass of one graph, whichever adapters they name,
@@ -50,7 +50,7 @@ def rows(model: nn.Module, names: Sequence[Lane]) -> Any:
     return _naming(model, board, _named_rows("rows", names))
 
 
-def tokens(model: nn.Module, names: Sequence[Sequence[Lane]]) -> Any:
+def tokens(model: nn.Module, names: Sequence[Sequence[Lane]]) -> AbstractContextManager[None]:
     """Give each token adapters of its own, as :func:`rows` does each row.
 
     That is for batches that hold several requests in one row, as those of continuous batching, ``[1, tokens]``.
@@ -197,8 +197,7 @@ def _check(state: ModelState, named: Named) -> None:
         check_gains([state.get(name) for name in mixture])
         for name, weight in mixture.items():
             adapter = state.get(name)
-            gains = any(v.g_in is not None or v.g_out is not None for v in adapter.lowered.values())
-            if gains and weight != 1:
+            if weight != 1 and has_gains(adapter):
                 raise AdapterError(
                     f"a row: {name}: expected the weight 1, found {weight:g}: its gains "
                     f"({method_of(adapter.config).name}) don't grow with a scale"

@@ -161,6 +161,15 @@ class Serving(Host):
             self.board.check(self.shown, self.max_rank)
             reshow(model, self, self.shown)
 
+    def check_unnamed(self) -> None:
+        """Refuse to take away what calls need whose rows have adapters of their own.
+
+        Raises:
+            AdapterError: a block is open.
+        """
+        if self.board is not None and self.board.pins:
+            raise AdapterError("a block of fxpeft.rows or fxpeft.tokens is open, and needs slots and weights: leave it")
+
     def undo(self, model: nn.Module) -> Callable[[], None]:
         shown, board = self.shown, self.board
         beside = [] if board is None else board.beside
@@ -300,7 +309,7 @@ def watch_reads(serving: Serving) -> None:
 
 def _show_lanes(model: nn.Module, serving: Serving, board: Board, adapters: list[Adapter]) -> None:
     """The same in slots with lanes, where every adapter has its ranks for itself."""
-    active = board.show(serving.slots, adapters, serving.order)
+    active = board.show(serving.slots, adapters, serving.places, serving.order)
     if serving.features:
         show_features(serving.slots, serving.featured, adapters)
     show_copies(model, serving.copies, serving.tensors, serving.holds, adapters)

@@ -25,6 +25,7 @@ def write_and_run(
             raise
         return before
     serving = serving_of(state)
+    serving.check_unnamed()
     records = serving.lock.repair
 
     def undo() -> None:

@@ -122,16 +122,15 @@ def test_names_in_the_call(compiled: Compiled, case: Case) -> None:
 def test_rows_are_those_of_their_thread_and_task(compiled: Compiled, case: Case) -> None:
     model, call, _ = compiled
     fxpeft.set_adapter(model, "lora")
-    with torch.no_grad():
-        call(IDS)
     errors: list[BaseException] = []
 
     def other(name: str | None) -> None:
         try:
             with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
-                for _ in range(10):
-                    torch.testing.assert_close(call(IDS), case.expected["lora"], rtol=1e-5, atol=1e-5)
+                for _ in range(10):  # of one graph: torch 2.13 may miss one while another thread calls another
+                    torch.testing.assert_close(model(IDS), case.expected["lora"], rtol=1e-5, atol=1e-5)
                     check(model, call, [name] * 8, case)
+                    check(model, model, [None, name] * 4, case)
         except BaseException as error:  # noqa: BLE001 - looked at below
             errors.append(error)
 
@@ -330,8 +329,10 @@ def test_a_swap_that_fails_leaves_rows_as_they_were(model: Net, case: Case, monk
 def test_slots_stay_while_a_block_needs_them(model: Net, case: Case) -> None:
     with fxpeft.rows(model, ["lora", None] * 4):
         for verb in (fxpeft.release_hotswap, fxpeft.remove):
-            with pytest.raises(AdapterError, match="is open: leave it first"):
+            with pytest.raises(AdapterError, match="is open"):
                 verb(model)
+        with pytest.raises(AdapterError, match="is open"):
+            fxpeft.fold(model, "lora")  # the row would have it twice
         check(model, model, ["dora"] * 8, case)
     fxpeft.release_hotswap(model)
     torch.testing.assert_close(model(IDS), case.expected["adalora"], rtol=1e-5, atol=1e-5)
