@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -14,8 +15,6 @@ from fxpeft.model.repeats import Repeats
 from fxpeft.model.trace import example_inputs, trace_model
 from fxpeft.model.wrappers import named_modules, unwrap
 from fxpeft.passes.targets.flow import operation, owner_of
-
-_PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109)
 
 _VIEWS = frozenset(
     {"view", "reshape", "unsqueeze", "expand", "to", "_to_copy", "alias", "detach", "clone", "lift_fresh_copy"}
@@ -38,7 +37,8 @@ def other_rows(model: nn.Module, sites: Collection[str]) -> dict[str, str]:
     leading = next((v.shape[0] for v in (given or {}).values() if isinstance(v, Tensor) and v.ndim), None)
     tensors = (*model.parameters(), *model.buffers(), *(v for v in (given or {}).values() if isinstance(v, Tensor)))
     sizes = {size for tensor in tensors for size in tensor.shape}
-    rows = next(prime for prime in _PRIMES if prime not in sizes)
+    primes = (n for n in itertools.count(5, 2) if all(n % k for k in range(3, n, 2)))  # no product of other sizes
+    rows = next(prime for prime in primes if prime not in sizes)
     inputs = None if given is None else {name: _resized(value, leading, rows) for name, value in given.items()}
     found = None
     for nested in (True, False):

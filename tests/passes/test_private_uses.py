@@ -20,7 +20,8 @@ MODULES = {
 OTHERS = {
     "_current_frames": "sys", "_getframe": "sys", "_get_running_loop": "asyncio", "_replace": "namedtuple",
     "_hf_hook": "accelerate", "_old_forward": "accelerate", "_original_forward": "accelerate",
-    "_attn_implementation": "transformers", "_get_files_timestamps": "transformers",
+    "_attn_implementation": "transformers", "_experts_implementation": "transformers",
+    "_get_files_timestamps": "transformers",
     "_hf_peft_config_loaded": "transformers", "_hotswap_enabled": "transformers", "_load_best_model": "transformers",
     "_no_split_modules": "transformers",
     "_load_from_checkpoint": "transformers", "_prepare_peft_hotswap_kwargs": "transformers",
