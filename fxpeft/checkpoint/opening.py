@@ -49,6 +49,9 @@ def read(
         CheckpointError: a file is missing, damaged, or no adapter of a known method.
     """
 
+    if Path(source).name == WEIGHTS and Path(source).is_file():
+        source = Path(source).parent  # PEFT's config, which lies beside it, has the alphas
+
     def find(name: str) -> Path | None:
         folder = Path(source)
         if folder.is_file():

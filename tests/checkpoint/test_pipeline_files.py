@@ -189,6 +189,19 @@ def test_slots_swap_from_file_to_file(folder: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(image(model), first, rtol=1e-5, atol=1e-5)
 
 
+def test_pefts_own_file_by_its_name(tmp_path: Path) -> None:
+    """Its config, which lies beside it, has the alphas; without it each site's rank is taken, as diffusers does."""
+    model, other = unet(), unet()
+    fxpeft.add_adapter(model, fxpeft.LoraConfig(**SETTINGS))
+    randomised(model)
+    fxpeft.save_adapter(model, tmp_path)
+    fxpeft.load_adapter(other, tmp_path / "adapter_model.safetensors")
+    torch.testing.assert_close(image(other), image(model), rtol=1e-5, atol=1e-5)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "lora.safetensors")
+    fxpeft.load_adapter(other, tmp_path / "lora.safetensors", "alone")
+    assert fxpeft.adapter_config(other, "alone").lora_alpha == 3
+
+
 def test_written_for_diffusers(tmp_path: Path) -> None:
     model, encoder = unet(), text()
     fxpeft.add_adapter(model, fxpeft.LoraConfig(**SETTINGS, use_rslora=True))

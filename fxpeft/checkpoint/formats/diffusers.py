@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxpeft.checkpoint.formats.part import Part, add, check_method, is_lora
 from fxpeft.errors import CheckpointError
+from fxpeft.methods.base import Method
 
 METADATA = "lora_adapter_metadata"  # diffusers' key in a file's header: fields of each component's LoraConfig
 COMPONENT = re.compile(r"(?P<component>(?:unet|transformer|text_encoder)(?:_\d)?|prior|diffusion_model)\.(?P<key>.+)")
@@ -34,7 +35,7 @@ class Diffusers:
         parts: dict[str, Part] = {}
         for key, tensor in tensors.items():
             match = COMPONENT.fullmatch(key)
-            component, rest = (match["component"], match["key"]) if match else ("", key)
+            component, rest = (match["component"], match["key"]) if match else ("", key.removeprefix(Method.prefix))
             part = parts.setdefault(component, Part(settings=settings.get(component)))
             add(part, _spelled(rest, text="text_encoder" in component), tensor, source)
         return parts
