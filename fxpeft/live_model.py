@@ -130,6 +130,8 @@ class LiveModel:
     disabled = _verb(adapters.disabled)
     folded = _verb(transform.folded)
     hold = _verb(serving.hold)
+    rows = _verb(serving.rows)
+    tokens = _verb(serving.tokens)
 
     # training
     set_requires_grad = _verb(adapters.set_requires_grad)

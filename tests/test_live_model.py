@@ -24,6 +24,7 @@ NOT_VERBS = {
     "RankAllocator": "an object of its own, which holds the model while it is trained",
     "LiveModel": "the handle itself",
     "Plan": "data, in which model is the name of one",
+    "adopt": "takes PEFT's model, and gives the one that a handle is for",
     "get_peft_model": "PEFT's verbs in place of fxpeft's",
 }
 

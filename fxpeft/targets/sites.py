@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -230,8 +231,10 @@ def _check_whole(modules: Modules, parameters: Iterable[str], saved: Collection[
         name, _, leaf = path.rpartition(".")
         if leaves := parted(modules[name]):
             raise _parted(name, leaves, f"{leaf} can't be adapted or trained there")
-    for name in modules if saved else ():
-        if any(name == path or name.startswith(f"{path}.") for path in saved) and (leaves := parted(modules[name])):
+    copied = frozenset(saved)
+    for name in modules if copied else ():
+        within = itertools.accumulate(name.split("."), "{}.{}".format)
+        if not copied.isdisjoint(within) and (leaves := parted(modules[name])):
             raise _parted(name, leaves, "modules_to_save can't have a copy of it")
 
 

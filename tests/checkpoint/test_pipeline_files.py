@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import fxpeft
 from fxpeft.checkpoint import read
+from fxpeft.checkpoint.adapter_file import site_scale, site_tensors
 from fxpeft.errors import AdapterError, CheckpointError
 
 NAMES = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in", "ff.net.2"]
@@ -295,3 +296,7 @@ def test_read_without_a_model(folder: Path) -> None:
     assert found.config.peft_type == "LORA"
     assert any(".text_encoder." in key for key in found.tensors)
     assert any(".unet." in key for key in found.tensors)
+    scales = {site: site_scale(found.config, site, len(own["lora_A"])) for site, own in site_tensors(found)[0].items()}
+    ends = {"attn1.to_v": 7 / 3, "attn1.to_k": 5 / 2, "attn1.to_q": 5 / 3, "q_proj": 3 / 2}
+    for end, scale in ends.items():
+        assert {round(s, 6) for name, s in scales.items() if name.endswith(end)} == {round(scale, 6)}

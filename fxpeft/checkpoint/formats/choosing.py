@@ -11,6 +11,7 @@ from typing import cast
 
 from torch import Tensor
 
+from fxpeft.checkpoint.adapter_file import site_scale
 from fxpeft.checkpoint.formats.diffusers import Diffusers
 from fxpeft.checkpoint.formats.kohya import Kohya
 from fxpeft.checkpoint.formats.part import CheckpointFormat, Part
@@ -82,10 +83,7 @@ class PipelineFile(Checkpoint):
             {_renamed(key, names): tensor for key, tensor in part.tensors.items()},
             {names.get(site, site): alpha for site, alpha in part.alphas.items()}, part.settings,
         )  # fmt: skip
-        try:
-            return Checkpoint(self.source, *_checkpoint(renamed, self.source, modules))
-        except AdapterError as error:
-            raise CheckpointError(f"{self.source}: {error}") from error
+        return Checkpoint(self.source, *_checkpoint(renamed, self.source, modules))
 
 
 def read_file(
@@ -108,31 +106,49 @@ def read_file(
     for name, part in parts.items():
         before = f"{name}." if several and name else ""
         together.tensors |= {f"{before}{key}": tensor for key, tensor in part.tensors.items()}
-        together.alphas |= {f"{before}{site}": alpha for site, alpha in part.alphas.items()}
+        together.alphas |= {f"{before}{site}": alpha for site, alpha in _alphas(part, source).items()}
     return PipelineFile(source, *_checkpoint(together, source, None), parts=parts, wanted=component, written=tensors)
 
 
+def _alphas(part: Part, source: str) -> dict[str, float]:
+    """Those that stand for themselves: scales are alpha / rank, whatever the part's own config says of them."""
+    if part.settings is None:
+        return part.alphas
+    config, _ = _checkpoint(part, source, None)
+    ranks = {site: len(part.tensors[f"{site}.lora_A.weight"]) for site in part.sites()}
+    return {site: site_scale(config, site, rank) * rank for site, rank in ranks.items()}
+
+
 def _checkpoint(part: Part, source: str, modules: Modules | None) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """A config and PEFT's keys. An alpha for each site that has one in the file, and its rank where it has none."""
+    """A config and PEFT's keys. An alpha for each site that has one in the file, and its rank where it has none.
+
+    Raises:
+        CheckpointError: what the keys and the settings say is no LoRA, or none of the model's.
+    """
     tensors = {f"{Method.prefix}{key}": tensor for key, tensor in part.tensors.items()}
-    alphas, sites = part.alphas, part.sites()
-    if missing := [site for site in alphas if site not in set(sites)]:
+    sites = part.sites()
+    if missing := [site for site in part.alphas if site not in set(sites)]:
         raise CheckpointError(f"{source}: alphas of sites that have no factors:\n{listing(missing)}")
-    if part.settings is not None:
+    try:
+        if part.settings is None:
+            return _inferred(part, sites, cast(LoraConfig, infer_config(tensors, modules))), tensors
         settings = {"peft_type": "LORA", **part.settings}
-        config: LoraConfig = LoraConfig.from_dict(settings, source=source, loading=True)
+        config = LoraConfig.from_dict(settings, source=source, loading=True)
         if modules is not None:
             config = cast(LoraConfig, with_sites(config, tensors, modules))
-        own = {f"^{re.escape(site)}": alpha for site, alpha in alphas.items()}
-        config = replace(config, alpha_pattern={**own, **(config.alpha_pattern or {})})
-    else:
-        config = cast(LoraConfig, infer_config(tensors, modules))
-        if alphas:
-            every = {site: alphas.get(site, float(len(part.tensors[f"{site}.lora_A.weight"]))) for site in sites}
-            usual = Counter(every.values()).most_common(1)[0][0]
-            others = {f"^{re.escape(site)}": alpha for site, alpha in every.items() if alpha != usual}
-            config = replace(config, lora_alpha=usual, alpha_pattern=others)
-    return config, tensors
+        own = {f"^{re.escape(site)}": alpha for site, alpha in part.alphas.items()}
+        return replace(config, alpha_pattern={**own, **(config.alpha_pattern or {})}), tensors
+    except AdapterError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def _inferred(part: Part, sites: list[str], config: LoraConfig) -> LoraConfig:
+    if not part.alphas:
+        return config
+    every = {site: part.alphas.get(site, float(len(part.tensors[f"{site}.lora_A.weight"]))) for site in sites}
+    usual = Counter(every.values()).most_common(1)[0][0]
+    others = {f"^{re.escape(site)}": alpha for site, alpha in every.items() if alpha != usual}
+    return replace(config, lora_alpha=usual, alpha_pattern=others)
 
 
 def _names(part: Part, modules: Modules) -> dict[str, str]:
