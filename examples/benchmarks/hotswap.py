@@ -209,8 +209,8 @@ def latencies(args: argparse.Namespace, hidden: int, folder: str) -> Columns:
         return pipes[name].recv()
 
     def warm(column: str) -> dict[str, float]:
-        """A first call of each; the quick run has them compile beside each other."""
-        if not args.quick:
+        """A first call of each; where that isn't measured they compile beside each other."""
+        if not args.quick and not columns:
             return {name: ask(name, (column, 1))[0] for name in args.variants}
         for name in args.variants:
             pipes[name].send((column, 1))
