@@ -100,8 +100,9 @@ def written(*, together: bool) -> Iterator[bool]:
     Raises:
         AdapterError: another process could not write.
     """
-    with agreed([None] if together and in_group() else [], "another process failed to write") as agreement:
-        yield not (together and in_group()) or dist.get_rank() == 0
+    groups = [None] if together and in_group() else []
+    with agreed(groups, "another process failed to write") as agreement:
+        yield not groups or dist.get_rank() == 0
         agreement.step(last=True)
 
 

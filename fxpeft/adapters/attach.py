@@ -41,9 +41,8 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
     method, parameters = method_of(adapter.config), adapter.parameter_sites()
     shared = SharedPart(values.shared, method.shared_trained(adapter.config)) if values.shared else None
 
-    def part_of(site: str) -> SiteAdapter:
+    def part_of(site: str, host: nn.Module) -> SiteAdapter:
         plan, own = adapter.plan.sites[site], values.sites[site]
-        host = submodule(model, plan.kind.host(site))
         cut = bool(parted(host))
         made = method.part(adapter.config, plan, parted_values(host, own) if cut else own, strength=adapter.strength)
         if cut:
@@ -56,12 +55,12 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
         module = submodule(model, name)
         part: nn.Module = Container()
         if name in values.sites:
-            part = part_of(name)
+            part = part_of(name, module)
         elif name in values.saved:
             part = bare_copy(module)
             part.load_state_dict(values.saved[name], assign=True)
         for leaf, site in parameters.get(name, {}).items():
-            adapter.parts[site] = part_of(site)
+            adapter.parts[site] = part_of(site, module)
             part.add_module(leaf, adapter.parts[site])
         adapter.parts[name] = part.train(module.training)
         if "adapters" not in module._modules:

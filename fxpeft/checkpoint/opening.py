@@ -48,7 +48,6 @@ def read(
     Raises:
         CheckpointError: a file is missing, damaged, or no adapter of a known method.
     """
-
     if Path(source).name == WEIGHTS and Path(source).is_file():
         source = Path(source).parent  # PEFT's config, which lies beside it, has the alphas
 
@@ -61,14 +60,15 @@ def read(
             return path if path.is_file() else None
         return _from_hub(str(source), name, revision, subfolder, token, local_files_only)
 
-    single = find(weight_name) if weight_name else None if find(CONFIG) else find(PIPELINE)
+    config_file = None if weight_name else find(CONFIG)
+    single = find(weight_name or PIPELINE) if config_file is None else None
     if weight_name and single is None:
         raise CheckpointError(f"{source}: expected {weight_name}, found none")
     if single is not None:
         return read_file(read_safetensors(single), metadata_of(single), str(source), component)
     if component is not None:
         raise CheckpointError(f"component={component!r}: {source} has PEFT's two files, which are of one model")
-    path = config_path(find, str(source))
+    path = config_path(config_file, str(source))
     weights = find(WEIGHTS)
     if weights is not None:
         return Checkpoint(str(source), *read_pair(path, weights, strict=strict))

@@ -93,7 +93,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 def read_config(find: Callable[[str], Path | None], source: str) -> AdapterConfig:
     """Read and check ``adapter_config.json``."""
-    path = config_path(find, source)
+    path = config_path(find(CONFIG), source)
     return config_of(read_json(path), path)
 
 
@@ -158,8 +158,7 @@ def _pending(path: Path) -> dict[str, Any] | None:
         return None  # half written, or gone
 
 
-def config_path(find: Callable[[str], Path | None], source: str) -> Path:
-    path = find(CONFIG)
+def config_path(path: Path | None, source: str) -> Path:
     if path is None:
         raise CheckpointError(f"{source}: expected {CONFIG}, found none; is this an adapter's folder or hub id?")
     return path

@@ -65,17 +65,14 @@ def write_files(
     make_folder(folder)
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     metadata = {"format": "pt", STAMP: stamp(json.loads(text)), **({KEY: base} if base else {})}
+    replace_files({folder / WEIGHTS: safetensors_file(tensors, metadata), folder / CONFIG: text.encode()})
+
+
+def safetensors_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A file's content, its metadata in order: safetensors writes them in any, and equal adapters are equal files."""
     # tied modules may share memory, safetensors can't
     stored = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    content = {
-        folder / WEIGHTS: _in_order(save_tensors(stored, metadata=metadata)),
-        folder / CONFIG: text.encode(),
-    }
-    replace_files(content)
-
-
-def _in_order(data: bytes) -> bytes:
-    """The same file, its metadata in order: safetensors writes them in any, and equal adapters are equal files."""
+    data = save_tensors(stored, metadata=dict(metadata))
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

@@ -17,7 +17,7 @@ from fxpeft.adapters.components import save_components
 from fxpeft.adapters.installing import check_name, install_adapter
 from fxpeft.adapters.loading import load
 from fxpeft.adapters.restore import restoring
-from fxpeft.adapters.state import Adapter, find_state, state_of
+from fxpeft.adapters.state import Adapter, find_state, is_prepared, state_of
 from fxpeft.adapters.values import placed
 from fxpeft.checkpoint.formats import PipelineFile, read_file
 from fxpeft.checkpoint.formats.diffusers import alpha_key
@@ -78,14 +78,13 @@ def load_lora_weights(
             if not hotswap:
                 check_name(model, name)
             stack.enter_context(changing(model))
-            state = find_state(model)
-            if state is None or state.serving is None:
+            live = not is_prepared(model)
+            if live:
+                state = find_state(model)
                 stack.enter_context(restoring(model, [] if state is None else state.adapters.values()))
             own.config.inference_mode = True
             plan, values = load(Modules(model), own)
-            made[component] = Adapter(
-                name, plan, placed(model, values, autocast=state is None or state.serving is None)
-            )
+            made[component] = Adapter(name, plan, placed(model, values, autocast=live))
         left = [c for c, m in models.items() if c not in made and (s := find_state(m)) and name in s.adapters]
         if hotswap and left:
             raise AdapterError(

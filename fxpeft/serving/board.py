@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,27 +160,31 @@ class Board:
     # --- how they get there ---
 
     def show(
-        self, slots: Mapping[str, Slot], active: Sequence[Adapter], memory: list[int], order: StreamOrder | None
+        self,
+        slots: Mapping[str, Slot],
+        active: Sequence[Adapter],
+        memory: list[int],
+        ready: Callable[[], None] | None,
     ) -> int:
         """Write what isn't there yet; returns how many ranks a call without rows computes with.
 
         Args:
             memory: where the slots are; copies that were prepared for another list are prepared anew.
+            ready: called between what may go on beside forwards and what may not; ``None``: nothing goes to a device.
         """
         places, end = self._layout(active), self._end(active, ())
         new = [place for name, place in places.items() if not place.same(self.placed.get(name))]
         self.placed = {}  # until all is written
-        with nullcontext() if order is None else order.writing() as ready:
-            copies = [_copies(slots, place, memory) for place in new]
-            if ready is not None:
-                for each in copies:
-                    each.stage()
-                ready()
-            _clear(slots, [*((p.start, p.width) for p in new), *([(end, LEAST - end)] if end < LEAST else [])])
+        copies = [_copies(slots, place, memory) for place in new]
+        if ready is not None:
             for each in copies:
-                each.run()
-            for place in new:
-                self._show_features(slots, place)
+                each.stage()
+            ready()
+        _clear(slots, [*((p.start, p.width) for p in new), *([(end, LEAST - end)] if end < LEAST else [])])
+        for each in copies:
+            each.run()
+        for place in new:
+            self._show_features(slots, place)
         self.placed, self.version = places, self.version + 1
         self.used = {name: self.used.get(name, 0) for name in places}
         self.device = next((slot.a.device for slot in slots.values()), None)

@@ -309,11 +309,12 @@ def watch_reads(serving: Serving) -> None:
 
 def _show_lanes(model: nn.Module, serving: Serving, board: Board, adapters: list[Adapter]) -> None:
     """The same in slots with lanes, where every adapter has its ranks for itself."""
-    active = board.show(serving.slots, adapters, serving.places, serving.order)
-    if serving.features:
-        show_features(serving.slots, serving.featured, adapters)
-    show_copies(model, serving.copies, serving.tensors, serving.holds, adapters)
-    prompts_serving.show(model, serving.prompts, adapters)
+    with nullcontext() if serving.order is None else serving.order.writing() as ready:
+        active = board.show(serving.slots, adapters, serving.places, ready)
+        if serving.features:
+            show_features(serving.slots, serving.featured, adapters)
+        show_copies(model, serving.copies, serving.tensors, serving.holds, adapters)
+        prompts_serving.show(model, serving.prompts, adapters)
     for site, slot in serving.slots.items():
         slot.idle = not any(site in place.adapter.lowered for place in board.placed.values())
     if serving.rank is not None:
