@@ -200,6 +200,21 @@ def test_swaps_and_forwards_of_a_model_go_by_the_order(
     assert own.done().count("read") == sum(s.log.count("read") for s in device.streams)
 
 
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_what_an_adapter_brings_is_written_where_its_ranks_are(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, seen = FakeDevice(), list[FakeStream]()
+    monkeypatch.setattr(swap, "ACCELERATORS", ("cpu",))
+    monkeypatch.setattr(swap, "StreamOrder", lambda devices: StreamOrder(devices, device))
+    shown = swap.show_copies
+    monkeypatch.setattr(swap, "show_copies", lambda *args: (seen.append(device.current(CPU)), shown(*args)))
+    model: Any = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 3)).eval()
+    model.dummy_inputs = {"input": torch.zeros(2, 6)}
+    fxpeft.prepare_hotswap(model, 4, targets=["0"], modules_to_save=["1"], lanes=lanes)
+    fxpeft.add_adapter(model, fxpeft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    assert len(seen) == 2
+    assert all(stream is device.streams[1] for stream in seen)
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_failed_swap_leaves_the_old_adapter_and_the_callers_stream(
     number: int, served: tuple[nn.Sequential, FakeDevice], outputs: dict[str, Tensor]
