@@ -99,6 +99,12 @@ from fxpeft.errors import (
 from fxpeft.errors import (
     PatternError as PatternError,
 )
+from fxpeft.errors import (
+    StoreTimeout as StoreTimeout,
+)
+from fxpeft.errors import (
+    UnknownAdapter as UnknownAdapter,
+)
 from fxpeft.integrations.adopting import (
     adopt as adopt,
 )
@@ -188,6 +194,9 @@ from fxpeft.programs import (
 )
 from fxpeft.programs import (
     rewrite as rewrite,
+)
+from fxpeft.serving import (
+    AdapterStore as AdapterStore,
 )
 from fxpeft.serving import (
     hold as hold,

@@ -17,6 +17,10 @@ class CheckpointError(AdapterError):
     """A file that is missing, damaged, foreign, or doesn't fit the model."""
 
 
+class UnknownAdapter(AdapterError, LookupError):
+    """A name that a store doesn't know."""
+
+
 class PassError(FxpeftError, RuntimeError):
     """A pass met a graph it can't rewrite; the message names the site and what to do."""
 
@@ -35,6 +39,10 @@ class LockError(FxpeftError, RuntimeError):
 
 class LockTimeout(LockError, TimeoutError):
     """A forward or a swap that waited for others longer than ``prepare_hotswap(..., lock_timeout=)`` allows."""
+
+
+class StoreTimeout(FxpeftError, TimeoutError):
+    """A store that had no room, or didn't load an adapter, within its ``timeout``."""
 
 
 def short(value: object, most: int = 200) -> str:

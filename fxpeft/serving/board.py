@@ -116,6 +116,12 @@ class Board:
         place = self.placed.get(adapter.name)
         return place is not None and place.adapter is not adapter
 
+    def drop(self, names: Collection[str]) -> None:
+        """Let go of residents that are no more, where no open block names them. Part of a change."""
+        gone = set(names) - self.pinned()
+        self.beside = [a for a in self.beside if a.name not in gone]
+        self.placed = {name: place for name, place in self.placed.items() if name not in gone}
+
     def take(self, active: Sequence[Adapter], wanted: Iterable[Adapter], max_rank: int) -> None:
         """Have these resident, in the places of those that were named longest ago and that nobody names now.
 

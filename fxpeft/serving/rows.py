@@ -93,11 +93,16 @@ def _named_rows(what: str, names: Sequence[Lane]) -> Named:
 def _numbered(names: Sequence[Lane]) -> tuple[list[dict[str, float]], list[int]]:
     """The different ones among the lanes that are named, and the number of each one's."""
     mixtures: dict[tuple[tuple[str, float], ...], int] = {}
-    ids = [mixtures.setdefault(tuple(sorted(_mixture(name).items())), len(mixtures)) for name in names]
+    ids = [mixtures.setdefault(tuple(sorted(mixture(name).items())), len(mixtures)) for name in names]
     return [dict(items) for items in mixtures], ids
 
 
-def _mixture(name: Lane) -> dict[str, float]:
+def mixture(name: Lane) -> dict[str, float]:
+    """The adapters that a row names, with their weights; empty for none.
+
+    Raises:
+        AdapterError: it is nothing that a row can name.
+    """
     if name is None or name == BASE:
         return {}
     if isinstance(name, str):
@@ -119,7 +124,7 @@ def _naming(model: nn.Module, board: Board, named: Named) -> Iterator[None]:
     serving = serving_of(state_of(model))
     try:
         with serving.lock.read():  # no swap looks at the pins meanwhile
-            _check(state_of(model), named)
+            check_named(state_of(model), named)
             board.pins[block] = names
             missing = [name for name in names if name not in board.placed]
         if missing:
@@ -181,7 +186,7 @@ for _function in (_of_call, _naming.__wrapped__):  # type: ignore[attr-defined]
     skip_frame(_function, deep=True)  # Dynamo begins behind them
 
 
-def _check(state: ModelState, named: Named) -> None:
+def check_named(state: ModelState, named: Named) -> None:
     """Refuse what rows can't have.
 
     Raises:
