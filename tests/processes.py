@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -33,6 +34,15 @@ def python(
             child.join()
             raise subprocess.TimeoutExpired(given, timeout, *(file.read_bytes() for file in files))
         return subprocess.CompletedProcess(given, child.exitcode, *(file.read_text("utf-8") for file in files))
+
+
+def start(*arguments: object, log: Path, env: dict[str, str] | None = None) -> BaseProcess:
+    """A process that runs on, as of :func:`python`; what it prints is in ``log``, and beside it with ``.out``."""
+    given = [str(each) for each in arguments]
+    files = [log.with_suffix(".out"), log]
+    child = FORKS.Process(target=_python, args=(given, Path.cwd(), env or {**os.environ}, files))
+    child.start()
+    return child
 
 
 def _python(arguments: list[str], cwd: Path, env: dict[str, str], files: list[Path]) -> None:

@@ -158,9 +158,9 @@ class AdapterStore:
             return sorted(found - self._loader.removed | set(self._loader.entries))
 
     def loaded(self) -> list[str]:
-        """Names whose adapter is in memory."""
+        """Names that were put or registered, and those that are in memory."""
         with self._loader.lock:
-            return sorted(name for name, entry in self._loader.entries.items() if entry.version is not None)
+            return sorted(name for name, e in self._loader.entries.items() if e.number or e.version is not None)
 
     def __contains__(self, name: object) -> bool:
         with self._loader.lock:

@@ -23,6 +23,7 @@ from rich.text import Text
 import fxpeft
 from fxpeft.errors import AdapterError
 from fxpeft.tools.gpu_check import gpu_check
+from fxpeft.tools.serve import serve
 
 if TYPE_CHECKING:
     from fxpeft.checkpoint import Checkpoint
@@ -340,6 +341,7 @@ def bench(
 
 
 app.command("gpu-check")(gpu_check)
+app.command()(serve)
 
 
 def main() -> None:
