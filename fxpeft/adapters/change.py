@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fxpeft.adapters.state import Host, ModelState, find_state
+from fxpeft.errors import AdapterError
 from fxpeft.model.wrappers import unwrap
 
 P = ParamSpec("P")
@@ -36,6 +37,7 @@ def changing(model: nn.Module) -> Iterator[None]:
 
     Raises:
         LockError: inside a forward of the same thread. LockTimeout: others computed for too long.
+        AdapterError: inside of a ``with rows(...)`` block of a model without slots.
     """
     model = unwrap(model)
     with ordinary():
@@ -52,6 +54,10 @@ def changing(model: nn.Module) -> Iterator[None]:
                 yield
                 serving.lock.repair = None
                 return
+        if state is not None and state.apart:
+            raise AdapterError(
+                "adapters can't be changed while rows are named on a model without slots: leave the block"
+            )
         yield
 
 

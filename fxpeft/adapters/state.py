@@ -181,6 +181,8 @@ class ModelState:
         folded: what is in the base's weights and can be taken out. baked: names of what is there for good.
         dropped: everything was taken out of the model: it is bare.
         notes: of the ``with`` blocks that are open: which parameters are trained of the adapters that change inside.
+        apart: inside of a ``with rows(...)`` block of a model without slots: nothing can change. in_rows: names of the
+            modules that were found to see the rows of a batch.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -192,12 +194,14 @@ class ModelState:
     baked: list[str] = field(default_factory=list)
     dropped: bool = False
     notes: list[TrainedBefore] = field(default_factory=list)
+    apart: bool = False
+    in_rows: set[str] = field(default_factory=set)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "notes": []}  # a copy is in no block
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({"notes": [], **state})  # older pickles have none
+        vars(self).update({"notes": [], "apart": False, "in_rows": set(), **state})  # older pickles have none
 
     def get(self, name: str) -> Adapter:
         """The adapter of that name, or an error that lists the names there are."""

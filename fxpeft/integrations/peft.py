@@ -7,9 +7,10 @@ subclass with PEFT's methods; ``unload`` and ``merge_and_unload`` give the class
 from __future__ import annotations
 
 import copyreg
+import functools
 import os
 from abc import ABCMeta
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -336,9 +337,29 @@ def _bridged(base: type[nn.Module]) -> type[nn.Module]:
     for cls in type.__subclasses__(base):
         if vars(cls).get(BASE) is base:
             return cls
-    members = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, BASE: base}
+    members: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        BASE: base,
+    }
+    if callable(getattr(base, "generate", None)):
+        members["generate"] = _generate(base)
     made: Any = _Bridge(base.__name__, (PeftModel, base), members)
     return made  # type: ignore[no-any-return]
+
+
+def _generate(base: Any) -> Callable[..., Any]:
+    """A model's ``generate``, which takes adapters for each row too."""
+
+    @functools.wraps(base.generate)
+    def generate(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        if adapter_names is None:
+            return base.generate(self, *args, **kwargs)
+        with serving.rows(self, adapter_names):
+            return self.generate(*args, **kwargs)
+
+    return generate
 
 
 def _enter(model: nn.Module) -> PeftModel:

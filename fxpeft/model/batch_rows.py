@@ -55,8 +55,8 @@ def other_rows(model: nn.Module, sites: Collection[str]) -> dict[str, str]:
             found = _seen(trace_model(model, inputs), rows)
         except AdapterError as error:
             raise AdapterError(
-                f"lanes: whether each target sees the rows of a batch can't be told: {str(error).splitlines()[0]}\n"
-                "give the model a dict `dummy_inputs` of what its forward takes, or prepare it without lanes"
+                f"whether each target sees the rows of a batch can't be told: {str(error).splitlines()[0]}\n"
+                "give the model a dict `dummy_inputs` of what its forward takes, or name no rows (lanes=1)"
             ) from None
     seen = {names.get(site, site): what for site, what in found.items()}
     known = {site: seen.get(names.get(site, site), "no call of it with the model's example inputs") for site in sites}
@@ -76,8 +76,8 @@ def _seen(graph: GraphModule, rows: int) -> dict[str, str]:
     for node in graph.graph.nodes:
         if _moves_rows(graph, node, rows) or any(source in moved for source in node.all_input_nodes):
             moved.add(node)
-        site = owner_of(node)
-        for source in _from_outside(node, site) if site else ():
+        owner = owner_of(node)
+        for source, site in _into(node, owner) if owner else ():
             shape = source.meta["val"].shape
             if not shape or shape[0] != rows:
                 wrong = f"an input of {list(shape)} for a batch of {rows}"
@@ -87,11 +87,15 @@ def _seen(graph: GraphModule, rows: int) -> dict[str, str]:
     return found
 
 
-def _from_outside(node: Node, site: str) -> Iterator[Node]:
-    """The tensors that come into a module at a node of its."""
+def _into(node: Node, owner: str) -> Iterator[tuple[Node, str]]:
+    """The tensors that come into a module at a node of its, or of a module inside, and that module's name."""
     for source in node.all_input_nodes:
-        if source.op != "get_attr" and isinstance(source.meta.get("val"), Tensor) and owner_of(source) != site:
-            yield source
+        if source.op == "get_attr" or not isinstance(source.meta.get("val"), Tensor):
+            continue
+        site, other = owner, f"{owner_of(source) or ''}."
+        while site and not other.startswith(f"{site}."):
+            yield source, site
+            site = site.rpartition(".")[0]
 
 
 def _moves_rows(graph: GraphModule, node: Node, rows: int) -> bool:

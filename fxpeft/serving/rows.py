@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from fxpeft.adapters.calls import RowsOfCalls
 from fxpeft.adapters.change import changing
 from fxpeft.adapters.state import ModelState, find_state, state_of
 from fxpeft.errors import AdapterError, short
@@ -18,6 +19,7 @@ from fxpeft.methods import method_of
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import PassError
 from fxpeft.passes.torch_private import skip_frame
+from fxpeft.serving.apart import repeats_of, rows_apart
 from fxpeft.serving.board import Board, Named, check_rows_take, has_gains
 from fxpeft.serving.guard import ModelLock
 from fxpeft.serving.packing import settle
@@ -32,10 +34,14 @@ BASE = "__base__"
 def rows(model: nn.Module, names: Sequence[Lane]) -> AbstractContextManager[None]:
     """Give each row of the batches that are called inside a ``with`` block adapters of its own.
 
-    The model has to be prepared with ``lanes``. All rows run in one pass of one graph, whichever adapters they name,
-    of whatever ranks and methods; naming others recompiles nothing. The active adapters play no part. Inside the block
-    the adapters that it names stay in the slots; another version of one (``hotswap``, ``set_scale``) is seen by the
-    next call. The block is its thread's, or its task's in an event loop: calls of others don't see it.
+    On a model that is prepared with ``lanes`` all rows run in one pass of one graph, whichever adapters they name, of
+    whatever ranks and methods; naming others recompiles nothing. Inside the block the adapters that it names stay in
+    the slots; another version of one (``hotswap``, ``set_scale``) is seen by the next call. The block is its thread's,
+    or its task's in an event loop: calls of others don't see it.
+
+    On a model without slots each of its targets takes the rows adapter by adapter, called without a compiler, as
+    PEFT's ``adapter_names``; heads of ``modules_to_save`` too. Until the block ends its adapters can't be changed, and
+    every thread sees it. The active adapters play no part in either.
 
     Args:
         names: for each row an adapter's name; names with weights, which add up: ``{"a": 0.7, "b": 0.3}``, or
@@ -43,11 +49,14 @@ def rows(model: nn.Module, names: Sequence[Lane]) -> AbstractContextManager[None
 
     Raises:
         AdapterError: an unknown name, one that rows can't have, or more adapters at once than there are lanes or
-            ranks; nothing was changed.
+            ranks; without slots also a weight other than 1, or a model in training. Nothing was changed.
         LockError: an adapter that isn't in the slots yet is named inside a forward or hold of the same thread.
     """
+    named, bare = _named_rows("rows", names), unwrap(model)
+    if (state := find_state(bare)) is not None and state.serving is None:
+        return rows_apart(bare, named)
     model, board = _prepared(model)
-    return _naming(model, board, _named_rows("rows", names))
+    return _naming(model, board, named)
 
 
 def tokens(model: nn.Module, names: Sequence[Sequence[Lane]]) -> AbstractContextManager[None]:
@@ -162,7 +171,7 @@ def _of_call(model: nn.Module, names: Sequence[Lane] | None, generate: tuple[Any
     board = None if state is None or state.serving is None else serving_of(state).board
     if board is None:
         raise AdapterError(f"adapter_names: expected a call of the whole model, found one of a {type(model).__name__}")
-    repeats = 1 if generate is None else _repeats(model, *generate)
+    repeats = 1 if generate is None else repeats_of(model, *generate)
     if names is not None:
         named = _named_rows("adapter_names", names)
     elif (given := board.named()) is None or repeats == given.repeats:
@@ -172,18 +181,17 @@ def _of_call(model: nn.Module, names: Sequence[Lane] | None, generate: tuple[Any
     return _naming(model, board, replace(named, repeats=repeats))
 
 
-def _repeats(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """How many rows Transformers' ``generate`` makes of each."""
-    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None) or getattr(
-        model, "generation_config", None
-    )
-    asked = (kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences"))
-    return max(1, *(number for number in asked if isinstance(number, int)), 1)
-
-
 ModelLock.naming = staticmethod(_of_call)
 for _function in (_of_call, _naming.__wrapped__):  # type: ignore[attr-defined]
     skip_frame(_function, deep=True)  # Dynamo begins behind them
+
+
+def _apart(model: nn.Module, names: Sequence[Lane]) -> AbstractContextManager[None]:
+    """Give the rows of one call of a model without slots adapters of their own."""
+    return rows_apart(model, _named_rows("adapter_names", names))
+
+
+RowsOfCalls.naming = staticmethod(_apart)
 
 
 def check_named(state: ModelState, named: Named) -> None:

@@ -1,4 +1,4 @@
-"""Adapters named for each row of a call are refused: a forward with ``**kwargs`` would swallow them."""
+"""Adapters named for each row of a call are refused by slots without lanes: ``**kwargs`` would swallow them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def empty() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("make", [adapted, prepared, empty])
+@pytest.mark.parametrize("make", [prepared, empty])
 def test_adapters_for_rows_are_refused(make: Callable[[], Any]) -> None:
     model, ids = make(), token_ids()
     expected = model(ids).logits
