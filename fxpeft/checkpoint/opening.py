@@ -12,10 +12,9 @@ from fxpeft.checkpoint.reading import (
     Checkpoint,
     config_of,
     config_path,
-    metadata_of,
     read_pair,
     read_pickle,
-    read_safetensors,
+    read_whole,
     release_of,
 )
 from fxpeft.errors import CheckpointError
@@ -65,7 +64,7 @@ def read(
     if weight_name and single is None:
         raise CheckpointError(f"{source}: expected {weight_name}, found none")
     if single is not None:
-        return read_file(read_safetensors(single), metadata_of(single), str(source), component)
+        return read_file(*read_whole(single), str(source), component)
     if component is not None:
         raise CheckpointError(f"component={component!r}: {source} has PEFT's two files, which are of one model")
     path = config_path(config_file, str(source))

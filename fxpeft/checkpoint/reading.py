@@ -6,14 +6,14 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fxpeft.checkpoint.keys import file_keys
@@ -68,14 +68,17 @@ def read_pickle(path: Path, *, weights_only: bool) -> dict[str, Tensor]:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file's tensors, in memory of their own; ``CheckpointError`` where it is damaged."""
-    try:
-        tensors = load_file(path, backend="pread")  # a mapped file that is written over changes the tensors
-    except (SafetensorError, OSError, *_DAMAGED) as error:
-        raise CheckpointError(f"{path}: damaged or cut short, can't be read as safetensors: {error}") from error
+    return read_whole(path)[0]
+
+
+def read_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file's tensors and its metadata, of one and the same file, whoever puts another in its place."""
+    with _opened(path) as file:
+        tensors, metadata = dict(file.get_tensors()), dict(file.metadata() or {})
     long = [f"{short(key)} ({len(key):,} characters)" for key in tensors if len(key) > LONGEST]
     if long:
         raise CheckpointError(f"{path}: keys of more than {LONGEST:,} characters:\n{listing(long)}")
-    return tensors
+    return tensors, metadata
 
 
 def base_of(folder: str | Path) -> str | None:
@@ -84,9 +87,16 @@ def base_of(folder: str | Path) -> str | None:
 
 
 def metadata_of(path: Path) -> dict[str, str]:
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file. It isn't mapped: a mapped one that is written over changes the tensors."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
+        with safe_open(path, framework="pt", backend="pread") as file:
+            yield file
     except (SafetensorError, OSError, *_DAMAGED) as error:
         raise CheckpointError(f"{path}: damaged or cut short, can't be read as safetensors: {error}") from error
 
@@ -110,7 +120,8 @@ def read_pair(
         before = _identity(path), _identity(weights)
         values = read_json(path)  # first: a save replaces it last, so that tensors without a note are no newer
         config = config_of(values, path, strict)
-        noted, tensors = metadata_of(weights).get(STAMP), read_safetensors(weights)
+        tensors, metadata = read_whole(weights)
+        noted = metadata.get(STAMP)
         if noted is not None and stamp(values) != noted:
             others = (_pending(other) for other in unfinished(path))
             own = next((v for v in others if v is not None and stamp(v) == noted), None)
