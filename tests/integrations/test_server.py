@@ -17,35 +17,12 @@ from typing import Any, NamedTuple, TypeAlias
 import httpx2 as httpx
 import openai
 import pytest
-import torch
-from adapter_files import save
+import serving_site
 from processes import start
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import fxpeft
-
-WORDS = ["<end>", "<unk>", "user", "assistant", *(f"w{number}" for number in range(60))]
 ADAPTERS = 16
 PROMPTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9 w10"]
 MADE = 4  # tokens of an answer
-TEMPLATE = "{% for m in messages %}{{ m.role + ' ' + m.content + ' ' }}{% endfor %}assistant"
-
-
-def base() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=128, eos_token_id=None,
-        bos_token_id=None,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", chat_template=TEMPLATE)
 
 
 class Site(NamedTuple):
@@ -55,18 +32,10 @@ class Site(NamedTuple):
     adapters: Path
 
 
-def settings(number: int) -> fxpeft.LoraConfig:
-    targets = [["q_proj", "down_proj"], ["v_proj", "up_proj", "o_proj"], ["k_proj", "gate_proj"]][number % 3]
-    return fxpeft.LoraConfig(r=1 + number % 5, lora_alpha=7, target_modules=targets, use_rslora=number % 2 == 1)
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     root = tmp_path_factory.mktemp("site")
-    base().save_pretrained(root / "model")
-    tokenizer().save_pretrained(root / "model")
-    for number in range(ADAPTERS):
-        save(base(), settings(number), root / "adapters" / f"a{number}", seed=number)
+    serving_site.write(root, ADAPTERS)
     return Site(root / "model", root / "adapters")
 
 
@@ -79,20 +48,11 @@ def answers(site: Site) -> Answers:
     return found
 
 
-@torch.no_grad()
 def alone(folder: Path | None, prompt: str, scale: float = 1.0) -> str:
     """What a freshly loaded adapter answers, greedy."""
-    model, words = base(), tokenizer()
-    if folder is not None:
-        fxpeft.load_adapter(model, folder)
-        fxpeft.set_scale(model, "default", scale)
-    chat = words.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    ids = chat["input_ids"]
-    for _ in range(MADE):
-        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-    return str(words.decode(ids[0, -MADE:], skip_special_tokens=True))
+    words = serving_site.tokenizer()
+    ids = words.encode(f"user {prompt} assistant")
+    return str(words.decode(serving_site.alone(folder, ids, MADE, scale), skip_special_tokens=True))
 
 
 Answers: TypeAlias = dict[tuple[str, str], str]

@@ -129,12 +129,12 @@ class AdapterBatching(ContinuousBatchingManager):
         try:
             sampling = {**logit_processor_kwargs, **request.sampling}
             added = super().add_request(input_ids, name, length, streaming, record_timestamps, eos_token_id, **sampling)
+            if added is None:
+                raise Stopping("the server is stopping")
         except BaseException:
             self.give_back(name)
+            self._forget(name)
             raise
-        if added is None:
-            self.give_back(name)
-            raise Stopping("the server is stopping")
         self.prompt_tokens += len(input_ids)
         return name
 
@@ -152,9 +152,12 @@ class AdapterBatching(ContinuousBatchingManager):
 
     def cancel_request(self, request_id: str) -> None:
         """End a request; nobody hears of it any more."""
+        self._forget(request_id)
+        super().cancel_request(request_id)
+
+    def _forget(self, request_id: str) -> None:
         with self.output_router._lock:
             self.output_router.result_handlers.pop(request_id, None)
-        super().cancel_request(request_id)
 
     def _over(self, output: GenerationOutput) -> None:
         self.made_tokens += len(output.generated_tokens)

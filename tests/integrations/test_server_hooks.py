@@ -1,0 +1,274 @@
+"""What ``fxpeft.integrations.server`` relies on in Transformers' classes, and what it makes of them, unserved."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import serving_site
+import torch
+import transformers
+from adapter_files import save
+from torch import Tensor, nn
+from transformers.cli.serving import chat_completion, completion, response, server, utils
+from transformers.generation.continuous_batching import (
+    continuous_api,
+    input_outputs,
+    model_runner,
+    requests,
+    scheduler,
+)
+
+import fxpeft
+from fxpeft.integrations.server import batching as ours
+from fxpeft.integrations.server.batching import ALL, AdapterBatching, Asked, asked, start
+
+CHANGED = (
+    f"Transformers {transformers.__version__} is not as fxpeft/integrations/server needs it (written for 5.24): look "
+    "there at what relies on this"
+)
+GREEDY = {"greedy": True, "temperature": 1.0, "top_k": ALL, "top_p": 1.0}
+
+
+MANAGER, IOS = continuous_api.ContinuousBatchingManager, input_outputs.ContinuousBatchingIOs
+HANDLERS = (
+    chat_completion.ChatCompletionHandler, completion.CompletionHandler, response.ResponseHandler,
+)  # fmt: skip
+RELIED_ON = [
+    (MANAGER._generation_loop_body, "self._generation_step()"),
+    (MANAGER._generation_step, "self.batch_processor._generation_step(self.model)"),
+    (MANAGER._create_batch_processor, "SCHEDULER_MAPPING.get(scheduler_type"),
+    (MANAGER._create_batch_processor, "output_router=self.output_router"),
+    (MANAGER._create_batch_processor, "logit_processor=self.logit_processor"),
+    (continuous_api.OutputRouter.__init__, "self.result_handlers"),
+    (continuous_api.OutputRouter.__init__, "self._lock"),
+    (IOS.prepare_batch_tensors, "input_ids.extend(state.tokens_to_process)"),
+    (IOS.prepare_batch_tensors, "self.requests_in_batch.append(future_state)"),
+    (IOS.prepare_batch_tensors, "self.num_q_tokens = num_q_tokens"),
+    (model_runner.ModelRunner.supports_logits_to_keep, "self._model_supports_logits_to_keep"),
+    (scheduler.FIFOScheduler.schedule_batch, "self._get_waiting_candidates()"),
+    (requests.FutureRequestState, "query_length"),
+    *((handler.handle_request, "self._resolve_model(body)") for handler in HANDLERS),
+    *((handler.handle_request, "gen_manager.init_cb(model, gen_config)") for handler in HANDLERS),
+    (utils.CBGenerateManager.generate_non_streaming, "cb.add_request("),
+    (utils.CBGenerateManager.init_cb, "if self._cb is not None:"),
+    (server.build_server, "model_manager.list_models()"),
+    (server.build_server, "generation_state.is_cb_alive()"),
+]
+
+
+@pytest.mark.parametrize(("where", "text"), RELIED_ON)
+def test_transformers_is_as_the_server_needs_it(where: Any, text: str) -> None:
+    assert text in inspect.getsource(where), f"{CHANGED}: {where.__qualname__} has no {text!r}"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hooks")
+    serving_site.write(folder, 6)
+    head = fxpeft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"])
+    save(serving_site.base(), head, folder / "adapters" / "head", seed=11)
+    return folder
+
+
+@pytest.fixture
+def run(root: Path) -> Iterator[Callable[..., AdapterBatching]]:
+    made: list[AdapterBatching] = []
+
+    def begin(targets: Any = "all-linear", **settings: Any) -> AdapterBatching:
+        model = serving_site.base()
+        fxpeft.prepare_hotswap(model, 12, targets=targets, lanes=3, hold_generate=False)
+        store = fxpeft.AdapterStore(model, root / "adapters")
+        made.append(start(model, store, **{"tokens": 512, "batch_tokens": 32, "requests": 8, **settings}))
+        return made[-1]
+
+    yield begin
+    for each in made:
+        each.stop(timeout=10, hard_stop=True)
+        assert not each.is_running()
+        each.store.close()
+
+
+async def ask(
+    batching: AdapterBatching, lane: Any, ids: list[int], made: int = 4, sampling: dict[str, Any] | None = None
+) -> list[int]:
+    """The tokens of one request, as the server's handlers ask for them."""
+    lease = await asyncio.to_thread(batching.store.lease, lane)
+    done = asyncio.get_running_loop().create_future()
+    asked.set(Asked(lease, sampling or GREEDY))
+    name = f"{lane}-{id(lease)}"
+    batching.register_result_handler(name, lambda output: done.set_result(output) if output.is_finished() else None)
+    batching.add_request(ids, name, made)
+    output = await asyncio.wait_for(done, 30)
+    assert output.error is None
+    return list(output.generated_tokens)
+
+
+def seen(batching: AdapterBatching) -> list[set[str]]:
+    """The adapters of each forward from now on."""
+    forwards: list[set[str]] = []
+    before = batching.store.batch
+
+    def batch(leases: Any) -> Any:
+        forwards.append({version.name for lease in leases if lease for version in lease.versions()})
+        return before(leases)
+
+    batching.store.batch = batch  # type: ignore[method-assign]
+    return forwards
+
+
+def test_requests_of_different_adapters_run_in_one_forward(run: Callable[..., AdapterBatching], root: Path) -> None:
+    batching = run()
+    forwards = seen(batching)
+    lanes = [None, "a0", "a1", {"a2": 0.5}, "a3", "a4", "a5", "a1", "a0", None]  # three lanes, twelve ranks
+    prompts = [list(range(4, 6 + 3 * number)) for number in range(len(lanes))]  # the last is longer than a forward
+    prompts[-1] = list(range(4, 54))
+
+    async def all_of_them() -> list[list[int]]:
+        return await asyncio.gather(*(ask(batching, lane, ids) for lane, ids in zip(lanes, prompts, strict=True)))
+
+    for lane, ids, found in zip(lanes, prompts, asyncio.run(all_of_them()), strict=True):
+        (name, scale), *_ = lane.items() if isinstance(lane, dict) else [(lane, 1.0)]
+        assert found == serving_site.alone(name and root / "adapters" / name, ids, 4, scale)
+    assert max(map(len, forwards)) == 3
+    assert not batching.leases
+    assert not batching.output_router.result_handlers
+    assert batching.output_router.output_queue.empty()
+    assert batching.store.stats().in_use == 0
+
+
+def test_an_adapter_of_the_output_head(run: Callable[..., AdapterBatching], root: Path) -> None:
+    """A head sees the last token of each request alone, where Transformers lets it; a site sees all tokens."""
+    batching = run(targets=["lm_head", "q_proj", "down_proj"])
+    ids = [5, 6, 7, 8]
+
+    async def both() -> list[list[int]]:
+        return await asyncio.gather(ask(batching, "head", ids), ask(batching, "a0", ids), ask(batching, None, ids))
+
+    expected = [serving_site.alone(n and root / "adapters" / n, ids, 4) for n in ("head", "a0", None)]
+    assert asyncio.run(both()) == expected
+
+
+def test_who_waits_for_a_lane_has_its_turn(
+    run: Callable[..., AdapterBatching], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests of three adapters that come without end don't keep a fourth out."""
+    monkeypatch.setattr(ours, "PATIENCE", 0.05)
+    batching = run()
+
+    async def busy(name: str, stop: asyncio.Event) -> int:
+        turns = 0
+        while not stop.is_set():
+            await asyncio.gather(*(ask(batching, name, [5, 6], 30) for _ in range(2)))
+            turns += 1
+        return turns
+
+    async def all_of_them() -> None:
+        stop = asyncio.Event()
+        others = [asyncio.create_task(busy(name, stop)) for name in ("a0", "a1", "a2")]
+        await asyncio.sleep(0.1)
+        assert len(await asyncio.wait_for(ask(batching, "a3", [7, 8]), 20)) == 4
+        stop.set()
+        assert min(await asyncio.gather(*others)) > 0
+
+    asyncio.run(all_of_them())
+
+
+def test_a_request_that_is_cancelled_gives_its_adapter_back(run: Callable[..., AdapterBatching]) -> None:
+    batching = run()
+
+    async def go() -> None:
+        for pause in (0.0, 0.02):
+            lease = batching.store.lease("a0")
+            asked.set(Asked(lease, GREEDY))
+            name = batching.add_request([5, 6], f"gone-{pause}", 120, streaming=True)
+            await asyncio.sleep(pause)
+            batching.cancel_request(name)
+        for _ in range(200):
+            if not batching.leases:
+                break
+            await asyncio.sleep(0.01)
+
+    asyncio.run(go())
+    assert not batching.leases
+    assert not batching.output_router.result_handlers
+    assert batching.output_router.output_queue.empty()
+    assert batching.store.stats().in_use == 0
+    assert batching.made_tokens == 0
+
+
+def test_what_is_refused_is_not_taken(run: Callable[..., AdapterBatching]) -> None:
+    batching = run()
+
+    async def go() -> None:
+        for ids, made, says in (([], 1, "0 tokens"), ([5] * 200, 1, "200 tokens"), ([5], 0, "at least 1 token")):
+            request = Asked(batching.store.lease("a0"), GREEDY)
+            asked.set(request)
+            with pytest.raises(fxpeft.AdapterError, match=says):
+                batching.add_request(ids, "name", made)
+            assert not request.taken
+            request.lease.release()
+        batching.stop(timeout=10)
+        request = Asked(batching.store.lease("a0"), GREEDY)
+        asked.set(request)
+        with pytest.raises(ours.Stopping):
+            batching.add_request([5], "name", 1)
+
+    asyncio.run(go())
+    assert not batching.leases
+    assert not batching.output_router.result_handlers
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_each_request_is_sampled_as_it_asks(run: Callable[..., AdapterBatching], root: Path, greedy: bool) -> None:
+    batching = run()
+    hot = {"greedy": False, "temperature": 50.0, "top_k": ALL, "top_p": 1.0}
+    cold = GREEDY if greedy else {"greedy": False, "temperature": 0.01, "top_k": 1, "top_p": 0.1}
+    ids = [5, 6, 7]
+
+    async def both() -> list[list[int]]:
+        each = [ask(batching, "a0", ids, 30, hot) for _ in range(3)]
+        return await asyncio.gather(*each, ask(batching, "a0", ids, 30, cold))
+
+    *drawn, chosen = asyncio.run(both())
+    assert chosen == serving_site.alone(root / "adapters" / "a0", ids, 30)
+    assert len({tuple(each) for each in (*drawn, chosen)}) == 4
+
+
+def test_a_row_without_numbers_keeps_to_itself() -> None:
+    scores = torch.randn(4, 9)
+    scores[1] = float("nan")
+    scores[2, 3] = float("inf")
+    scores[3, 5:7] = 99.0  # two of the likeliest
+    wanted = torch.tensor([0, 0, 1, 1], dtype=torch.int32)
+    found = ours._Choice()(scores, wanted)
+    assert torch.equal(found[0], scores[0])
+    assert found.isfinite().all()
+    for _ in range(20):
+        drawn = torch.multinomial(nn.functional.softmax(found, -1), 1)
+        assert drawn[2:].flatten().tolist() == [3, 5]
+
+
+def test_nothing_is_sorted_where_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **settings: Any) -> Tensor:
+        raise AssertionError("sorted")
+
+    processors = ours._sampling()
+    scores = torch.randn(2, 9)
+    args = torch.stack(
+        [
+            torch.ones(2, dtype=torch.int32),
+            torch.ones(2).view(torch.int32),
+            torch.full((2,), ALL, dtype=torch.int32),
+            torch.ones(2).view(torch.int32),
+        ]
+    )
+    monkeypatch.setattr(torch, "sort", refuse)
+    assert processors(torch.zeros(2), scores, args).argmax(-1).tolist() == scores.argmax(-1).tolist()
+    args[2] = 3
+    with pytest.raises(AssertionError, match="sorted"):
+        processors(torch.zeros(2), scores, args)
