@@ -75,22 +75,35 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run(root: Path) -> Iterator[Callable[..., AdapterBatching]]:
-    made: list[AdapterBatching] = []
+    """One batching for all that ask for the same one."""
+    made: dict[str, AdapterBatching] = {}
 
-    def begin(targets: Any = "all-linear", **settings: Any) -> AdapterBatching:
-        model = serving_site.base()
-        fxpeft.prepare_hotswap(model, 12, targets=targets, lanes=3, hold_generate=False)
-        store = fxpeft.AdapterStore(model, root / "adapters")
-        made.append(start(model, store, **{"tokens": 512, "batch_tokens": 32, "requests": 8, **settings}))
-        return made[-1]
+    def begin(targets: str | list[str] = "all-linear") -> AdapterBatching:
+        if (key := str(targets)) not in made:
+            model = serving_site.base()
+            fxpeft.prepare_hotswap(model, 12, targets=targets, lanes=3, hold_generate=False)
+            store = fxpeft.AdapterStore(model, root / "adapters")
+            made[key] = start(model, store, tokens=512, batch_tokens=32, requests=8)
+        return made[key]
 
     yield begin
-    for each in made:
+    for each in made.values():
         each.stop(timeout=10, hard_stop=True)
         assert not each.is_running()
         each.store.close()
+
+
+@pytest.fixture
+def batching(run: Callable[..., AdapterBatching]) -> Iterator[AdapterBatching]:
+    """It has nothing left of a test when that is over."""
+    batching = run()
+    yield batching
+    assert not batching.leases
+    assert not batching.output_router.result_handlers
+    assert batching.output_router.output_queue.empty()
+    assert batching.store.stats().in_use == 0
 
 
 async def ask(
@@ -108,7 +121,7 @@ async def ask(
     return list(output.generated_tokens)
 
 
-def seen(batching: AdapterBatching) -> list[set[str]]:
+def seen(batching: AdapterBatching, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """The adapters of each forward from now on."""
     forwards: list[set[str]] = []
     before = batching.store.batch
@@ -117,13 +130,14 @@ def seen(batching: AdapterBatching) -> list[set[str]]:
         forwards.append({version.name for lease in leases if lease for version in lease.versions()})
         return before(leases)
 
-    batching.store.batch = batch  # type: ignore[method-assign]
+    monkeypatch.setattr(batching.store, "batch", batch)
     return forwards
 
 
-def test_requests_of_different_adapters_run_in_one_forward(run: Callable[..., AdapterBatching], root: Path) -> None:
-    batching = run()
-    forwards = seen(batching)
+def test_requests_of_different_adapters_run_in_one_forward(
+    batching: AdapterBatching, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwards = seen(batching, monkeypatch)
     lanes = [None, "a0", "a1", {"a2": 0.5}, "a3", "a4", "a5", "a1", "a0", None]  # three lanes, twelve ranks
     prompts = [list(range(4, 6 + 3 * number)) for number in range(len(lanes))]  # the last is longer than a forward
     prompts[-1] = list(range(4, 54))
@@ -135,10 +149,6 @@ def test_requests_of_different_adapters_run_in_one_forward(run: Callable[..., Ad
         (name, scale), *_ = lane.items() if isinstance(lane, dict) else [(lane, 1.0)]
         assert found == serving_site.alone(name and root / "adapters" / name, ids, 4, scale)
     assert max(map(len, forwards)) == 3
-    assert not batching.leases
-    assert not batching.output_router.result_handlers
-    assert batching.output_router.output_queue.empty()
-    assert batching.store.stats().in_use == 0
 
 
 def test_an_adapter_of_the_output_head(run: Callable[..., AdapterBatching], root: Path) -> None:
@@ -153,12 +163,9 @@ def test_an_adapter_of_the_output_head(run: Callable[..., AdapterBatching], root
     assert asyncio.run(both()) == expected
 
 
-def test_who_waits_for_a_lane_has_its_turn(
-    run: Callable[..., AdapterBatching], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_waits_for_a_lane_has_its_turn(batching: AdapterBatching, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests of three adapters that come without end don't keep a fourth out."""
     monkeypatch.setattr(ours, "PATIENCE", 0.05)
-    batching = run()
 
     async def busy(name: str, stop: asyncio.Event) -> int:
         turns = 0
@@ -178,9 +185,7 @@ def test_who_waits_for_a_lane_has_its_turn(
     asyncio.run(all_of_them())
 
 
-def test_a_request_that_is_cancelled_gives_its_adapter_back(run: Callable[..., AdapterBatching]) -> None:
-    batching = run()
-
+def test_a_request_that_is_cancelled_gives_its_adapter_back(batching: AdapterBatching) -> None:
     async def go() -> None:
         for pause in (0.0, 0.02):
             lease = batching.store.lease("a0")
@@ -193,17 +198,12 @@ def test_a_request_that_is_cancelled_gives_its_adapter_back(run: Callable[..., A
                 break
             await asyncio.sleep(0.01)
 
+    before = batching.made_tokens
     asyncio.run(go())
-    assert not batching.leases
-    assert not batching.output_router.result_handlers
-    assert batching.output_router.output_queue.empty()
-    assert batching.store.stats().in_use == 0
-    assert batching.made_tokens == 0
+    assert batching.made_tokens == before
 
 
-def test_what_is_refused_is_not_taken(run: Callable[..., AdapterBatching]) -> None:
-    batching = run()
-
+def test_what_is_refused_is_not_taken(batching: AdapterBatching, monkeypatch: pytest.MonkeyPatch) -> None:
     async def go() -> None:
         for ids, made, says in (([], 1, "0 tokens"), ([5] * 200, 1, "200 tokens"), ([5], 0, "at least 1 token")):
             request = Asked(batching.store.lease("a0"), GREEDY)
@@ -212,20 +212,17 @@ def test_what_is_refused_is_not_taken(run: Callable[..., AdapterBatching]) -> No
                 batching.add_request(ids, "name", made)
             assert not request.taken
             request.lease.release()
-        batching.stop(timeout=10)
+        monkeypatch.setattr(batching.background_thread_status, "can_accept_new_requests", lambda: "it stops")
         request = Asked(batching.store.lease("a0"), GREEDY)
         asked.set(request)
         with pytest.raises(ours.Stopping):
             batching.add_request([5], "name", 1)
 
     asyncio.run(go())
-    assert not batching.leases
-    assert not batching.output_router.result_handlers
 
 
 @pytest.mark.parametrize("greedy", [True, False])
-def test_each_request_is_sampled_as_it_asks(run: Callable[..., AdapterBatching], root: Path, greedy: bool) -> None:
-    batching = run()
+def test_each_request_is_sampled_as_it_asks(batching: AdapterBatching, root: Path, greedy: bool) -> None:
     hot = {"greedy": False, "temperature": 50.0, "top_k": ALL, "top_p": 1.0}
     cold = GREEDY if greedy else {"greedy": False, "temperature": 0.01, "top_k": 1, "top_p": 0.1}
     ids = [5, 6, 7]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,13 +68,16 @@ def open_server(settings: Settings) -> Iterator[uvicorn.Server]:
         model, settings.max_rank, targets=settings.targets, methods=settings.methods, lanes=settings.lanes,
         hold_generate=False,
     )  # fmt: skip
-    store = AdapterStore(model, settings.adapters, max_bytes=settings.adapter_bytes)
-    batching = start(
-        model, store, tokens=settings.cache_tokens, batch_tokens=settings.batch_tokens,
-        requests=min(settings.queue, settings.batch_tokens),
-    )  # fmt: skip
-    try:
+    with ExitStack() as stack:
+        store = AdapterStore(model, settings.adapters, max_bytes=settings.adapter_bytes)
+        stack.callback(store.close)
+        batching = start(
+            model, store, tokens=settings.cache_tokens, batch_tokens=settings.batch_tokens,
+            requests=min(settings.queue, settings.batch_tokens),
+        )  # fmt: skip
+        stack.callback(batching.stop, timeout=settings.drain, hard_stop=True)
         models.served = Served(settings.name or settings.model, model, processor, store, batching)
+        stack.callback(models.served.waiting.shutdown, wait=False, cancel_futures=True)
         metrics = Metrics()
         app = Gate(_application(models, metrics), settings.api_key, settings.queue, settings.timeout, metrics)
         drain = max(1, round(settings.drain))
@@ -82,9 +85,6 @@ def open_server(settings: Settings) -> Iterator[uvicorn.Server]:
             app, settings.host, settings.port, log_level=settings.log_level, timeout_graceful_shutdown=drain
         )
         yield uvicorn.Server(config)
-    finally:
-        batching.stop(block=True, timeout=settings.drain, hard_stop=True)
-        store.close()
 
 
 def _application(models: Models, metrics: Metrics) -> FastAPI:
