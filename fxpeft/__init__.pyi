@@ -133,16 +133,28 @@ from fxpeft.methods import (
     AdaLoraConfig as AdaLoraConfig,
 )
 from fxpeft.methods import (
+    DeloraConfig as DeloraConfig,
+)
+from fxpeft.methods import (
     EvaConfig as EvaConfig,
 )
 from fxpeft.methods import (
     IA3Config as IA3Config,
 )
 from fxpeft.methods import (
+    LNTuningConfig as LNTuningConfig,
+)
+from fxpeft.methods import (
     LoftQConfig as LoftQConfig,
 )
 from fxpeft.methods import (
+    LoHaConfig as LoHaConfig,
+)
+from fxpeft.methods import (
     LoraConfig as LoraConfig,
+)
+from fxpeft.methods import (
+    MissConfig as MissConfig,
 )
 from fxpeft.methods import (
     PrefixTuningConfig as PrefixTuningConfig,
@@ -152,6 +164,15 @@ from fxpeft.methods import (
 )
 from fxpeft.methods import (
     PromptTuningConfig as PromptTuningConfig,
+)
+from fxpeft.methods import (
+    TrainableTokensConfig as TrainableTokensConfig,
+)
+from fxpeft.methods import (
+    VBLoRAConfig as VBLoRAConfig,
+)
+from fxpeft.methods import (
+    VeraConfig as VeraConfig,
 )
 from fxpeft.methods import (
     register as register,

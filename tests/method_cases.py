@@ -62,11 +62,14 @@ class MethodCase:
     declared: str
     refused: tuple[str, ...] = ()  # by fxpeft too
     alone: tuple[str, ...] = ()  # PEFT lacks them
+    other: dict[str, Any] | None = None  # settings of a second adapter, which it is swapped with
 
     def config(self, **changes: Any) -> Any:
         return self.ours(target_modules=["first", "second"], **{**self.settings, **changes})
 
 
+LINEAR = ("Embedding", "Conv1d", "Conv2d", "Conv3d")  # refused by methods of linear layers
+OTHER = {"r": 2, "rank_pattern": {"first": 5}}
 LORA = {"r": 4, "lora_alpha": 6, "rank_pattern": {"second": 3}, "alpha_pattern": {"second": 5}}
 METHODS = {
     "LoRA": MethodCase(fxpeft.LoraConfig, peft.LoraConfig, LORA, "lora"),
@@ -82,6 +85,24 @@ METHODS = {
     "IA3": MethodCase(
         fxpeft.IA3Config, peft.IA3Config, {"feedforward_modules": ["second"]}, "ia3", refused=("Embedding",),
         alone=("Conv1d",),
+    ),
+    "LoHa": MethodCase(
+        fxpeft.LoHaConfig, peft.LoHaConfig, {"r": 2, "alpha": 5, "rank_pattern": {"second": 3}}, "loha",
+        refused=("Embedding", "Conv3d"), alone=("Conv1D",), other=OTHER,
+    ),
+    "VeRA": MethodCase(
+        fxpeft.VeraConfig, peft.VeraConfig, {"r": 4, "projection_prng_key": 3}, "vera", refused=LINEAR, other={"r": 7},
+    ),
+    "MiSS": MethodCase(
+        fxpeft.MissConfig, peft.MissConfig, {"r": 4}, "miss", refused=LINEAR, alone=("Conv1D",), other={"r": 3},
+    ),
+    "VB-LoRA": MethodCase(
+        fxpeft.VBLoRAConfig, peft.VBLoRAConfig, {"r": 3, "num_vectors": 7, "vector_length": 1}, "vblora",
+        refused=LINEAR, other={"r": 5},
+    ),
+    "DeLoRA": MethodCase(
+        fxpeft.DeloraConfig, peft.DeloraConfig, {"r": 4, "rank_pattern": {"second": 3}, "lambda_pattern": {"first": 4}},
+        "delora", refused=LINEAR, alone=("Conv1D",), other=OTHER,
     ),
 }  # fmt: skip
 

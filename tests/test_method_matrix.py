@@ -23,11 +23,14 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import fxpeft
 from fxpeft import AdapterError
 from fxpeft.methods import METHODS as REGISTERED
+from fxpeft.methods.prompts import PromptLearningConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 START, END = "<!-- matrix -->\n", "<!-- end matrix -->"
+IDS = token_ids().clone()
+IDS[0, :3] = torch.tensor([3, 17, 21])
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
 VIRTUAL = 4
 
@@ -51,27 +54,29 @@ def _registered() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """A method on a model that is small and has it: two linears, or for prompts a Llama."""
+    """A method on a model that is small and has it: two linears, or for what is no matter of targets a Llama."""
 
     config: Callable[..., Any]
     declared: str
-    prompt: bool = False
+    whole: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         """What ``prepare_hotswap`` has to know."""
-        if self.prompt:
-            return {"methods": (self.declared,), "num_virtual_tokens": VIRTUAL}
+        if self.whole:
+            prompt = isinstance(self.config(), PromptLearningConfig)
+            return {"methods": (self.declared,), **({"num_virtual_tokens": VIRTUAL} if prompt else {})}
         return {"methods": (self.declared,), "max_rank": 16, "targets": ["first", "second"]}
 
     def bare(self) -> Any:
-        return tiny_llama() if self.prompt else KINDS["Linear"].net()
+        return tiny_llama() if self.whole else KINDS["Linear"].net()
 
     def adapted(self, seed: int = 0, model: Any = None, name: str = "default") -> Any:
         """A model with an adapter whose every number is random, and which is the active one."""
         model = self.bare() if model is None else model
-        fxpeft.add_adapter(model, self.config(), name)
-        if self.prompt:  # an encoder makes what a checkpoint holds
+        seeded = self.declared == "trainable_tokens"  # of which two adapters have other ones
+        fxpeft.add_adapter(model, self.config(seed) if seeded else self.config(), name)
+        if "adapters" in model._modules:  # a prompt's encoder makes what a checkpoint holds
             randomise(model.adapters.get_submodule(name).parameters(), seed, scale=0.6)
         else:
             spread(fxpeft.adapter_state_dict(model, name), seed)
@@ -89,7 +94,7 @@ class Case:
         return model
 
     def input(self) -> Tensor:
-        return token_ids() if self.prompt else X
+        return IDS if self.whole else X
 
     @torch.no_grad()
     def output(self, model: Any) -> Tensor:
@@ -111,7 +116,17 @@ CASES = {
         lambda: fxpeft.PromptEncoderConfig(num_virtual_tokens=VIRTUAL, encoder_hidden_size=9), "p_tuning", True
     ),
     "prefix tuning": Case(lambda: fxpeft.PrefixTuningConfig(num_virtual_tokens=VIRTUAL), "prefix_tuning", True),
-    "[VeRA](examples/own_method.py)": Case(
+    "LoHa": of("LoHa"),
+    "VeRA": of("VeRA"),
+    "MiSS": of("MiSS"),
+    "VB-LoRA": of("VB-LoRA"),
+    "DeLoRA": of("DeLoRA"),
+    "LN tuning": Case(fxpeft.LNTuningConfig, "ln_tuning", True),
+    "trainable tokens": Case(
+        lambda seed=0: fxpeft.TrainableTokensConfig(token_indices=[[3, 17, 22], [21, 5]][seed % 2]), "trainable_tokens",
+        True,
+    ),
+    "[your own](examples/own_method.py)": Case(
         lambda: OWN.OwnConfig(r=5, target_modules=["first", "second"]), "own"
     ),
 }  # fmt: skip
@@ -182,20 +197,33 @@ def scales(case: Case, folder: Path) -> str:
     return "yes"
 
 
+@functools.cache
+def compiled_with(methods: tuple[str, ...]) -> tuple[Any, Any]:
+    """A model with slots for these methods, in one graph of Inductor's; its prompts are of a graph to come."""
+    case = next(case for case in CASES.values() if case.declared == methods[0])
+    model = case.bare()
+    fxpeft.prepare_hotswap(model, **{**case.options, "methods": methods})
+    compiled = torch.compile(model, fullgraph=True)
+    case.output(compiled)
+    return model, compiled
+
+
 def swaps(case: Case, folder: Path) -> str:
     """Two adapters in one graph of Inductor's; "off" is the bare model, for a prompt in a graph of its own."""
     folders = [case.saved(folder / str(i), i) for i in (0, 1)]
-    model = case.bare()
-    fxpeft.prepare_hotswap(model, **case.options)
+    prompt = "num_virtual_tokens" in case.options
+    model, compiled = compiled_with(case.options["methods"] if prompt else NO_PROMPTS[case.whole])
     fxpeft.load_adapter(model, folders[0])
-    compiled = torch.compile(model, fullgraph=True)
-    case.output(compiled)
+    if prompt:
+        case.output(compiled)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for number in (1, 0):
             fxpeft.hotswap(model, folders[number])
             assert_close(case.output(compiled), case.output(case.loaded(folders[number])))
     fxpeft.disable_adapters(model)
     assert_close(case.output(compiled), case.output(case.bare()))
+    fxpeft.enable_adapters(model)
+    fxpeft.delete_adapter(model, "default")
     return "yes"
 
 
@@ -267,7 +295,7 @@ def parameters(case: Case, folder: Path) -> str:
 def rewrites(case: Case, folder: Path) -> str:
     """An exported program computes what the live model does, and eject gives it back."""
     saved = case.saved(folder / "a")
-    if case.prompt:  # a program of the smaller net: what a prompt needs is a model, whichever
+    if case.whole:  # a program of the smaller net: what such a method needs is a model, whichever
         case = Case(case.config, case.declared)
     program = torch.export.export(case.bare(), (case.input(),))
     rewritten = fxpeft.rewrite(program, str(saved))
@@ -279,7 +307,7 @@ def rewrites(case: Case, folder: Path) -> str:
 @functools.cache
 def packaged(folder: Path) -> Path:
     """One package for all methods that one takes."""
-    methods = tuple(dict.fromkeys(case.declared for case in CASES.values() if not case.prompt))
+    methods = tuple(dict.fromkeys(case.declared for case in CASES.values() if not case.whole))
     net = KINDS["Linear"].net()
     return fxpeft.package(
         net, folder / "net.pt2", (X,), max_rank=8, targets=["first", "second"], methods=methods
@@ -288,9 +316,9 @@ def packaged(folder: Path) -> Path:
 
 def packages(case: Case, folder: Path) -> str:
     """In a package it computes what the live model does."""
-    if case.prompt:
+    if case.whole:
         fxpeft.package(case.bare(), folder / "net.pt2", (case.input(),), methods=(case.declared,))
-        raise AssertionError("a package takes prompts now: let it compute one here")
+        raise AssertionError("a package takes it now: let it compute one here")
     served = fxpeft.open_package(packaged(folder.parent))
     saved = case.saved(folder / "a")
     served.load_adapter(saved, "a")
@@ -312,6 +340,14 @@ ROWS: dict[str, Callable[[Case, Path], str]] = {
     "packages (`package`)": packages,
 }
 COMPILES = (swaps, packages)
+NO_PROMPTS = {
+    whole: tuple(
+        dict.fromkeys(
+            case.declared for case in CASES.values() if case.whole is whole and "num_virtual_tokens" not in case.options
+        )
+    )
+    for whole in (False, True)
+}
 
 
 def cell(check: Callable[[Case, Path], str], case: Case, folder: Path) -> str:

@@ -12,6 +12,7 @@ from fxpeft.adapters.tensor_parallel import alike, parted_values
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SharedPart, SiteAdapter
+from fxpeft.methods.tokens import TokenPart
 from fxpeft.model.fast_path import fused_above, is_fused, switch_off
 from fxpeft.model.placement import parted
 from fxpeft.model.progress import progress
@@ -59,6 +60,8 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
         elif name in values.saved:
             part = bare_copy(module)
             part.load_state_dict(values.saved[name], assign=True)
+        elif name in adapter.plan.tokens:
+            part = TokenPart(adapter.plan.tokens[name], values.tokens.get(name))
         for leaf, site in parameters.get(name, {}).items():
             adapter.parts[site] = part_of(site, module)
             part.add_module(leaf, adapter.parts[site])
@@ -66,6 +69,9 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
         if "adapters" not in module._modules:
             module.add_module("adapters", Container())
         submodule(module, "adapters").add_module(adapter.name, part)
+    for name, own in adapter.plan.tokens.items():
+        if own.tied:
+            adapter.parts[name].share(adapter.parts[own.tied])  # type: ignore[operator]
     for path, tensor in values.tensors.items():
         owner, _, leaf = path.rpartition(".")
         if leaf == "bias":
@@ -112,6 +118,8 @@ def rebind(model: nn.Module, touched: Mapping[str, nn.Module], running: list[Ada
                     feed = rewrite
                 else:
                     rewrites.append(rewrite)
+            elif isinstance(part, TokenPart):
+                rewrites.append(part.rewrite(place))
             for leaf, site in inner[adapter.name].get(name, {}).items():
                 update: Any = method_of(adapter.config).rewrite(place, adapter.config, adapter.parts[site])  # type: ignore[arg-type]
                 parameters.setdefault(leaf, []).append(update)
@@ -150,6 +158,7 @@ def check_together(adapters: list[Adapter]) -> None:
     for what, names in alone.items():
         if what and len(names) > 1:
             raise AdapterError(f"only one {what} can be active at a time, found {', '.join(names)}")
+    check_apart(adapters)
     for attribute_name in ("saved", "tensors"):
         seen: dict[str, str] = {}
         clashes = []
@@ -163,6 +172,20 @@ def check_together(adapters: list[Adapter]) -> None:
                 "these adapters can't be active together, each brings its own\n"
                 f"{listing(clashes)}\nset one of them active, or train them without modules_to_save and bias"
             )
+
+
+def check_apart(adapters: list[Adapter]) -> None:
+    """Refuse adapters that each bring rows of their own for one token."""
+    clashes: list[str] = []
+    for number, adapter in enumerate(adapters):
+        for other in adapters[:number]:
+            for name in adapter.plan.tokens.keys() & other.plan.tokens.keys():
+                if both := {*adapter.plan.tokens[name].tokens} & {*other.plan.tokens[name].tokens}:
+                    clashes.append(f"{name}: token {min(both)}: {other.name} and {adapter.name}")
+    if clashes:
+        raise AdapterError(
+            f"these adapters can't be active together, each has its own row of a token\n{listing(sorted(clashes))}"
+        )
 
 
 def set_trainable(state: ModelState, names: Iterable[str] | None = None) -> None:

@@ -18,7 +18,7 @@ from fxpeft.methods import method_of
 from fxpeft.model.placement import ZERO
 from fxpeft.model.walk import base_modules, base_state, base_values, embedding_layer
 from fxpeft.model.wrappers import plain_name, submodule, unwrap
-from fxpeft.passes.base import attribute
+from fxpeft.passes.base import attribute, join
 from fxpeft.passes.torch_private import FSDP
 
 SaveEmbeddings = bool | Literal["auto"]
@@ -47,7 +47,7 @@ def embedding_tensors(
     if not isinstance(save, bool) and save != "auto":
         raise AdapterError(f"save_embedding_layers: expected True, False or 'auto', found {save!r}")
     method = method_of(adapter.config)
-    if save is False or not method.targeted:
+    if save is False or method.feeds:
         return {}
     layers = [embedding_layer(model, side) for side in ("input", "output")]
     layers = [unwrap(layer) for layer in layers if layer is not None]
@@ -56,6 +56,8 @@ def embedding_tensors(
         name = type(model).__name__
         warnings.warn(f"save_embedding_layers: {name} doesn't say which its embeddings are", stacklevel=3)
     if save == "auto" and not _resized(model, adapter):
+        if adapter.plan.tokens:  # a file with rows needs no whole embeddings
+            return {}
         names = [name for name in names if name in adapter.plan.sites and name.rpartition(".")[2] in NAMES]
     starts_from_base = bool(method.frozen(adapter.config) or adapter.plan.weights)
     places: dict[str, tuple[str, str]] = {}
@@ -64,6 +66,8 @@ def embedding_tensors(
         if name in adapter.values.saved or (name in adapter.plan.sites and starts_from_base):
             continue
         place = f"{name}.base_layer" if name in adapter.plan.sites else name
+        if name in adapter.plan.tokens:
+            place = join(name, method.tokens_key.removesuffix("trainable_tokens_delta") + "base_layer")
         for leaf in base_state(submodule(model, name)):
             if f"{name}.{leaf}" not in adapter.values.tensors:
                 places[f"{method.prefix}{place}.{leaf}"] = name, leaf

@@ -104,7 +104,8 @@ def load_adapter_state_dict(
     _, values = load(Modules(model), found, plan=old.plan, check_finite=check_finite)
     values = placed(model, values, autocast=False)
     own = old.current()
-    for mine, theirs in ((own.shared, values.shared), *((own.sites[s], parts) for s, parts in values.sites.items())):
+    beside = ((own.shared, values.shared), (own.tokens, values.tokens))
+    for mine, theirs in (*beside, *((own.sites[s], parts) for s, parts in values.sites.items())):
         theirs.update({k: v.to(mine[k].dtype) for k, v in theirs.items() if k in mine})
     new = Adapter(old.name, old.plan, values, old.strength)
     if state.serving is not None:
@@ -139,6 +140,11 @@ def _empty_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Val
     shared = method.shared(plan.config, plan.sites)
     values.shared = {n: torch.empty(shape, dtype=shared_placement(model, plan.sites, autocast)[1], device="meta")
                      for n, shape in shared.items()}  # fmt: skip
+    values.tokens = {
+        name: torch.empty(own.shape, dtype=placement(submodule(model, name), model, autocast)[1], device="meta")
+        for name, own in plan.tokens.items()
+        if not own.tied
+    }
     values.saved = {path: base_state(submodule(model, path)) for path in plan.saved}
     values.tensors = {path: attribute(model, path) for path in (*plan.tensors, *plan.weights)}
     return _nowhere(values)

@@ -83,7 +83,7 @@ class Adapter:
     def hosts(self) -> set[str]:
         """Names of the modules that the adapter touches."""
         sites = {self.plan.sites[site].kind.host(site) for site in self.values.sites}
-        return {*sites, *self.values.saved, *map(_owner, self.values.tensors)}
+        return {*sites, *self.values.saved, *map(_owner, self.values.tensors), *self.plan.tokens}
 
     def parameter_sites(self) -> dict[str, dict[str, str]]:
         """Module -> name -> site of its parameters that the adapter updates."""
@@ -104,6 +104,7 @@ class Adapter:
             {path: {k: v.detach() for k, v in base_state(self.parts[path]).items()} for path in self.values.saved},
             {p: attribute(self.parts[_owner(p)], p.rpartition(".")[2]).detach() for p in self.values.tensors},
             {name: attribute(next(iter(held.values())), f"shared.{name}").detach() for name in self.values.shared},
+            {name: attribute(self.parts[name], "rows").detach() for name in self.values.tokens},
         )
 
     @property

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from fxpeft.errors import AdapterError
 from fxpeft.methods import method_of
 from fxpeft.methods.base import Base
+from fxpeft.methods.tokens import starts_from_rows
 from fxpeft.methods.values import Values
 from fxpeft.model.placement import home, placement
 from fxpeft.model.progress import progress
 from fxpeft.model.walk import base_state, base_value, base_values, site_module
 from fxpeft.model.wrappers import submodule
-from fxpeft.passes.base import PassError, attribute
+from fxpeft.passes.base import PassError, attribute, join
 from fxpeft.targets.sites import AdapterPlan
 
 
@@ -28,6 +29,9 @@ def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Valu
         values.saved[path] = {key: tensor.detach().clone() for key, tensor in state.items()}
     for path in (*plan.tensors, *plan.weights):
         values.tensors[path] = base_value(model, path).detach().clone()
+    for name, own in plan.tokens.items():
+        if not own.tied:
+            values.tokens[name] = _fresh_rows(model, name, plan, autocast)
     shapes = method.shared(config, plan.sites)
     if shapes:
         device, dtype = shared_placement(model, plan.sites, autocast)
@@ -45,6 +49,18 @@ def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Valu
     return values
 
 
+def _fresh_rows(model: nn.Module, name: str, plan: AdapterPlan, autocast: bool) -> Tensor:
+    module = submodule(model, name)
+    device, dtype = placement(module, model, autocast)
+    try:
+        rows = plan.tokens[name].fresh(
+            base_value(model, join(name, "weight")), random=not starts_from_rows(plan.config)
+        )
+    except PassError as error:
+        raise AdapterError(f"{name}: the base's weight gives no first rows: {error}") from None
+    return rows.to(device=device, dtype=dtype)
+
+
 def complete(values: Values, fresh: Values) -> None:
     """Fill the places that a checkpoint left empty with a fresh adapter's values."""
     for own, first in ((values.sites, fresh.sites), (values.saved, fresh.saved)):
@@ -52,6 +68,7 @@ def complete(values: Values, fresh: Values) -> None:
             own[path] = {key: own.get(path, {}).get(key, value) for key, value in parts.items()}
     values.tensors = {**fresh.tensors, **values.tensors}
     values.shared = {**fresh.shared, **values.shared}
+    values.tokens = {**fresh.tokens, **values.tokens}
 
 
 def shared_placement(model: nn.Module, sites: Iterable[str], autocast: bool) -> tuple[torch.device, torch.dtype]:
@@ -73,6 +90,8 @@ def placed(model: nn.Module, values: Values, *, autocast: bool) -> Values:
         out.saved[path] = {key: _beside(value, own[key], module) for key, value in parts.items()}
     for path, value in values.tensors.items():
         out.tensors[path] = _beside(value, attribute(model, path), submodule(model, path.rpartition(".")[0]))
+    for name, rows in values.tokens.items():
+        out.tokens[name] = _cast(rows, placement(submodule(model, name), model, autocast)[0], autocast)
     if values.shared:
         device, _ = shared_placement(model, values.sites, autocast)
         out.shared = {name: _cast(value, device, autocast) for name, value in values.shared.items()}

@@ -99,6 +99,12 @@ def assign(
     for name, shape in method.shared(config, plan.sites).items():
         if name in method.shared_stored(config) and (tensor := take(method.shared_keys[name], shape)) is not None:
             values.shared[name] = tensor
+    for name, rows in plan.tokens.items():
+        key = f"{name}.{method.tokens_key}"
+        if rows.tied:
+            left.pop(key, None)  # PEFT's TRAINABLE_TOKENS writes the embeddings' rows a second time
+        elif (tensor := take(key, rows.shape)) is not None:
+            values.tokens[name] = tensor
     for path in plan.saved:
         own = base_state(submodule(model, path))
         taken = {k: take(f"{path}.{k}", v.shape, v.dtype) for k, v in own.items()}
@@ -271,7 +277,7 @@ def _base_weights(
     """
     brought: list[str] = []
     for key in list(left):
-        path = key.replace(".base_layer.", ".")
+        path = key.replace(".token_adapter.", ".").replace(".base_layer.", ".")
         if path.rpartition(".")[2] not in ("weight", "bias"):
             continue
         try:

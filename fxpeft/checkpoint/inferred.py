@@ -105,6 +105,8 @@ def _inferred(tensors: Mapping[str, Tensor], modules: Modules | None, alpha: flo
     parts = _parts(tensors)
     if "prompt_embeddings" in tensors:
         raise AdapterError(f"state_dict: a prompt's tensor doesn't say which method made it; {_WHOLE}")
+    if any(key.endswith("trainable_tokens_delta") for key in tensors):
+        raise AdapterError(f"state_dict: rows of an embedding don't say which tokens they are of; {_WHOLE}")
     if not parts:
         raise AdapterError(f"state_dict: no key is a LoRA's or an IA3's:\n{listing(tensors)}")
     every = {part for own in parts.values() for part in own}
@@ -145,7 +147,7 @@ def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     known = parts_known().part
     for key, tensor in tensors.items():
         match = known.fullmatch(_bare(key))
-        if match is not None:
+        if match is not None and not match["part"].endswith("trainable_tokens_delta"):
             part = f"{match['part']}.bias" if match["leaf"] == "bias" else match["part"]
             parts.setdefault(match["site"], {})[part] = tensor
     nested = [site for site in parts if site.endswith(".base_layer")]

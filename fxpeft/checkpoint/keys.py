@@ -16,7 +16,8 @@ from fxpeft.methods.base import Method
 from fxpeft.model.wrappers import INNER, plain_name
 from fxpeft.passes.targets.operations.registry import kinds
 
-_MORE = ("lora_ranknum",)  # a part of PEFT's modules that fxpeft has no parameter for
+# parts of PEFT's modules that fxpeft has no parameter for, or no site
+_MORE = ("lora_ranknum", "token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
 _MAGNITUDE = "lora_magnitude_vector"  # the one part that is a weight in memory and none in a file
 
 
@@ -47,7 +48,9 @@ def parts_known() -> Parts:
 @lru_cache(maxsize=8)
 def _parts(methods: Sequence[Method[Any]]) -> Parts:
     keys = {key for method in methods if method.targeted for kind in kinds() for key in method.keys(kind).values()}
-    leafed = frozenset(key.rpartition(".")[0] for key in keys if key.endswith((".weight", ".bias")))
+    leafed = frozenset(key.rpartition(".")[0] for key in keys if key.endswith((".weight", ".bias"))) | {
+        "ln_tuning_layers"
+    }
     names = {key for key in keys if key.rpartition(".")[0] not in leafed} | leafed | {*_MORE}
     every = "|".join(map(re.escape, sorted(names, key=lambda name: (-len(name), name))))
     return Parts(

@@ -29,13 +29,17 @@ def to_tensors(plan: AdapterPlan, values: Values) -> dict[str, Tensor]:
     stored_shared = method.shared_stored(plan.config)
     tensors.update({method.shared_keys[name]: v for name, v in values.shared.items() if name in stored_shared})
     for path, parts in values.saved.items():
-        tensors.update({f"{method.prefix}{path}.{k}": v for k, v in parts.items()})
+        tensors.update({method.prefix + method.saved_key(plan.config, path, k): v for k, v in parts.items()})
+    for name, rows in values.tokens.items():
+        tensors[f"{method.prefix}{name}.{method.tokens_key}"] = rows
+    around = method.tokens_key.removesuffix("trainable_tokens_delta")
     for path, tensor in values.tensors.items():
         if path in plan.weights:
             continue
         owner, _, leaf = path.rpartition(".")
-        # PEFT wraps a site's module, which moves the base's own parameters one level down
-        tensors[method.prefix + (f"{owner}.base_layer.{leaf}" if owner in values.sites else path)] = tensor
+        # PEFT wraps a site's module, which moves the base's own parameters one level down, or two
+        wrapped = f"{owner}.base_layer.{leaf}" if owner in values.sites else path
+        tensors[method.prefix + (f"{owner}.{around}base_layer.{leaf}" if owner in plan.tokens else wrapped)] = tensor
     return tensors
 
 

@@ -91,7 +91,7 @@ def _read(peft: Any, model: Any, name: str, config: Any) -> Checkpoint:
 def _inner(module: nn.Module) -> nn.Module | None:
     """What PEFT's layer stands around."""
     own = module._modules
-    inner = own.get("base_layer") or own.get("original_module")
+    inner = own.get("base_layer") or own.get("original_module") or own.get("token_adapter")
     while inner is not None and of_peft(inner) and (deeper := _inner(inner)) is not None:
         inner = deeper
     return inner

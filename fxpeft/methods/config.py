@@ -74,6 +74,8 @@ class AdapterConfig:
     patterns: ClassVar[tuple[str, ...]] = ()
     #: fields of PEFT's config that fxpeft knows but doesn't offer yet, with PEFT's default
     unsupported: ClassVar[Mapping[str, Any]] = {}
+    #: why not, where there is more to say
+    reasons: ClassVar[Mapping[str, str]] = {}
     #: fields that PEFT 0.17 lacks or reads otherwise -> the release from which on they mean what they do here
     since: ClassVar[Mapping[str, str]] = {}
 
@@ -141,9 +143,10 @@ class AdapterConfig:
         A field that came later (``since``) is written where it is not at its default, and ``peft_version`` then names
         the newest release that one of them needs. Without such a field there is no ``peft_version``, as in the files of
         PEFT 0.17, which warns of it; later ones take its absence for their own. ``unsupported`` fields are at their
-        defaults and in no file. So no PEFT is told of fields that it doesn't know where they say nothing.
+        defaults and in no file, nor are those that a method takes no value of. So no PEFT is told of fields that it
+        doesn't know where they say nothing.
         """
-        own = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        own = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.init}
         own = {name: value for name, value in own.items() if name not in self.since or value != _default(self, name)}
         needed = [self.since[name] for name in own if name in self.since]
         for name in self.selecting:
@@ -193,6 +196,7 @@ class AdapterConfig:
         if active:
             lines = (
                 f"{short(k)[1:-1]} = {short(v)} ({'unsupported' if k in cls.unsupported else 'unknown'})"
+                + (f": {cls.reasons[k]}" if k in cls.reasons else "")
                 for k, v in active.items()
             )
             raise AdapterError(

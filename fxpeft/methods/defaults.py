@@ -68,6 +68,29 @@ IA3_TARGETS: dict[str, list[str] | str] = {
     "deberta-v2": ["key_proj", "value_proj", "output.dense"],
     "deberta": ["in_proj", "output.dense"],
 }
+LN_TARGETS: dict[str, list[str]] = {
+    **{name: ["input_layernorm", "post_attention_layernorm", "norm"] for name in ("llama", "mistral", "gemma")},
+    **{name: ["input_layernorm", "post_attention_layernorm", "ln_f"] for name in ("bloom", "falcon")},
+    "llava": [
+        "multi_modal_projector", "input_layernorm", "post_attention_layernorm", "norm", "embed_tokens", "lm_head",
+    ],
+    "t5": ["layer_norm", "final_layer_norm"],
+    "mt5": ["layer_norm", "final_layer_norm"],
+    "bart": ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"],
+    "gpt2": ["ln_1", "ln_2", "ln_f"],
+    "blip-2": ["layernorm", "LayerNorm", "final_layer_norm", "self_attn_layer_norm"],
+    "gptj": ["ln_1", "ln_f"],
+    "phi": ["input_layernorm", "final_layernorm"],
+    **{
+        name: [
+            "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+            "norm",
+        ]
+        for name in ("gemma2", "gemma3_text")
+    },
+    "qwen2": ["post_attention_layernorm"],
+    "qwen3": ["post_attention_layernorm"],
+}  # fmt: skip
 _FEEDFORWARD = (
     "down_proj", "output.dense", "dense_4h_to_h", "mlp.c_proj", "w2", "wo", "mlp.dense_4h_to_h", "fc2", "fc_out",
     "c_proj",

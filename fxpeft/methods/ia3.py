@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +52,6 @@ class IA3Config(AdapterConfig):
         if isinstance(own, list) and isinstance(targets, list) and not set(own) <= set(targets):
             missing = ", ".join(sorted(set(own) - set(targets)))
             raise AdapterError(f"feedforward_modules: expected a part of target_modules, which lacks {missing}")
-
-    def to_dict(self) -> dict[str, Any]:
-        values = super().to_dict()
-        return {k: v for k, v in values.items() if k not in ("layers_to_transform", "layers_pattern")}
 
 
 def ia3(kind: Kind, base: Callable[[Tensor], Tensor], x: Tensor, *, ia3_l: Tensor) -> Tensor:

@@ -20,11 +20,12 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxpeft.errors import AdapterError
+from fxpeft.errors import AdapterError, short
 from fxpeft.methods import inits
 from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig, RankConfig
 from fxpeft.methods.inits import EvaConfig, LoftQConfig
+from fxpeft.methods.tokens import check_tokens
 from fxpeft.passes.base import PassError, join
 from fxpeft.passes.live.parameters import scaled
 from fxpeft.passes.live.split import split_product
@@ -60,6 +61,9 @@ class LoraConfig(RankConfig):
             held as one: names or dotted suffixes as in PEFT; also one regular expression for the whole name,
             or a pattern. See :mod:`fxpeft.targets.parameters`.
         fan_in_fan_out: accepted for PEFT's sake; the layout of a weight is read off the graph.
+        trainable_token_indices: tokens whose rows of the input embeddings are trained too; or module -> its tokens.
+            A head that has the embeddings' weight follows them. See :mod:`fxpeft.methods.tokens`.
+        ensure_weight_tying: refuse other tokens for modules that have one weight.
     """
 
     lora_dropout: float = 0.0
@@ -71,18 +75,35 @@ class LoraConfig(RankConfig):
     fan_in_fan_out: bool = False
     loftq_config: dict[str, Any] = field(default_factory=dict)
     eva_config: EvaConfig | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
 
     peft_type: ClassVar[str] = "LORA"
     selecting: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "target_parameters")
     unsupported: ClassVar[Mapping[str, Any]] = {
-        "alora_invocation_tokens": None, "arrow_config": None, "corda_config": None, "ensure_weight_tying": False,
+        "alora_invocation_tokens": None, "arrow_config": None, "corda_config": None,
         "kasa_config": None, "layer_replication": None, "lora_ga_config": None, "megatron_config": None,
         "megatron_core": "megatron.core", "monteclora_config": None, "qalora_group_size": 16,
-        "trainable_token_indices": None, "use_bdlora": None, "use_qalora": False, "velora_config": None,
+        "use_bdlora": None, "use_qalora": False, "velora_config": None,
     }  # fmt: skip
 
+    reasons: ClassVar[Mapping[str, str]] = {
+        "alora_invocation_tokens": "the update acts from these tokens on, and no site knows its tokens' numbers",
+        "arrow_config": "a router mixes adapters by the input",
+        "corda_config": "the start needs statistics of a data set; what PEFT converts to a plain LoRA loads",
+        "kasa_config": "the base's own weight is cut to a lower rank",
+        "layer_replication": "repeat the layers of the model first, and adapt that",
+        "lora_ga_config": "the start needs gradients; what PEFT converts to a plain LoRA loads",
+        "megatron_config": "Megatron's parallel layers are no targets; tensor parallelism of torch is",
+        "monteclora_config": "its factors are drawn at random in every forward",
+        "use_bdlora": "its factors are blocks, which files hold in another shape",
+        "use_qalora": "its A meets sums of groups of inputs, and is of another shape",
+        "velora_config": "what its backward keeps is compressed, which this library does another way",
+    }  # fmt: skip
     #: PEFT 0.17 and 0.18 read A and B of a stack ``[experts, out, in]`` the other way round
-    since: ClassVar[Mapping[str, str]] = {"target_parameters": "0.19.0"}
+    since: ClassVar[Mapping[str, str]] = {
+        "target_parameters": "0.19.0", "trainable_token_indices": "0.17.0", "ensure_weight_tying": "0.18.0",
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         self.read_inits()
@@ -120,6 +141,13 @@ class LoraConfig(RankConfig):
             raise AdapterError("lora_bias=True is not supported with use_dora=True, as in PEFT")
         if self.target_parameters:
             self.check_parameters()
+        indices = self.trainable_token_indices
+        if isinstance(indices, dict) and not indices:
+            raise AdapterError("trainable_token_indices: expected module -> its tokens, found none; None for no tokens")
+        if indices is not None:
+            named = indices.items() if isinstance(indices, dict) else (("", indices),)
+            for key, tokens in named:
+                check_tokens(f"trainable_token_indices{f'[{short(key)}]' if key else ''}", tokens)
 
     def check_parameters(self) -> None:
         """Refuse what the update of a parameter can't have, since it is added to the weight whatever the input."""

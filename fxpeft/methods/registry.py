@@ -8,14 +8,24 @@ from fxpeft.errors import AdapterError
 from fxpeft.methods.adalora import AdaLora
 from fxpeft.methods.base import Method
 from fxpeft.methods.config import AdapterConfig
+from fxpeft.methods.delora import Delora
 from fxpeft.methods.dora import Dora
 from fxpeft.methods.ia3 import Ia3
+from fxpeft.methods.ln_tuning import LnTuning
+from fxpeft.methods.loha import LoHa
 from fxpeft.methods.lora import Lora
+from fxpeft.methods.miss import Miss
 from fxpeft.methods.p_tuning import PTuning
 from fxpeft.methods.prefix_tuning import PrefixTuning
 from fxpeft.methods.prompt_tuning import PromptTuning
+from fxpeft.methods.tokens import TrainableTokens
+from fxpeft.methods.vblora import VBLoRA
+from fxpeft.methods.vera import Vera
 
-METHODS: list[Method[Any]] = [Dora(), AdaLora(), Lora(), Ia3(), PromptTuning(), PTuning(), PrefixTuning()]
+METHODS: list[Method[Any]] = [
+    Dora(), TrainableTokens(), LnTuning(), LoHa(), Vera(), Miss(), VBLoRA(), Delora(), AdaLora(), Lora(), Ia3(),
+    PromptTuning(), PTuning(), PrefixTuning(),
+]  # fmt: skip
 
 
 def register(method: Method[Any]) -> None:

@@ -18,15 +18,17 @@ class Values:
         saved: module -> key of its ``state_dict`` -> the adapter's own copy (``modules_to_save``).
         tensors: dotted parameter name in the base -> the adapter's own value (``bias``, ``weight``).
         shared: name -> tensor that all sites share (:meth:`~fxpeft.methods.base.Method.shared`).
+        tokens: module -> the adapter's own rows of its weight (:mod:`fxpeft.methods.tokens`).
     """
 
     sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({"shared": {}, **state})  # older pickles have none
+        vars(self).update({"shared": {}, "tokens": {}, **state})  # older pickles have none
 
     def own(self) -> dict[str, dict[str, Tensor]]:
         """Module -> name of a parameter of the base there -> the adapter's own value of it."""
@@ -41,6 +43,7 @@ class Values:
         found = {("sites", site, name): t for site, own in self.sites.items() for name, t in own.items()}
         found |= {("saved", path, key): t for path, own in self.saved.items() for key, t in own.items()}
         found |= {("tensors", path, ""): t for path, t in self.tensors.items()}
+        found |= {("tokens", module, ""): t for module, t in self.tokens.items()}
         return found | {("shared", "", name): t for name, t in self.shared.items()}
 
     @classmethod
@@ -48,8 +51,8 @@ class Values:
         """The inverse of :meth:`flat`."""
         values = cls()
         for (field_name, place, name), value in flat.items():
-            if field_name == "tensors":
-                values.tensors[place] = value
+            if field_name in ("tensors", "tokens"):
+                getattr(values, field_name)[place] = value
             elif field_name == "shared":
                 values.shared[name] = value
             else:
@@ -64,6 +67,7 @@ class Values:
             {path: {k: function(v) for k, v in parts.items()} for path, parts in self.saved.items()},
             {path: function(v) for path, v in self.tensors.items()},
             {name: function(v) for name, v in self.shared.items()},
+            {module: function(v) for module, v in self.tokens.items()},
         )
 
     def clone(self, *, sites: bool = True) -> Values:

@@ -203,7 +203,11 @@ def _told(
         if subject.name not in hosts
     } | unread
     skipped = tuple(Skip(name, reasons[name]) for name in modules if name in reasons)
-    notes = _beside([name for name in modules if name in hosts], modules)
+    notes = [
+        f"{name}: {f'the rows of {own.tied}, whose weight it is' if own.tied else f'{len(own.tokens)} rows of its own'}"
+        for name, own in found.tokens.items()
+    ]
+    notes += _beside([name for name in modules if name in hosts], modules)
     return skipped, notes + (_unused(config, subjects) if subjects else [])
 
 

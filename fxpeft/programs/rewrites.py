@@ -111,7 +111,7 @@ def rewrites_of(
     )
     for site, own in plan.sites.items():
         dropout = method.dropout(plan.config, own.kind) if training else 0.0
-        part = SiteAdapter(own, values.sites[site], dropout=dropout)
+        part = SiteAdapter(own, values.sites[site], dropout=dropout, frozen=method.untrained(plan.config))
         part.share(shared)
         for parameter in part.parameters():
             parameter.requires_grad_(not plan.config.inference_mode)
@@ -133,6 +133,11 @@ def _plan(
         raise AdapterError(
             f"{method.name} prepares the inputs of a model's forward, and a program has none: add the adapter to the "
             "live model, then capture it"
+        )
+    if getattr(config, "trainable_token_indices", None) or not method.targeted:
+        raise AdapterError(
+            f"{'trainable_token_indices' if method.targeted else method.name}: a program has no place for what an "
+            "adapter brings beside its sites: add the adapter to the live model, then capture it"
         )
     _refuse_unnamed(config.target_modules)
     _refuse_closed(config.target_modules, config.exclude_modules, (), closed)
@@ -180,6 +185,11 @@ def _refuse_closed(targets: Names, exclude: Names, sites: Collection[str], close
 
 def _check_plan(plan: AdapterPlan, found: Mapping[str, list[Found]], skipped: list[str]) -> None:
     """A plan may come from a model: each of its sites has to be in the program, as the same kind."""
+    if plan.tokens:
+        raise AdapterError(
+            f"trainable_token_indices: a program has no place for rows of an embedding:\n{listing(plan.tokens)}\nadd "
+            "the adapter to the live model, then capture it"
+        )
     if plan.saved:
         raise AdapterError(f"modules_to_save: a program has no modules to copy:\n{listing(plan.saved)}")
     problems = []

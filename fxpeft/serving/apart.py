@@ -116,7 +116,7 @@ def _check(model: nn.Module, named: Named, mixtures: Sequence[list[Adapter]]) ->
     for weights, mixture in zip(named.mixtures, mixtures, strict=True):
         check_together(mixture)
         for adapter in mixture:
-            if not method_of(adapter.config).targeted:
+            if method_of(adapter.config).feeds:
                 raise AdapterError(f"a row: {adapter.name}: a prompt is of all rows of a call; set it active instead")
             if weights[adapter.name] != 1:
                 raise AdapterError(

@@ -41,7 +41,8 @@ def bind_slots(model: nn.Module, serving: Serving) -> None:
         replace_module(module, "slot.module")
     _make_slots(model, serving)
     _bind_parameters(model, serving)
-    sites = dict.fromkeys((*(s for s, kind in serving.kinds.items() if not kind.leaf), *redirects))
+    modules = (s for s, kind in serving.kinds.items() if not kind.leaf)
+    sites = dict.fromkeys((*modules, *redirects, *serving.token_slots))
     head = output_head(model)
     for site in progress(sites, "slots"):
         module = submodule(model, site)
@@ -51,6 +52,9 @@ def bind_slots(model: nn.Module, serving: Serving) -> None:
             place = serving.slots[site]
             make = parted_rewrite if parted(module) else lane_rewrite if place.lanes is not None else Slot.live_rewrite
             rewrites.append(make(place))
+        if site in serving.token_slots:
+            place.add_module("tokens", serving.token_slots[site])
+            rewrites.append(serving.token_slots[site].rewrite())
         for leaf, (_, value) in redirects.get(site, {}).items():
             place.register_buffer(leaf, value, persistent=False)
         module.add_module("slot", place)

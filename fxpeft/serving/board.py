@@ -315,7 +315,8 @@ def check_rows_take(adapter: Adapter) -> None:
     Raises:
         AdapterError: it does.
     """
-    brings = [*adapter.values.saved, *adapter.values.tensors, *(["a prompt"] if adapter.prompt is not None else [])]
+    values, prompt = adapter.values, ["a prompt"] if adapter.prompt is not None else []
+    brings = [*values.saved, *values.tensors, *(f"rows of {name}" for name in adapter.plan.tokens), *prompt]
     if brings:
         raise AdapterError(
             f"adapter {adapter.name!r} brings {', '.join(brings)}, which rows of one call can't have each of their "

@@ -20,6 +20,8 @@ def servable(*, at_targets: bool = False) -> dict[str, frozenset[str]]:
     """What ``methods`` may name -> the gains and shifts that it needs; with ``at_targets`` without prompts."""
     served = () if at_targets else prompt_methods()
     unserved = {method.name for method in METHODS if method.unlowered and method.name not in served}
+    if at_targets:
+        unserved |= {method.name for method in METHODS if not method.targeted}
     return {name: needs for name, needs in slot_needs().items() if name not in unserved}
 
 

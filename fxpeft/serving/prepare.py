@@ -15,7 +15,8 @@ from fxpeft.adapters.penalty import unwatch_loss
 from fxpeft.adapters.restore import restoring
 from fxpeft.adapters.state import Adapter, ensure_state, find_state, is_prepared
 from fxpeft.errors import AdapterError
-from fxpeft.methods import method_of
+from fxpeft.methods import METHODS, method_of
+from fxpeft.methods.ln_tuning import LnTuning, LNTuningConfig
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import PassError
 from fxpeft.passes.slots.lanes import Lanes
@@ -23,6 +24,7 @@ from fxpeft.passes.slots.slot import ActiveRank
 from fxpeft.passes.targets.terms import Pattern
 from fxpeft.passes.torch_private import constants_setting
 from fxpeft.serving import prompts as prompts_serving
+from fxpeft.serving import tokens as tokens_serving
 from fxpeft.serving.base_loads import watch_loads
 from fxpeft.serving.binding import bind_slots
 from fxpeft.serving.board import Board
@@ -33,7 +35,7 @@ from fxpeft.serving.swap import Serving, lower, watch_reads
 from fxpeft.serving.together import check_gains, check_ranks
 from fxpeft.targets.parameters import check_hosts
 from fxpeft.targets.saved import saved_modules
-from fxpeft.targets.sites import find_sites
+from fxpeft.targets.sites import find_sites, make_plan
 
 
 @changes
@@ -52,6 +54,8 @@ def prepare_hotswap(
     lock_timeout: float = TIMEOUT,
     hold_generate: bool = True,
     lanes: int = 1,
+    max_tokens: int | None = None,
+    token_modules: Sequence[str] | None = None,
 ) -> None:
     """Give every target a slot. From then on loading, swapping, mixing and switching off are copies.
 
@@ -64,8 +68,10 @@ def prepare_hotswap(
             the model's adapters, or ``"all-linear"`` where it has none.
         exclude: as ``exclude_modules``.
         methods: what the slots have to serve: ``"lora"``, ``"lora_bias"`` (a bias of B), ``"dora"``,
-            ``"ia3"``, ``"adalora"``, ``"prompt_tuning"`` and ``"p_tuning"`` or ``"prefix_tuning"``. Where
-            only LoRA is declared, the graph holds no gain and no shift.
+            ``"ia3"``, ``"adalora"``, ``"trainable_tokens"`` (of adapters of any method, and alone),
+            ``"ln_tuning"`` (of the modules in ``modules_to_save``, or the architecture's norms),
+            ``"prompt_tuning"`` and ``"p_tuning"`` or ``"prefix_tuning"``, ``"loha"``, ``"vera"``, ``"miss"``,
+            ``"vblora"``, ``"delora"``. Where only LoRA is declared, the graph holds no gain and no shift.
         target_parameters: as in :class:`~fxpeft.LoraConfig`, for adapters of experts and other parameters.
         num_virtual_tokens: length of every prompt to come, for the prompt methods.
         modules_to_save, bias: as in :class:`~fxpeft.LoraConfig`, for adapters that bring them.
@@ -76,6 +82,9 @@ def prepare_hotswap(
         lanes: how many adapters can be in one batch, for :func:`fxpeft.rows` and :func:`fxpeft.tokens`; the ranks of
             all of them together count for ``max_rank``. The model is traced then, to see that each target sees the
             batch's rows. A call without rows runs the graph of one lane.
+        max_tokens: for ``"trainable_tokens"``: how many an adapter can have; 64 by default.
+        token_modules: names of the embeddings and heads that have them; the input embeddings by default, and what has
+            one weight with these.
 
     Raises:
         AdapterError: unknown targets or methods, or an adapter that doesn't fit; nothing was changed.
@@ -105,11 +114,15 @@ def prepare_hotswap(
     prompts = prompts_serving.declare(model, methods, num_virtual_tokens, adapters)
     if prompts is not None:
         serving.prompts = prompts_serving.PromptSlot.of(model, *prompts)
+    serving.token_slots.update(tokens_serving.declare(model, methods, max_tokens, token_modules, adapters))
+    if both := sorted(serving.token_slots.keys() & serving.saved):
+        raise AdapterError(f"{', '.join(both)}: declared for tokens and in modules_to_save; declare one of the two")
     # everything that can be refused is refused on copies, before the model is touched
     trial = [lower(model, serving, Adapter(a.name, a.plan, a.current(), a.strength)) for a in adapters]
     active = existing.active if existing is not None else []
     check_ranks([a for a in trial if a.name in active], max_rank)
     check_gains([a for a in trial if a.name in active])
+    tokens_serving.check_alone([a for a in trial if a.name in active])
     if serving.board is not None:
         serving.board.check([a for a in trial if a.name in active], max_rank)
 
@@ -152,9 +165,11 @@ def _declare(
     kinds = {s: p.kind for a in adapters if not method_of(a.config).unlowered for s, p in a.plan.sites.items()}
     saved = {path for a in adapters for path in a.values.saved}
     tensors = {path for a in adapters for path in a.values.tensors}
-    if targets is None and not parameters and prompts_serving.prompt_methods().keys() >= set(methods):
+    if LnTuning.name in methods and not modules_to_save:
+        saved.update(make_plan(model, LNTuningConfig(), heads=False).saved)
+    if targets is None and not parameters and {m.name for m in METHODS if not m.targeted} >= set(methods):
         if bias != "none":
-            raise AdapterError(f"bias: expected 'none' with {', '.join(methods)}: prompts bring none; found {bias!r}")
+            raise AdapterError(f"bias: expected 'none' with {', '.join(methods)}, which bring none; found {bias!r}")
         saved.update(saved_modules(model, modules_to_save))
         return kinds, frozenset(saved), frozenset(tensors)
     if targets is None and not kinds:

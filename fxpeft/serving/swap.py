@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fxpeft.adapters.attach import check_together
@@ -23,13 +22,15 @@ from fxpeft.passes.base import PassError
 from fxpeft.passes.recent import Recent
 from fxpeft.passes.slots.copies import Copies
 from fxpeft.passes.slots.slot import LEAST, ActiveRank, Slot
+from fxpeft.passes.slots.tokens import TokenSlot
 from fxpeft.passes.targets.kinds import Kind
-from fxpeft.passes.torch_private import zero_each
 from fxpeft.serving import prompts as prompts_serving
+from fxpeft.serving import tokens as tokens_serving
 from fxpeft.serving.board import Board, check_finite
 from fxpeft.serving.brought import show_copies, show_features
 from fxpeft.serving.guard import ModelLock
 from fxpeft.serving.packing import settle
+from fxpeft.serving.ranks import clear_ranks
 from fxpeft.serving.staging import ACCELERATORS, StreamOrder
 from fxpeft.serving.together import check_gains, check_ranks
 from fxpeft.targets.sites import AdapterPlan
@@ -43,6 +44,7 @@ class Serving(Host):
         rank: the active rank; ``None`` in static mode.
         kinds: site -> kind. saved: modules, and tensors: dotted parameter names, that an adapter may bring.
         prompts: the placeholder of a prompt, where prompts were declared.
+        token_slots: module -> room for rows of its own, where trained tokens were declared.
         slots: site -> its placeholders. copies: module -> its replaceable copy.
         shown: the adapters that are in the slots now.
         dirty: site -> number of leading ranks that may hold something other than zero, where there are such.
@@ -77,6 +79,7 @@ class Serving(Host):
     order: StreamOrder | None = None
     torn: bool = False
     board: Board | None = None
+    token_slots: dict[str, TokenSlot] = field(default_factory=dict)
     lock: ModelLock = field(default_factory=ModelLock)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,7 +87,16 @@ class Serving(Host):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(
-            {"places": [], "held": [], "order": None, "torn": False, "used": None, "board": None, **state}
+            {
+                "places": [],
+                "held": [],
+                "order": None,
+                "torn": False,
+                "used": None,
+                "board": None,
+                "token_slots": {},
+                **state,
+            }
         )
         self.plans = Recent(state["plans"].items(), limit=64)  # a plain dict in older pickles
 
@@ -97,7 +109,7 @@ class Serving(Host):
     def hosts(self) -> set[str]:
         """Names of the modules that have placeholders."""
         sites = {kind.host(site) for site, kind in self.kinds.items()}
-        return {*sites, *self.saved, *(path.rpartition(".")[0] for path in self.tensors)}
+        return {*sites, *self.saved, *(path.rpartition(".")[0] for path in self.tensors), *self.token_slots}
 
     def locked(self) -> set[str]:
         """Names of the modules that a change of adapters writes to or binds anew."""
@@ -126,6 +138,7 @@ class Serving(Host):
         check_together(adapters)
         check_ranks(adapters, self.max_rank)
         check_gains(adapters)
+        tokens_serving.check_alone(adapters)
         if self.board is not None:
             self.board.keep(adapters)
             self.board.check(adapters, self.max_rank)
@@ -212,6 +225,7 @@ def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
         problems.append(f"its method, {needed}: declare methods={(*serving.methods, needed)}")
     brings, lowered = values.own(), dict[str, SlotValues]()
     problems += prompts_serving.lower(serving.prompts, adapter)
+    problems += tokens_serving.problems(serving.token_slots, adapter)
     for site, parameters in sites.items():
         plan, base = adapter.plan.sites[site], Base(model, brings.get(site, {}), site, values.shared)
         slot = serving.slots.get(site)
@@ -284,13 +298,14 @@ def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
                 each.stage()
             ready()
         if not (used is serving.dirty or used == serving.dirty):
-            _clear(serving, used, active)
+            serving.dirty = clear_ranks(serving.slots, serving.dirty, used, active)
         for each in copies:
             each.run()
         if serving.features:
             show_features(serving.slots, serving.featured, adapters)
         show_copies(model, serving.copies, serving.tensors, serving.holds, adapters)
         prompts_serving.show(model, serving.prompts, adapters)
+        tokens_serving.show(serving.token_slots, adapters)
     if not same or serving.features:
         for site, slot in serving.slots.items():
             idle = site not in used and not any((site, name) in serving.featured for name in slot.features)
@@ -315,6 +330,7 @@ def _show_lanes(model: nn.Module, serving: Serving, board: Board, adapters: list
             show_features(serving.slots, serving.featured, adapters)
         show_copies(model, serving.copies, serving.tensors, serving.holds, adapters)
         prompts_serving.show(model, serving.prompts, adapters)
+        tokens_serving.show(serving.token_slots, adapters)
     for site, slot in serving.slots.items():
         slot.idle = not any(site in place.adapter.lowered for place in board.placed.values())
     if serving.rank is not None:
@@ -327,6 +343,7 @@ def _find_places(serving: Serving) -> None:
         serving.held = [slot._buffers.values() for slot in serving.slots.values()]
         if serving.prompts is not None:
             serving.held.append(serving.prompts._buffers.values())
+        serving.held += [slot._buffers.values() for slot in serving.token_slots.values()]
     places = list(map(Tensor.data_ptr, itertools.chain.from_iterable(serving.held)))  # type: ignore[arg-type]
     if places != serving.places:
         serving.places = places
@@ -342,24 +359,6 @@ def _find_places(serving: Serving) -> None:
             serving.order = StreamOrder(devices) if devices else None
             serving.lock.before_read = serving.order.before_read if serving.order else None
             watch_reads(serving)
-
-
-def _clear(serving: Serving, used: Mapping[str, int], active: int) -> None:
-    """Zero the old ranks that this swap would compute with: they may even be NaN."""
-    stale: list[Tensor] = []
-    written: list[Tensor] = []
-    dirty = dict[str, int]()
-    for site, slot in serving.slots.items():
-        start, before = used.get(site, 0), serving.dirty.get(site, 0)
-        if min(before, active) > start:
-            stale += slot.window(start, min(before, active) - start)
-            written += (t for t in (slot.a, slot.b, slot.d) if not t.is_inference())
-        if left := before if before > active else start:
-            dirty[site] = left
-    serving.dirty = used if dirty == used else dirty
-    if stale:
-        zero_each(stale)
-        torch.autograd.graph.increment_version(written)  # windows have counters of their own
 
 
 def _copies(serving: Serving, adapter: Adapter, used: Mapping[str, int]) -> tuple[Copies, dict[str, int]]:

@@ -16,6 +16,7 @@ from fxpeft.methods import method_of
 from fxpeft.methods.base import Method, SitePlan
 from fxpeft.methods.config import AdapterConfig, matching
 from fxpeft.methods.lora import LoraConfig, why_not_parted
+from fxpeft.methods.tokens import TokenRows
 from fxpeft.model.modules import Modules
 from fxpeft.model.placement import parted, parted_dimension
 from fxpeft.passes.base import PassError, join
@@ -38,6 +39,7 @@ from fxpeft.targets.resolve import (
     with_site_names,
 )
 from fxpeft.targets.saved import passed_over, with_heads, with_saved
+from fxpeft.targets.tokens import with_tokens
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class AdapterPlan:
         tensors: single parameters that it brings (``bias``): dotted names in the base model.
         weights: the same, of weights that follow from the base's and are in no checkpoint.
         left_out: module -> why a file's tensors for it are left out: nothing would read them, or ``exclude_modules``.
+        tokens: module -> the rows of its weight that the adapter brings.
     """
 
     config: AdapterConfig
@@ -77,6 +80,10 @@ class AdapterPlan:
     tensors: list[str] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, TokenRows] = field(default_factory=dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({"tokens": {}, **state})  # older pickles have none
 
 
 @matching()
@@ -106,14 +113,19 @@ def make_plan(
     if not method.targeted:
         config, whole = method.find(modules.model, config)
         config, saved = with_saved(with_heads(config) if heads else config, modules, of_file)
-        return AdapterPlan(config, whole, saved)
+        saved += [name for name in method.copied(config, modules) if name not in saved]
+        _check_whole(modules, (), saved)
+        config, tokens = with_tokens(config, modules, {*whole, *saved})
+        return AdapterPlan(config, whole, saved, tokens=tokens)
     found = find_targets(modules, config, heads=heads, roles=roles, of_file=of_file)
     config = found.config
     sites = {site: method.plan(config, site, kind) for site, kind in found.kinds.items()}
     sites |= {site: replace(sites[site], wrapped=count) for site, count in found.wrapped.items()}
     _check_patterns(config, sites, of_file)
     weights = [join(site, "weight") for site in sites] if method.brings_weight(config) else []
-    return AdapterPlan(config, sites, list(found.saved), list(found.tensors), weights, dict(found.left_out))
+    config, tokens = with_tokens(config, modules, {*sites, *found.saved})
+    left_out = dict(found.left_out)
+    return AdapterPlan(config, sites, list(found.saved), list(found.tensors), weights, left_out, tokens)
 
 
 @matching()

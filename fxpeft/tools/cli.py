@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import sys
+import tempfile
 import warnings
 from enum import StrEnum
 from pathlib import Path
@@ -55,6 +56,15 @@ class To(StrEnum):
     """What methods can be converted to."""
 
     lora = "lora"
+
+
+class For(StrEnum):
+    """What takes one plain LoRA; see :mod:`fxpeft.checkpoint.engines`."""
+
+    peft = "peft"
+    vllm = "vllm"
+    sglang = "sglang"
+    llama_cpp = "llama.cpp"
 
 
 class Dtype(StrEnum):
@@ -192,8 +202,11 @@ def check(
         declared = method_of(found.config).declared(found.config)
         if declared in servable():
             with torch.device("meta"):
+                methods = [*dict.fromkeys((declared, *(["trainable_tokens"] if made.tokens else [])))]
+                room = max((len(rows.tokens) for rows in made.tokens.values()), default=None)
                 fxpeft.prepare_hotswap(
-                    bare, max_rank, targets=slots, methods=[declared], modules_to_save=list(values.saved),
+                    bare, max_rank, targets=slots, methods=methods, modules_to_save=list(values.saved),
+                    token_modules=list(made.tokens) or None, max_tokens=room,
                 )  # fmt: skip
             lower(bare, serving_of(state_of(bare)), Adapter("checked", made, values))
             answer["swaps"] = True
@@ -213,24 +226,34 @@ def convert(
     dtype: Annotated[Dtype | None, typer.Option(help="Of the new tensors.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="The most ranks of a site: truncated SVD.")] = None,
     to: Annotated[To | None, typer.Option(help="Another method; it reads the base model.")] = None,
+    engine: Annotated[For | None, typer.Option("--for", help="One rank, one alpha, for an engine.")] = None,
     model: Folded = None,
     as_json: Json = False,
 ) -> None:
-    """Write an adapter in another dtype, at a smaller rank or as plain LoRA, errors stated; in PEFT's format."""
+    """Write an adapter in another dtype, at a smaller rank or as plain LoRA, errors stated; in PEFT's format.
+
+    With --for it is a LoRA of one rank and one alpha, which the engine can read, or an error says what it can't; what
+    is no LoRA, or starts from the base's weights (PiSSA, OLoRA), is made one, which reads the base model.
+    """
     import torch
 
     from fxpeft.checkpoint import read
     from fxpeft.checkpoint.adapter_file import cast, shrink
+    from fxpeft.checkpoint.engines import ENGINES, for_engine
     from fxpeft.checkpoint.writing import write_files
 
-    if dtype is None and rank is None and to is None:
-        raise AdapterError("convert: say what to: --dtype, --rank or --to")
+    if dtype is None and rank is None and to is None and engine is None:
+        raise AdapterError("convert: say what to: --dtype, --rank, --to or --for")
     found = read(adapter)
     errors: dict[str, float] = {}
-    if to is not None:
-        found = _as_lora(adapter, model, rank, output)
+    if to is not None or (engine is not None and _needs_base(found)):
+        with tempfile.TemporaryDirectory() as beside:  # an engine that can't take it leaves nothing behind
+            found = _as_lora(adapter, model, rank, output if engine is None else Path(beside))
     elif rank is not None:
         found, errors = shrink(found, rank)
+    if engine is not None:
+        found, rounding = for_engine(found, ENGINES[engine.value])
+        errors = errors or rounding
     if dtype is not None:
         found = cast(found, getattr(torch, dtype.value))
     values = found.config.to_dict()
@@ -244,6 +267,15 @@ def convert(
     for name, error in errors.items():
         table.add_row(name, f"{error:.3g}")
     _print(as_json, content, f"{output}: {count:,} parameters", *([table, f"worst: {worst:.3g}"] if errors else []))
+
+
+def _needs_base(found: Checkpoint) -> bool:
+    """Whether an adapter is no LoRA whose file alone says what it adds."""
+    from fxpeft.methods import method_of
+    from fxpeft.methods.inits import starts_from_base
+
+    start = getattr(found.config, "init_lora_weights", True)
+    return method_of(found.config).name != "lora" or starts_from_base(start) or start == "loftq"
 
 
 def _adapted(adapter: str, base: str | None) -> tuple[Any, str]:

@@ -54,6 +54,10 @@ def convert(
         raise AdapterError(f"to: expected 'lora', found {to!r}")
     if rank is not None and rank <= 0:
         raise AdapterError(f"rank: expected a positive integer, found {rank}")
+    if not adapter.plan.sites:
+        raise AdapterError(
+            f"adapter {name!r}: {method_of(adapter.config).name} adapts no site, so no LoRA does the same"
+        )
     refuse_parameters([adapter], "convert")
     values, current = brought([adapter]), adapter.current()
     brings = current.own()

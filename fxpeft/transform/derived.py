@@ -54,6 +54,7 @@ def _plan(model: nn.Module, values: Values, sources: Sequence[Adapter], fields: 
         "r": rank, "lora_alpha": rank, "rank_pattern": own, "alpha_pattern": dict(own),
         "bias": next((mode for mode in ("all", "lora_only") if mode in modes), "none"),
         "modules_to_save": list(dict.fromkeys(m for c in configs for m in c.modules_to_save or ())) or None,
+        "trainable_token_indices": {n: list(t.tokens) for a in sources for n, t in a.plan.tokens.items()} or None,
         "lora_bias": any("lora_B_bias" in parts for parts in values.sites.values()), **fields,
     }  # fmt: skip
     why = "they select others"
@@ -90,6 +91,8 @@ def brought(adapters: Sequence[Adapter]) -> Values:
         clashes += [f"{p}: {adapter.name}" for p in (*own.saved, *own.tensors) if p in out.saved or p in out.tensors]
         out.saved.update(own.saved)
         out.tensors.update(own.tensors)
+        clashes += [f"{name}: {adapter.name}" for name in own.tokens if name in out.tokens]
+        out.tokens.update(own.tokens)
     if clashes:
         raise AdapterError(
             f"more than one adapter brings its own\n{listing(clashes)}\nwhich can't be blended; leave one of them out"

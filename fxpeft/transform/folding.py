@@ -38,6 +38,7 @@ from fxpeft.passes.live.product import Product
 from fxpeft.passes.torch_private import is_freezing
 from fxpeft.serving.release import remove
 from fxpeft.serving.swap import serving_of
+from fxpeft.transform.rows import fold_rows
 from fxpeft.transform.writing import write_and_run
 
 
@@ -328,6 +329,7 @@ def _compute(model: nn.Module, adapters: list[Adapter], bare: Mapping[str, Tenso
             writes[weight_path] = product.view(new)
         if shift is not None and shift is not bias:
             writes[bias_path] = shift
+    problems += fold_rows(model, adapters, held, writes, base)
     if problems:
         names = ", ".join(a.name for a in adapters)
         raise AdapterError(f"{names} can't be folded into the weights; nothing was changed.\n{listing(problems)}")

@@ -145,7 +145,7 @@ def test_known_harmless_fields_are_silent(theirs: Path, fields: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(
-    "fields", [{"use_qalora": True}, {"trainable_token_indices": [1]}, {"layer_replication": [[0, 2]]}]
+    "fields", [{"use_qalora": True}, {"alora_invocation_tokens": [1]}, {"layer_replication": [[0, 2]]}]
 )
 def test_fields_that_change_the_outputs_stay_errors(theirs: Path, fields: dict[str, Any]) -> None:
     edit(theirs, **fields)

@@ -35,7 +35,7 @@ def changes(case: MethodCase) -> list[dict[str, Any]]:
         return [*several, {"r": 7, "rank_pattern": {"first": 1}, "alpha_pattern": {"first": 3}}]
     if case.declared in ("dora", "lora_bias"):
         return [{}, {"r": MAX_RANK, "rank_pattern": {"second": 1}}]
-    return [{}] if case.declared == "ia3" else [{}, {"init_r": MAX_RANK}]
+    return [{}, {"init_r": MAX_RANK}] if case.declared == "adalora" else [{}]
 
 
 def adapters_of(kind: str, root: Path) -> dict[str, Adapter]:

@@ -213,7 +213,7 @@ def test_convert_dtypes(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "say what to: --dtype, --rank or --to"),
+        ((), "say what to: --dtype, --rank, --to or --for"),
         (("--rank", 2), "only a plain LoRA can be given a smaller rank; .*dora"),
     ],
 )
@@ -292,5 +292,73 @@ def test_convert_makes_a_plain_lora_of_another_method(folder: Path, tmp_path: Pa
     plain = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "lora")).eval()
     with torch.no_grad():
         assert_close(plain(token_ids()).logits, model(token_ids()).logits)
-    with pytest.raises(AdapterError, match="--dtype, --rank or --to"):
+    with pytest.raises(AdapterError, match="--dtype, --rank, --to or --for"):
         run("convert", tmp_path / "adalora", tmp_path / "other")
+
+
+def test_convert_for_an_engine_is_one_rank_and_one_scale(folder: Path, tmp_path: Path) -> None:
+    ids = token_ids()
+
+    def outputs(adapter: Path, **options: Any) -> torch.Tensor:
+        model = type(tiny_llama()).from_pretrained(folder / "base")
+        fxpeft.load_adapter(model.eval(), adapter, **options)
+        with torch.no_grad():
+            return model(ids).logits
+
+    model = type(tiny_llama()).from_pretrained(folder / "base")
+    fxpeft.add_adapter(model, fxpeft.LoHaConfig(r=2, alpha=3, target_modules=["q_proj", "v_proj"]))
+    randomise(fxpeft.adapter_state_dict(model).values(), seed=5)
+    fxpeft.save_adapter(model, tmp_path / "loha")
+    for name, source, engine, rank in (
+        ("a", folder / "a", "vllm", 6), ("b", folder / "b", "llama.cpp", 5), ("loha", tmp_path / "loha", "sglang", 4),
+        ("whole", folder / "whole", "peft", 2),
+    ):  # fmt: skip
+        made = told("convert", source, tmp_path / name / engine, "--for", engine, "--model", folder / "base")
+        assert made["worst_error"] < 1e-6
+        config = json.loads((tmp_path / name / engine / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (rank, rank, False)
+        assert (config["rank_pattern"], config["alpha_pattern"], config["peft_type"]) == ({}, {}, "LORA")
+        factors = read(tmp_path / name / engine).tensors
+        assert {t.shape[0] for k, t in factors.items() if k.endswith(("lora_A.weight", "embedding_A"))} == {rank}
+        assert_close(outputs(tmp_path / name / engine), outputs(source))
+        peer = peft.PeftModel.from_pretrained(
+            type(tiny_llama()).from_pretrained(folder / "base"), str(tmp_path / name / engine)
+        ).eval()
+        with torch.no_grad():
+            assert_close(peer(ids).logits, outputs(source))
+
+
+def test_convert_for_an_engine_says_what_it_cannot_take(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"vllm can't take it:\n.*lm_head.weight: it reads nothing beside the sites"):
+        run("convert", folder / "whole", tmp_path / "out", "--for", "vllm")
+    model = tiny_llama()
+    fxpeft.add_adapter(model, LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=[3, 5]))
+    fxpeft.save_adapter(model, tmp_path / "tokens")
+    with pytest.raises(AdapterError, match=r"sglang can't take it:\n.*trainable_tokens_delta: it reads nothing beside"):
+        run("convert", tmp_path / "tokens", tmp_path / "out", "--for", "sglang")
+    shown = told("inspect", tmp_path / "tokens")
+    assert list(shown["other"].values()) == [[2, 32]]
+    assert shown["config"]["trainable_token_indices"] == [3, 5]
+    checked = told("check", tmp_path / "tokens", "--model", folder / "base")
+    assert (checked["loads"], checked["swaps"]) == (True, True)
+    assert told("diff", tmp_path / "tokens", tmp_path / "tokens")["rest"] == []
+    fxpeft.remove(model)
+    fxpeft.add_adapter(model, LoraConfig(r=3, target_modules=["q_proj"], use_dora=True))
+    randomise((p for n, p in model.named_parameters() if "lora_" in n), seed=1)
+    fxpeft.save_adapter(model, tmp_path / "dora")
+    with pytest.raises(AdapterError, match="multiplies what the base computes"):
+        run("convert", tmp_path / "dora", tmp_path / "out", "--for", "vllm", "--model", folder / "base")
+    made = told(
+        "convert", tmp_path / "dora", tmp_path / "near", "--for", "vllm", "--rank", 3, "--model", folder / "base"
+    )
+    assert made["parameters"] == 2 * 3 * (32 + 32)
+    assert not (tmp_path / "out").exists()
+    for name, config in {
+        "vera": fxpeft.VeraConfig(r=5, target_modules=["q_proj", "v_proj"]), "norms": fxpeft.LNTuningConfig(),
+        "rows": fxpeft.TrainableTokensConfig(token_indices=[4]),
+    }.items():  # fmt: skip
+        fxpeft.remove(model)
+        fxpeft.add_adapter(model, config)
+        fxpeft.save_adapter(model, tmp_path / name)
+        assert told("inspect", tmp_path / name)["method"] in ("vera", "ln_tuning", "trainable_tokens")
+        assert told("check", tmp_path / name, "--model", folder / "base")["swaps"]

@@ -73,4 +73,5 @@ def _values_in(adapter: Adapter, state_dict: Mapping[str, Tensor]) -> Values:
         {path: {key: take(path, key) for key in parts} for path, parts in own.saved.items()},
         {path: take(path.rpartition(".")[0], path.rpartition(".")[2]) for path in own.tensors},
         {name: take(*place(next(iter(own.sites)), f"shared.{name}")) for name in own.shared},
+        {name: take(name, "rows") for name in own.tokens},
     )

@@ -35,6 +35,7 @@ from fxpeft.methods.values import Values
 from fxpeft.model.modules import Modules
 from fxpeft.model.placement import placement
 from fxpeft.model.walk import site_module
+from fxpeft.model.wrappers import submodule
 from fxpeft.outside import read_json
 from fxpeft.targets.sites import AdapterPlan
 
@@ -186,7 +187,7 @@ def fit(
     misfit = checkpoint.Misfit()
     found = replace(found, config=config)
     plan, values = load(Modules(model), found, conversions=conversions, misfit=misfit)
-    if not any(values.sites.values()):
+    if not any((*values.sites.values(), values.tokens)):
         raise CheckpointError(
             f"{found.source}: none of its {len(found.tensors)} tensors belongs to one of the {len(plan.sites)} sites "
             f"that its config selects in {type(model).__name__}; is it an adapter of another base model?"
@@ -214,6 +215,8 @@ def fit(
             module, leaf = site_module(model, site)
             _, dtype = placement(module, model, False, leaf)
             values.sites[site] = {name: value.to(dtype) for name, value in parameters.items()}
+        for name, rows in values.tokens.items():
+            values.tokens[name] = rows.to(placement(submodule(model, name), model, False)[1])
         if values.shared:
             _, dtype = shared_placement(model, values.sites, False)
             values.shared = {name: value.to(dtype) for name, value in values.shared.items()}
@@ -230,7 +233,7 @@ def _named(plan: AdapterPlan, key: str, name: str) -> str:
 
 def check_injectable(config: AdapterConfig) -> None:
     """Refuse prompt learning, as Transformers does: it is no adapter of a model's modules."""
-    if not method_of(config).targeted:
+    if method_of(config).feeds:
         raise AdapterError(
             f"{config.peft_type}: Transformers' adapter methods don't take prompt learning; use fxpeft.add_adapter and "
             "fxpeft.load_adapter"

@@ -1,0 +1,135 @@
+"""An adapter for engines that take one plain LoRA alone: one rank, one alpha, every other scale folded into B.
+
+What each reads (their sources, November 2026): vLLM ``vllm/lora/peft_helper.py`` and ``lora_model.py``: ``r`` and
+``lora_alpha`` for all sites, no ``modules_to_save``, no DoRA, ranks up to 512. SGLang ``python/sglang/srt/lora``: ``r``
+and ``lora_alpha`` for all sites. llama.cpp ``convert_lora_to_gguf.py``, which makes its GGUF of the two files:
+``lora_alpha`` over the rank of each tensor. None of them reads ``bias``, and only vLLM reads ``use_rslora``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxpeft.checkpoint.adapter_file import factors, of_parameter, product_norm, site_keys, site_scale, site_tensors
+from fxpeft.checkpoint.reading import Checkpoint
+from fxpeft.errors import AdapterError, listing
+from fxpeft.methods import method_of
+from fxpeft.methods.base import Method
+from fxpeft.methods.config import matching
+
+LARGEST = 512  # vLLM's largest max_lora_rank
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What takes a plain LoRA.
+
+    Args:
+        rest: whether it reads what an adapter brings beside its sites. most: its largest rank.
+    """
+
+    name: str
+    rest: bool = False
+    most: int | None = None
+
+
+ENGINES: Mapping[str, Engine] = {
+    engine.name: engine
+    for engine in (Engine("peft", rest=True), Engine("vllm", most=LARGEST), Engine("sglang"), Engine("llama.cpp"))
+}
+
+
+@matching()
+def for_engine(found: Checkpoint, engine: Engine) -> tuple[Checkpoint, dict[str, float]]:
+    """The same LoRA at one rank and with the scale 1: smaller ranks are filled up with zeros, scales go into B.
+
+    Returns:
+        The adapter, and for each site ``|W - W'| / |W|`` of its update W, made in float64: rounding alone.
+
+    Raises:
+        AdapterError: no plain LoRA, or it brings what the engine doesn't read; all is named.
+    """
+    if not engine.rest:
+        found = _without_base(found, engine)
+    config = found.config
+    problems = _problems(found, engine)
+    sites, rest = site_tensors(found)
+    if (
+        not problems
+        and engine.most is not None
+        and (most := max(len(p["lora_A"]) for p in sites.values())) > engine.most
+    ):
+        problems.append(f"rank {most} is above its largest, {engine.most}: give --rank {engine.most} or less")
+    if problems:
+        raise AdapterError(f"{found.source}: {engine.name} can't take it:\n{listing(problems)}")
+    rank = max(len(own["lora_A"]) for own in sites.values())
+    keys, tensors, errors = site_keys(found), dict(rest), dict[str, float]()
+    for name, own in sites.items():
+        a, b, scale = own["lora_A"], own["lora_B"], site_scale(config, name, len(own["lora_A"]))
+        b = b.double() * scale
+        dtype = a.dtype if torch.equal(b.to(a.dtype).double(), b) else torch.float32  # a half would round the scale
+        grown = {"lora_A": _filled(a.to(dtype), 0, rank), "lora_B": _filled(b.to(dtype), 1, rank)}
+        tensors |= {keys[name][part]: tensor.contiguous() for part, tensor in grown.items()}
+        errors[name] = _missed(factors(config, name, own), grown)
+    fields: dict[str, Any] = {
+        "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
+        "init_lora_weights": True, "eva_config": None,
+    }  # fmt: skip
+    if not isinstance(config.target_modules, list) or config.exclude_modules or config.layers_to_transform is not None:
+        fields |= {
+            "target_modules": sorted(sites), "exclude_modules": None, "layers_to_transform": None,
+            "layers_pattern": None,
+        }  # fmt: skip
+    return replace(found, config=replace(config, **fields), tensors=tensors), errors
+
+
+def _without_base(found: Checkpoint, engine: Engine) -> Checkpoint:
+    """Without the weights of embeddings that are sites, which PEFT's files have too."""
+    own = {f"{Method.prefix}{name}.base_layer.weight" for name in site_tensors(found)[0]}
+    if not (left := sorted(own & found.tensors.keys())):
+        return found
+    warnings.warn(
+        f"{engine.name} has the base's embeddings of its own, so these are left out:\n{listing(left)}\nIf the "
+        "vocabulary was resized in training, serve a base that was saved with it",
+        stacklevel=4,
+    )
+    return replace(found, tensors={key: tensor for key, tensor in found.tensors.items() if key not in left})
+
+
+def _problems(found: Checkpoint, engine: Engine) -> list[str]:
+    config, (sites, rest) = found.config, site_tensors(found)
+    if method_of(config).name != "lora":
+        return [f"it is {method_of(config).name}, and only a plain LoRA goes in"]
+    problems = [f"{name}: an update of a parameter (target_parameters)" for name in sites if of_parameter(config, name)]
+    odd = {name: sorted(own.keys() - {"lora_A", "lora_B"}) for name, own in sites.items()}
+    problems += [f"{name}: {', '.join(more)}: a LoRA has A and B alone there" for name, more in odd.items() if more]
+    grouped = [name for name, own in sites.items() if "lora_B" in own and own["lora_B"].shape[1] != len(own["lora_A"])]
+    problems += [f"{name}: a grouped convolution's" for name in grouped]
+    if not engine.rest:
+        problems += [
+            f"{key}: it reads nothing beside the sites (whole modules, biases, rows of tokens): merge those into the "
+            "base's weights, or serve a base that has them"
+            for key in rest
+        ]
+    return problems
+
+
+def _filled(tensor: Tensor, dimension: int, size: int) -> Tensor:
+    shape = list(tensor.shape)
+    shape[dimension] = size - shape[dimension]
+    return torch.cat((tensor, tensor.new_zeros(shape)), dimension)
+
+
+def _missed(before: tuple[Tensor, Tensor] | None, after: Mapping[str, Tensor]) -> float:
+    """How much of an update is missed by what takes its place."""
+    assert before is not None
+    a, b = after["lora_A"].double().flatten(1), after["lora_B"].double().flatten(1)
+    size = product_norm(*before)
+    apart = product_norm(torch.cat((before[0], a)), torch.cat((before[1], -b), 1))
+    return apart / size if size else apart

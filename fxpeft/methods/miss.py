@@ -1,0 +1,127 @@
+"""MiSS (https://arxiv.org/abs/2409.15371): inputs are summed over blocks of r, and a matrix makes outputs of the sums.
+
+    y = base(x) + D^T sum_blocks(dropout(x)),    D [r, out]
+
+which is a LoRA whose A is ones in a pattern. ``mini``: D is narrower, and repeats over the outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxpeft.errors import AdapterError
+from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
+from fxpeft.methods.config import AdapterConfig
+from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.targets.kinds import Kind
+from fxpeft.passes.targets.one_node import one_node
+
+BLOCK = "miss_block"
+
+
+@dataclass
+class MissConfig(AdapterConfig):
+    """Names and defaults of ``peft.MissConfig``.
+
+    Args:
+        r: how many sums, the rank. miss_dropout: on the update's input while training.
+        init_weights: ``True``: zeros; ``False``: at random; ``"mini"``: zeros, ``mini_r`` columns that repeat.
+        bias: ``"MiSS_only"`` or ``"all"``, as in :class:`~fxpeft.LoraConfig`.
+    """
+
+    r: int = 64
+    miss_dropout: float = 0.0
+    mini_r: int = 1
+    bias: Literal["none", "all", "MiSS_only"] = "none"
+    init_weights: bool | Literal["mini", "bat"] = True
+
+    peft_type: ClassVar[str] = "MISS"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_weights == "bat":
+            raise AdapterError(
+                "init_weights='bat': its update is a product with the base's weight of full rank, which no slot holds; "
+                "True, False and 'mini' are low-rank"
+            )
+        for name in ("r", "mini_r"):
+            if getattr(self, name) <= 0:
+                raise AdapterError(f"{name}: expected a positive integer, found {getattr(self, name)}")
+        if not 0 <= self.miss_dropout < 1:
+            raise AdapterError(f"miss_dropout: expected a probability in [0, 1), found {self.miss_dropout}")
+
+
+def miss(
+    kind: Kind,
+    base: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    miss_block: Tensor,
+    dropout: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The training subgraph."""
+    y = base(x)
+    x = x.type_as(miss_block)
+    out: Tensor = (y + update(x if dropout is None else dropout(x), miss_block, kind.out_features)).type_as(y)
+    return out
+
+
+@one_node
+def update(x: Tensor, block: Tensor, outputs: int) -> Tensor:
+    """``[..., in]`` to ``[..., outputs]``; the last block of inputs may be filled up with zeros."""
+    r, columns = block.shape
+    padded = F.pad(x, (0, -x.shape[-1] % r))
+    return padded.reshape(*x.shape[:-1], -1, r).sum(-2) @ block.repeat(1, outputs // columns)
+
+
+class Miss(Method[MissConfig]):
+    """The parameter ``miss_block``, [r, out] or [r, mini_r]."""
+
+    name = "miss"
+    peft_type = "MISS"
+    config_class = MissConfig
+
+    def plan(self, config: MissConfig, site: str, kind: Kind) -> SitePlan:
+        if not kind.is_linear:
+            raise AdapterError(f"{site}: MiSS adapts linear layers, as in PEFT, found {kind}; leave the site out")
+        if config.r > kind.in_features:
+            raise AdapterError(f"{site}: r: expected at most its {kind.in_features} inputs, found {config.r}")
+        if config.init_weights == "mini" and kind.out_features % config.mini_r:
+            raise AdapterError(f"{site}: mini_r {config.mini_r} doesn't divide its {kind.out_features} outputs")
+        return SitePlan(kind, config.r, 1.0)
+
+    def shapes(self, config: MissConfig, plan: SitePlan) -> dict[str, tuple[int, ...]]:
+        return {BLOCK: (plan.rank, config.mini_r if config.init_weights == "mini" else plan.kind.out_features)}
+
+    def keys(self, kind: Kind) -> dict[str, str]:
+        return {BLOCK: BLOCK}
+
+    def initialise(self, config: MissConfig, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
+        if config.init_weights:
+            nn.init.zeros_(parameters[BLOCK])
+        else:
+            nn.init.kaiming_uniform_(parameters[BLOCK], a=math.sqrt(5))
+
+    def dropout(self, config: MissConfig, kind: Kind) -> float:
+        return config.miss_dropout
+
+    def rewrite(self, name: str, config: MissConfig, site: SiteAdapter) -> Rewrite:
+        return Rewrite(
+            f"miss:{name}", miss, {f"{name}.{o}": getattr(site, o) for o in (BLOCK, "dropout") if hasattr(site, o)}
+        )
+
+    def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
+        kind, block = plan.kind, parameters[BLOCK]
+        blocks = -(-kind.in_features // plan.rank)
+        a = torch.eye(plan.rank).to(block).repeat(1, blocks)[:, : kind.in_features]
+        return SlotValues(a, block.repeat(1, kind.out_features // block.shape[1]), torch.ones(plan.rank))
+
+    def scales(self, config: MissConfig) -> bool:
+        return False

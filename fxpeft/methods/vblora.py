@@ -1,0 +1,170 @@
+"""VB-LoRA (https://arxiv.org/abs/2405.15179): every part of A and B is a mixture of few vectors of one bank.
+
+    y = base(x) + B A dropout(x)
+
+A's row and B's column fall into parts of ``vector_length``, and each part is the mixture of the ``topk`` vectors that
+its logits are largest for. The bank is shared by all sites, and trained.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fxpeft.errors import AdapterError
+from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
+from fxpeft.methods.config import AdapterConfig
+from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.targets.kinds import Kind
+from fxpeft.passes.targets.one_node import one_node
+
+BANK, LOGITS = "vblora_vector_bank", ("vblora_logits_A", "vblora_logits_B")
+
+
+@dataclass
+class VBLoRAConfig(AdapterConfig):
+    """Names and defaults of ``peft.VBLoRAConfig``.
+
+    Args:
+        r: rank. num_vectors, vector_length: size of the bank; the length divides each site's inputs and outputs.
+        topk: how many vectors a part is mixed of. vblora_dropout: on the update's input while training.
+        init_vector_bank_bound: the bank starts uniform within. init_logits_std: deviation of the logits at the start.
+        save_only_topk_weights: not here: such files hold no logits to train on.
+        bias: ``"vblora_only"`` or ``"all"``, as in :class:`~fxpeft.LoraConfig`.
+        fan_in_fan_out: accepted for PEFT's sake; the layout of a weight is read off the graph.
+    """
+
+    r: int = 4
+    num_vectors: int = 256
+    vector_length: int = 256
+    topk: int = 2
+    save_only_topk_weights: bool = False
+    vblora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "vblora_only"] = "none"
+    init_vector_bank_bound: float = 0.02
+    init_logits_std: float = 0.1
+
+    peft_type: ClassVar[str] = "VBLORA"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("r", "num_vectors", "vector_length", "topk"):
+            if getattr(self, name) <= 0:
+                raise AdapterError(f"{name}: expected a positive integer, found {getattr(self, name)}")
+        if self.topk > self.num_vectors:
+            raise AdapterError(f"topk: expected at most num_vectors {self.num_vectors}, found {self.topk}")
+        if self.save_only_topk_weights:
+            raise AdapterError(
+                "save_only_topk_weights=True: expected False: fxpeft reads and writes logits; save it again from PEFT "
+                "with config.save_only_topk_weights = False"
+            )
+        if not 0 <= self.vblora_dropout < 1:
+            raise AdapterError(f"vblora_dropout: expected a probability in [0, 1), found {self.vblora_dropout}")
+
+
+@dataclass(frozen=True)
+class VBLoRAPlan(SitePlan):
+    """``topk``: how many vectors a part is mixed of."""
+
+    topk: int = 2
+
+
+@one_node
+def mixed(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
+    """``[..., vectors]`` to ``[..., vector_length]``."""
+    best = logits.topk(topk, -1)
+    weights = torch.softmax(best[0], -1)
+    return (weights.unsqueeze(-1) * bank[best[1]]).sum(-2)
+
+
+def factors(logits_a: Tensor, logits_b: Tensor, bank: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """A ``[r, in]`` and B ``[out, r]``."""
+    return mixed(logits_a, bank, topk).flatten(1), mixed(logits_b, bank, topk).transpose(1, 2).flatten(0, 1)
+
+
+def vblora(
+    kind: Kind,
+    base: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    vblora_logits_A: Tensor,
+    vblora_logits_B: Tensor,
+    vblora_vector_bank: Tensor,
+    topk: int,
+    dropout: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The training subgraph."""
+    y = base(x)
+    bank = vblora_vector_bank.to(vblora_logits_A)
+    a, b = factors(vblora_logits_A, vblora_logits_B, bank, topk)
+    h = kind.reduce(x if dropout is None else dropout(x.type_as(a)), a)
+    out: Tensor = (y + kind.expand(h, b)).type_as(y)
+    return out
+
+
+@functools.lru_cache(maxsize=64)
+def _of_topk(topk: int) -> Callable[..., Tensor]:
+    """One function for one number, by which a rewritten graph is found again."""
+    return functools.partial(vblora, topk=topk)
+
+
+class VBLoRA(Method[VBLoRAConfig]):
+    """Parameters ``vblora_logits_A`` [r, in / length, vectors] and ``vblora_logits_B`` [out / length, r, vectors]."""
+
+    name = "vblora"
+    peft_type = "VBLORA"
+    config_class = VBLoRAConfig
+    shared_keys: ClassVar[Mapping[str, str]] = {BANK: f"base_model.{BANK}"}
+
+    def plan(self, config: VBLoRAConfig, site: str, kind: Kind) -> VBLoRAPlan:
+        if not kind.is_linear:
+            raise AdapterError(f"{site}: VB-LoRA adapts linear layers, as in PEFT, found {kind}; leave the site out")
+        for what, size in (("inputs", kind.in_features), ("outputs", kind.out_features)):
+            if size % config.vector_length:
+                raise AdapterError(f"{site}: vector_length {config.vector_length} doesn't divide its {size} {what}")
+        return VBLoRAPlan(kind, config.r, 1.0, config.topk)
+
+    def shared(self, config: VBLoRAConfig, plans: Mapping[str, SitePlan]) -> dict[str, tuple[int, ...]]:
+        return {BANK: (config.num_vectors, config.vector_length)}
+
+    def initialise_shared(self, config: VBLoRAConfig, shared: Mapping[str, Tensor]) -> None:
+        nn.init.uniform_(shared[BANK], -config.init_vector_bank_bound, config.init_vector_bank_bound)
+
+    def shared_trained(self, config: VBLoRAConfig) -> Collection[str]:
+        return (BANK,)
+
+    def shapes(self, config: VBLoRAConfig, plan: SitePlan) -> dict[str, tuple[int, ...]]:
+        into, out = (size // config.vector_length for size in (plan.kind.in_features, plan.kind.out_features))
+        return dict(
+            zip(LOGITS, ((plan.rank, into, config.num_vectors), (out, plan.rank, config.num_vectors)), strict=True)
+        )
+
+    def keys(self, kind: Kind) -> dict[str, str]:
+        return {name: name for name in LOGITS}
+
+    def initialise(self, config: VBLoRAConfig, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
+        for name in LOGITS:
+            nn.init.normal_(parameters[name], std=config.init_logits_std)
+
+    def dropout(self, config: VBLoRAConfig, kind: Kind) -> float:
+        return config.vblora_dropout
+
+    def rewrite(self, name: str, config: VBLoRAConfig, site: SiteAdapter) -> Rewrite:
+        held = {f"{name}.{o}": getattr(site, o) for o in (*LOGITS, "dropout") if hasattr(site, o)}
+        bank = {f"{name}.shared.{BANK}": getattr(site.shared, BANK)}
+        return Rewrite(f"vblora:{name}", _of_topk(config.topk), {**held, **bank}, shared=tuple(bank))
+
+    def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
+        assert isinstance(plan, VBLoRAPlan)
+        logits_a, logits_b = (parameters[name] for name in LOGITS)
+        a, b = factors(logits_a, logits_b, base.shared[BANK].to(logits_a), plan.topk)
+        return SlotValues(a, b.t(), torch.ones(plan.rank))
+
+    def scales(self, config: VBLoRAConfig) -> bool:
+        return False

@@ -1,0 +1,141 @@
+"""VeRA (https://arxiv.org/abs/2310.11454): all sites share frozen random factors, and each trains two vectors.
+
+    y = base(x) + b * (B (d * (A dropout(x))))
+
+A and B are cut to each site's size. They follow from ``projection_prng_key``, or come with the file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fxpeft.errors import AdapterError
+from fxpeft.methods.base import Base, Kept, Method, SiteAdapter, SitePlan, SlotValues
+from fxpeft.methods.config import AdapterConfig
+from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.targets.kinds import Kind
+
+SHARED = ("vera_A", "vera_B")
+
+
+@dataclass
+class VeraConfig(AdapterConfig):
+    """Names and defaults of ``peft.VeraConfig``.
+
+    Args:
+        r: rank of the shared factors; a slot needs as many.
+        projection_prng_key: the seed that they are drawn with. save_projection: write them into the file too.
+        vera_dropout: on the update's input while training.
+        d_initial: what d starts as; b starts as zero.
+        init_weights: ``False``: d is normal, and b ones.
+        bias: ``"vera_only"`` or ``"all"``, as in :class:`~fxpeft.LoraConfig`.
+        fan_in_fan_out: accepted for PEFT's sake; the layout of a weight is read off the graph.
+    """
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "vera_only"] = "none"
+    init_weights: bool = True
+    exclude_modules: None = field(default=None, init=False)  # no field of PEFT's VeRA
+
+    peft_type: ClassVar[str] = "VERA"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r <= 0:
+            raise AdapterError(f"r: expected a positive integer, found {self.r}")
+        if not 0 <= self.vera_dropout < 1:
+            raise AdapterError(f"vera_dropout: expected a probability in [0, 1), found {self.vera_dropout}")
+
+
+def vera(
+    kind: Kind,
+    base: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    vera_lambda_b: Tensor,
+    vera_lambda_d: Tensor,
+    vera_A: Tensor,
+    vera_B: Tensor,
+    dropout: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The training subgraph; the shared factors come to where the site is."""
+    y = base(x)
+    a, b = (cut.to(vera_lambda_d) for cut in (vera_A[:, : kind.in_features], vera_B[: kind.out_features]))
+    h = kind.reduce(x if dropout is None else dropout(x.type_as(a)), a) * vera_lambda_d
+    out: Tensor = (y + kind.expand(h, b) * vera_lambda_b).type_as(y)
+    return out
+
+
+class Vera(Method[VeraConfig]):
+    """Parameters ``vera_lambda_b`` [out] and ``vera_lambda_d`` [r]."""
+
+    name = "vera"
+    peft_type = "VERA"
+    config_class = VeraConfig
+    shared_keys: ClassVar[Mapping[str, str]] = {name: f"base_model.{name}" for name in SHARED}
+
+    def plan(self, config: VeraConfig, site: str, kind: Kind) -> SitePlan:
+        if not kind.is_linear:
+            raise AdapterError(f"{site}: VeRA adapts linear layers, as in PEFT, found {kind}; leave the site out")
+        return SitePlan(kind, config.r, 1.0)
+
+    def shared(self, config: VeraConfig, plans: Mapping[str, SitePlan]) -> dict[str, tuple[int, ...]]:
+        kinds = [plan.kind for plan in plans.values()]
+        widest, most = max(kind.in_features for kind in kinds), max(kind.out_features for kind in kinds)
+        return {"vera_A": (config.r, widest), "vera_B": (most, config.r)}
+
+    def initialise_shared(self, config: VeraConfig, shared: Mapping[str, Tensor]) -> None:
+        generator = torch.Generator().manual_seed(config.projection_prng_key)
+        for name in SHARED:
+            bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shared[name].shape[1]))  # as PEFT rounds it
+            shared[name].copy_(torch.empty(shared[name].shape).uniform_(-bound, bound, generator=generator))
+
+    def shared_stored(self, config: VeraConfig) -> Collection[str]:
+        return SHARED if config.save_projection else ()
+
+    def shapes(self, config: VeraConfig, plan: SitePlan) -> dict[str, tuple[int, ...]]:
+        return {"vera_lambda_b": (plan.kind.out_features,), "vera_lambda_d": (plan.rank,)}
+
+    def keys(self, kind: Kind) -> dict[str, str]:
+        return {name: name for name in ("vera_lambda_b", "vera_lambda_d")}
+
+    def initialise(self, config: VeraConfig, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
+        if config.init_weights:
+            nn.init.zeros_(parameters["vera_lambda_b"])
+            nn.init.constant_(parameters["vera_lambda_d"], config.d_initial)
+        else:
+            nn.init.ones_(parameters["vera_lambda_b"])
+            nn.init.normal_(parameters["vera_lambda_d"])
+
+    def dropout(self, config: VeraConfig, kind: Kind) -> float:
+        return config.vera_dropout
+
+    def rewrite(self, name: str, config: VeraConfig, site: SiteAdapter) -> Rewrite:
+        operands = ("vera_lambda_b", "vera_lambda_d", "dropout")
+        held = {f"{name}.{o}": getattr(site, o) for o in operands if hasattr(site, o)}
+        shared = {f"{name}.shared.{key}": getattr(site.shared, key) for key in SHARED}
+        return Rewrite(f"vera:{name}", vera, {**held, **shared}, shared=tuple(shared))
+
+    def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
+        b, d = parameters["vera_lambda_b"], parameters["vera_lambda_d"]
+        a0, b0 = (base.shared[name].to(d) for name in SHARED)
+        rows = (b0[: plan.kind.out_features] * b.unsqueeze(1)).t()
+        return SlotValues(a0[:, : plan.kind.in_features], rows, d.float())
+
+    def kept(self, config: VeraConfig, plan: SitePlan) -> Kept:
+        # after A for d, times d for B, and what b multiplies
+        return Kept(input=False, own=2 * plan.rank + plan.kind.out_features)
+
+    def scales(self, config: VeraConfig) -> bool:
+        return False

@@ -1,0 +1,97 @@
+"""All of PEFT's types in the guide's table: what is here by what the tests found, and why the others are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+
+import fxpeft
+from fxpeft.methods import METHODS, config_class
+
+ROOT = Path(__file__).parents[2]
+GUIDE, README = ROOT / "examples" / "guides" / "methods.md", ROOT / "README.md"
+START, END = "<!-- types -->\n", "\n<!-- end types -->"
+COLUMNS = {  # in the README's table of what each method can do
+    "LORA": "LoRA", "ADALORA": "AdaLoRA", "IA3": "IA3", "PROMPT_TUNING": "prompt tuning", "P_TUNING": "p-tuning",
+    "PREFIX_TUNING": "prefix tuning", "LOHA": "LoHa", "VERA": "VeRA", "MISS": "MiSS", "VBLORA": "VB-LoRA",
+    "DELORA": "DeLoRA", "LN_TUNING": "LN tuning", "TRAINABLE_TOKENS": "trainable tokens",
+}  # fmt: skip
+SLOT, FOLD, NOT = "not here; would be exact in a slot", "not here; would only fold", "not here; can't be static"
+REST = {
+    "ADAMSS": (SLOT, "low-rank updates of groups of outputs, and a shift"),
+    "BEFT": (SLOT, "a shift"),
+    "CARTRIDGE": (SLOT, "keys and values in front, as prefix tuning"),
+    "CPT": (SLOT, "a prompt, trained under other constraints"),
+    "DEFT": (SLOT, "`Q R - P P^T W`, of twice its rank, with the base's weight"),
+    "GRALORA": (SLOT, "LoRAs of blocks, of their ranks together"),
+    "HRA": (SLOT, "r reflections of the input, of rank r with the base's weight"),
+    "MULTITASK_PROMPT_TUNING": (SLOT, "a prompt for each task"),
+    "PSOFT": (SLOT, "`B (R - I) A`"),
+    "PVERA": (SLOT, "VeRA, where nothing is drawn at inference"),
+    "TINYLORA": (SLOT, "`B R A` with the base's singular vectors"),
+    "UNILORA": (SLOT, "a LoRA whose entries are picked from one vector"),
+    "BOFT": (FOLD, "a rotation of the input, of full rank"),
+    "C3A": (FOLD, "circulant blocks, of full rank"),
+    "FOURIERFT": (FOLD, "a sparse spectrum, of full rank"),
+    "FROD": (FOLD, "the whole weight anew"),
+    "GLORA": (FOLD, "a product with the base's weight, of full rank"),
+    "HIRA": (FOLD, "the base's weight times `B A`, entry by entry"),
+    "LOKR": (FOLD, "a Kronecker product, of full rank: it wants a site of its own"),
+    "OFT": (FOLD, "rotations of blocks of the input, of full rank"),
+    "OSF": (FOLD, "a part of the base's decomposition, of most of its rank"),
+    "PEANUT": (FOLD, "a small network of the base's weight"),
+    "RANDLORA": (FOLD, "a sum of random factors, of full rank"),
+    "ROAD": (FOLD, "rotations of pairs of outputs"),
+    "SHIRA": (FOLD, "single entries of the weight, of full rank"),
+    "SUPERTUNING": (FOLD, "single entries of the weight, of full rank"),
+    "WAVEFT": (FOLD, "a sparse wavelet transform, of full rank"),
+    "ADAPTION_PROMPT": (NOT, "a second attention, with a gate"),
+    "LILY": (NOT, "a router mixes factors by the input"),
+    "POLY": (NOT, "tasks are an argument of every forward"),
+    "SHADOW": (NOT, "a network beside the model, by the input"),
+    "XLORA": (NOT, "a router mixes adapters by the input"),
+}
+
+
+def found(column: str) -> dict[str, str]:
+    """Row -> what a method's column in the README says, which tests/test_method_matrix.py has found."""
+    text = README.read_text(encoding="utf-8").partition("<!-- matrix -->\n")[2].partition("<!-- end matrix -->")[0]
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    place = head.index(column)
+    return {row[0].partition(" (")[0]: row[place] for row in rows}
+
+
+def table() -> str:
+    lines = ["| type | here | |", "|---|---|---|"]
+    for peft_type in sorted(peft.PeftType):
+        if (column := COLUMNS.get(peft_type.value)) is not None:
+            cells = found(column)
+            assert (cells["trains"], cells["PEFT's files, both ways"]) == ("yes", "yes")
+            assert cells["swaps in one compiled graph"] == "yes"
+            folds = "folds too" if cells["folds into the weights"] else "a prompt is no change of weights"
+            lines.append(f"| {peft_type.value} | **exact**: trains, files both ways, swaps | {folds} |")
+        else:
+            verdict, why = REST[peft_type.value]
+            lines.append(f"| {peft_type.value} | {verdict} | {why} |")
+    return "\n".join(lines)
+
+
+def test_every_type_is_in_one_of_the_tables() -> None:
+    names = {peft_type.value for peft_type in peft.PeftType}
+    assert names == COLUMNS.keys() | REST.keys()
+    assert not COLUMNS.keys() & REST.keys()
+    assert {method.peft_type for method in METHODS} == COLUMNS.keys()
+    for name in REST:
+        with pytest.raises(fxpeft.AdapterError, match=f"expected one of .*LORA.*, found '{name}'"):
+            config_class(name, "a file")
+
+
+def test_the_guide_says_so(request: pytest.FixtureRequest) -> None:
+    before, _, rest = GUIDE.read_text(encoding="utf-8").partition(START)
+    said, _, after = rest.partition(END)
+    if request.config.getoption("--fxpeft-update"):
+        GUIDE.write_text(before + START + table() + END + after, encoding="utf-8")
+        said = table()
+    assert said == table()
