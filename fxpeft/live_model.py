@@ -161,7 +161,7 @@ class LiveModel:
         state = find_state(model)
         facts = [type(model).__name__]
         if state is not None:
-            scales = {name: "" if a.strength == 1 else f", scale {a.strength:g}" for name, a in state.adapters.items()}
+            scales = {name: _scale(a.strength) for name, a in state.adapters.items()}
             methods = {name: method_of(a.config).declared(a.config) for name, a in state.adapters.items()}
             each = [f"{name} ({methods[name]}{scales[name]})" for name in state.adapters]
             off = "" if state.enabled else ", switched off"
@@ -175,3 +175,9 @@ class LiveModel:
 
 if TYPE_CHECKING:  # mypy: both are handles
     _: tuple[type[Handle], type[Handle]] = (LiveModel, Package)
+
+
+def _scale(strength: float | Mapping[str, float]) -> str:
+    if isinstance(strength, Mapping):
+        return f", scales of {len(strength)} sites"
+    return "" if strength == 1 else f", scale {strength:g}"

@@ -174,28 +174,34 @@ def disable_adapters(model: nn.Module) -> None:
 
 
 @changes
-def set_scale(model: nn.Module, name: str, scale: float) -> None:
+def set_scale(model: nn.Module, name: str, scale: float | Mapping[str, float]) -> None:
     """Multiply an adapter's own scale (alpha / rank) by ``scale``; 1 is the adapter as trained.
 
     Recompiles nothing: scales are tensors.
+
+    Args:
+        scale: one for all sites, or module -> scale of the sites in it: ``{"down_blocks.1": 0.5, "mid_block": 0}``. Of
+            several modules around a site the innermost counts; sites in none of them have 1.
+
+    Raises:
+        AdapterError: the method has no scale, or a module has no site of the adapter's; nothing was changed.
     """
     model, state = unwrap(model), state_of(model)
     adapter = state.get(name)
     state.check_unfolded([name], "its scale can't be changed")
     if not method_of(adapter.config).scales(adapter.config):
         raise AdapterError(f"adapter {name!r}: {method_of(adapter.config).name} has no scale to change")
+    if isinstance(scale, Mapping):
+        scale = _of_sites(adapter, scale)
     if state.serving is not None:
         state.serving.rescale(model, state, name, scale)
         return
-    parts = [part for part in adapter.parts.values() if isinstance(part, SiteAdapter)]
     before, adapter.strength = adapter.strength, scale
     try:
-        for part in parts:
-            part.set_strength(scale)
+        _set_strengths(adapter)
     except BaseException:
         adapter.strength = before
-        for part in parts:
-            part.set_strength(before)
+        _set_strengths(adapter)
         raise
 
 
@@ -223,7 +229,31 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             drop_state(model)
 
 
-# --- what add, load and hotswap share ---
+# --- what they share ---
+
+
+def _set_strengths(adapter: Adapter) -> None:
+    for site, part in adapter.parts.items():
+        if isinstance(part, SiteAdapter):
+            part.set_strength(adapter.strength_at(site))
+
+
+def _of_sites(adapter: Adapter, scales: Mapping[str, float]) -> dict[str, float]:
+    """Site -> scale, of module -> scale."""
+    found: dict[str, float] = {}
+    unused = dict.fromkeys(scales)
+    for site in adapter.values.sites:
+        around = [name for name in scales if f"{site}.".startswith(f"{name}.")]
+        for name in around:
+            unused.pop(name, None)
+        if around:
+            found[site] = float(scales[max(around, key=len)])
+    if unused:
+        raise AdapterError(
+            f"set_scale: modules that have no site of adapter {adapter.name!r}:\n{listing(unused)}\nIts sites:\n"
+            f"{listing(adapter.values.sites)}"
+        )
+    return found
 
 
 @changes

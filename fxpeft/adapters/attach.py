@@ -45,7 +45,9 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
     def part_of(site: str, host: nn.Module) -> SiteAdapter:
         plan, own = adapter.plan.sites[site], values.sites[site]
         cut = bool(parted(host))
-        made = method.part(adapter.config, plan, parted_values(host, own) if cut else own, strength=adapter.strength)
+        made = method.part(
+            adapter.config, plan, parted_values(host, own) if cut else own, strength=adapter.strength_at(site)
+        )
         if cut:
             made.parted = True
         if shared is not None:

@@ -18,7 +18,7 @@ from fxpeft.adapters.api import disable_adapters, enable_adapters, set_adapter, 
 from fxpeft.adapters.attach import set_trainable
 from fxpeft.adapters.change import changes
 from fxpeft.adapters.penalty import watch_loss
-from fxpeft.adapters.state import ModelState, TrainedBefore, find_state, state_of
+from fxpeft.adapters.state import ModelState, Strength, TrainedBefore, find_state, state_of
 from fxpeft.errors import AdapterError
 from fxpeft.model.wrappers import unwrap
 
@@ -133,14 +133,14 @@ def _enable_again(model: nn.Module, state: ModelState, enabled: bool, retrain: C
 
 
 @changes
-def _set_scales(model: nn.Module, state: ModelState, scales: Mapping[str, float]) -> None:
+def _set_scales(model: nn.Module, state: ModelState, scales: Mapping[str, Strength]) -> None:
     for name, scale in scales.items():
         if state.get(name).strength != scale:
             set_scale(model, name, scale)
 
 
 @changes
-def _scale_again(model: nn.Module, state: ModelState, scales: Mapping[str, float]) -> None:
+def _scale_again(model: nn.Module, state: ModelState, scales: Mapping[str, Strength]) -> None:
     if find_state(model) is not state:
         return
     inside = state.in_weights()

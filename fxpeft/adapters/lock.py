@@ -13,6 +13,8 @@ from contextlib import suppress
 from typing import Any
 from weakref import WeakSet
 
+from torch import nn
+
 from fxpeft.errors import LockError, LockTimeout
 from fxpeft.passes.torch_private import count_waiting_call, skip_frame
 
@@ -35,7 +37,8 @@ class SwapLock:
 
     ``version`` counts the swaps. While ``repair`` is set the slots may be torn: nobody reads them before it ran.
     ``before_read`` is called by every forward, inside: it orders what devices do. ``None``: there is nothing to order.
-    With ``lanes`` a call may name adapters for its rows.
+    With ``lanes`` a call may name adapters for its rows. ``factor`` is on the scales in the slots, as the last call
+    asked for it, and ``rescale`` writes another: a function of the module that is called and the factor.
     """
 
     def __init__(self, timeout: float = TIMEOUT, hold_generate: bool = True, lanes: bool = False) -> None:
@@ -45,6 +48,8 @@ class SwapLock:
         self.version = 0
         self.repair: Callable[[], None] | None = None
         self.before_read: Callable[[], None] | None = None
+        self.factor = 1.0
+        self.rescale: Callable[[nn.Module | None, float], None] | None = None
         self.readers: dict[object, int] = {}  # thread, or what stands for a hold -> thread
         self.claim: dict[str, int] = {}  # "writer": the thread that swaps, or waits to; "writing": it is alone now
         self.waiting: dict[object, int] = {}  # readers that wait for a swap
@@ -58,8 +63,13 @@ class SwapLock:
         """Whether a thread is inside a forward or a hold."""
         return thread in self.readers or thread in tuple(self.readers.values())
 
-    def acquire_read(self, key: object) -> None:
-        """Begin to read; waits for a swap that is under way or waiting. On an error, release too."""
+    def acquire_read(self, key: object, factor: float = 1.0, module: nn.Module | None = None) -> None:
+        """Begin to read; waits for a swap that is under way or waiting. On an error, release too.
+
+        Args:
+            factor: on the scales in the slots. Where that is another, it is written first, alone.
+            module: what is called.
+        """
         me = get_ident()
         if self.reads(me) or self.claim.get("writer") == me:
             self.readers[key] = me
@@ -80,8 +90,14 @@ class SwapLock:
             self.release_read(key)
             with self.write():
                 pass  # it repairs, or says why it can't
-            self.acquire_read(key)
+            self.acquire_read(key, factor, module)
             return
+        if self.factor != factor:
+            self.release_read(key)
+            with self.write():
+                if self.factor != factor and self.rescale is not None:
+                    self.rescale(module, factor)
+                self.readers[key] = me  # before the write ends: nobody comes between
         if self.gates:
             self.wake()
         if self.before_read is not None:
@@ -138,6 +154,13 @@ class SwapLock:
         return LockError(
             "the slots were written between a forward and the backward of its reentrant checkpoint, which would "
             "compute the forward again with another adapter: swap after the backward"
+        )
+
+    def other_factor(self, factor: float) -> LockError:
+        """What to raise where a call inside of a hold asks for another scale, which it would have to write."""
+        return LockError(
+            f"a call asks for the scale {factor:g} inside a hold (or a larger call) of the same thread that began with "
+            f"{self.factor:g}: other scales are written to the slots, so leave the hold for it"
         )
 
     def read(self) -> Held:
@@ -197,7 +220,7 @@ class SwapLock:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.timeout, self.hold_generate, self.lanes)
+        return type(self), (self.timeout, self.hold_generate, self.lanes), {"factor": self.factor}
 
 
 class Held:

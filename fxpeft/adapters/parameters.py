@@ -106,7 +106,7 @@ def lora_fa_groups(model: nn.Module, lr: float, *, weight_decay: float = 0.0) ->
             assert isinstance(part, SiteAdapter)
             a, b = part.get_parameter("lora_A"), part.get_parameter("lora_B")
             a.requires_grad_(False)
-            scale = adapter.plan.sites[site].scaling * adapter.strength
+            scale = adapter.plan.sites[site].scaling * adapter.strength_at(site)
             found += [(f"{len(found)}.lora_A", a, scale), (f"{len(found)}.lora_B", b, scale)]
             pairs |= {a, b}
     rest = [p for p in model.parameters() if p.requires_grad and p not in pairs]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
 
-from fxpeft.adapters.calls import unwatch_calls, watch_calls
+from fxpeft.adapters.calls import STATE, unwatch_calls, watch_calls
 from fxpeft.adapters.lock import SwapLock
 from fxpeft.adapters.name import check_adapter_name
 from fxpeft.errors import AdapterError
@@ -28,7 +28,9 @@ from fxpeft.targets.sites import AdapterPlan
 if TYPE_CHECKING:
     from fxpeft.adapters.inplace import Folded
 
-STATE = "_fxpeft"
+
+#: a factor on an adapter's own scale, or site -> factor, 1 where none is named
+Strength: TypeAlias = float | Mapping[str, float]
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Adapter:
     name: str
     plan: AdapterPlan
     values: Values
-    strength: float = 1.0
+    strength: Strength = 1.0
     parts: dict[str, nn.Module] = field(default_factory=dict)
     lowered: dict[str, SlotValues] = field(default_factory=dict)
     prompt: Tensor | None = None
@@ -79,6 +81,10 @@ class Adapter:
     def config(self) -> AdapterConfig:
         """The adapter's config, defaults filled in."""
         return self.plan.config
+
+    def strength_at(self, site: str) -> float:
+        """The factor on the adapter's own scale at a site."""
+        return self.strength if isinstance(self.strength, float | int) else self.strength.get(site, 1.0)
 
     def hosts(self) -> set[str]:
         """Names of the modules that the adapter touches."""
@@ -147,7 +153,7 @@ class Host(ABC):
         """
 
     @abstractmethod
-    def rescale(self, model: nn.Module, state: ModelState, name: str, strength: float) -> None:
+    def rescale(self, model: nn.Module, state: ModelState, name: str, strength: Strength) -> None:
         """Change an adapter's strength."""
 
     @abstractmethod

@@ -62,7 +62,7 @@ class SiteAdapter(nn.Module):
 
     scaling: Tensor
     shared: SharedPart
-    running = parted = False
+    running, parted, factor = False, False, 1.0
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class SiteAdapter(nn.Module):
         device = next((p.device for p in parameters.values()), None)
         scaling = torch.tensor(plan.scaling * strength, device=device, dtype=torch.float32)
         self.register_buffer("scaling", scaling, persistent=False)
-        self.strength = strength
+        self.strength, self.factor = strength, 1.0
         if dropout:
             self.dropout = nn.Dropout(dropout)
 
@@ -90,10 +90,10 @@ class SiteAdapter(nn.Module):
         else:
             vars(self)["shared"] = shared
 
-    def set_strength(self, strength: float) -> None:
-        """Multiply the adapter's own scale by ``strength``."""
-        self.strength = strength
-        self.scaling.fill_(self.plan.scaling * strength)
+    def set_strength(self, strength: float, factor: float = 1.0) -> None:
+        """Multiply the adapter's own scale by ``strength``, and by the factor that a call asks for."""
+        self.strength, self.factor = strength, factor
+        self.scaling.fill_(self.plan.scaling * strength * factor)
 
     def extra_repr(self) -> str:
         """Shapes, scale, and whether it is off."""
@@ -103,7 +103,7 @@ class SiteAdapter(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SiteAdapter:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        exact = torch.tensor(self.plan.scaling * self.strength, dtype=torch.float32)
+        exact = torch.tensor(self.plan.scaling * self.strength * self.factor, dtype=torch.float32)
         self.scaling = exact.to(self.scaling.device) if not self.scaling.is_meta else exact.to("meta")
         return self
 

@@ -7,13 +7,13 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, ValuesView
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from fxpeft.adapters.attach import check_together
 from fxpeft.adapters.change import changing
-from fxpeft.adapters.state import Adapter, Host, ModelState
+from fxpeft.adapters.state import Adapter, Host, ModelState, Strength
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.base import Base, SlotValues
@@ -81,6 +81,10 @@ class Serving(Host):
     board: Board | None = None
     token_slots: dict[str, TokenSlot] = field(default_factory=dict)
     lock: ModelLock = field(default_factory=ModelLock)
+    rescaling: ClassVar[Callable[..., None]]  # fxpeft.serving.call_scale has it
+
+    def __post_init__(self) -> None:
+        self.lock.rescale = functools.partial(type(self).rescaling, self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "places": [], "held": [], "order": None}
@@ -99,6 +103,7 @@ class Serving(Host):
             }
         )
         self.plans = Recent(state["plans"].items(), limit=64)  # a plain dict in older pickles
+        self.__post_init__()
 
     @functools.cached_property
     def features(self) -> frozenset[str]:
@@ -156,7 +161,7 @@ class Serving(Host):
             self._renew(model, new)
             state.adapters[new.name] = new
 
-    def rescale(self, model: nn.Module, state: ModelState, name: str, strength: float) -> None:
+    def rescale(self, model: nn.Module, state: ModelState, name: str, strength: Strength) -> None:
         with changing(model):
             changed = lower(model, self, replace(state.get(name), strength=strength))
             if changed.settled:
@@ -232,7 +237,7 @@ def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
         if slot is not None and slot.features and slot.a.device.type in ACCELERATORS:  # gains follow from the base
             parameters = {name: value.to(slot.a.device) for name, value in parameters.items()}
         try:
-            lowered[site] = method.lower(plan.scaled(adapter.strength), parameters, base)
+            lowered[site] = method.lower(plan.scaled(adapter.strength_at(site)), parameters, base)
         except PassError as error:
             problems.append(f"{site}: {error}")
             continue
@@ -265,6 +270,8 @@ def reshow(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
             settle(lower(model, serving, adapter), serving.slots)
             if board is not None:
                 board.placed.pop(adapter.name, None)
+    if serving.lock.factor != 1 and board is not None:
+        type(serving).rescaling(serving, None, 1.0)  # what stays where it is is not written again
     if serving.torn:
         if board is not None:
             board.forget(serving.slots)
@@ -275,7 +282,7 @@ def reshow(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
     serving.lock.version += 1
     _show(model, serving, adapters)
     serving.shown = list(adapters)
-    serving.torn = False
+    serving.torn, serving.lock.factor = False, 1.0
 
 
 def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fxpeft.passes.base import PassError
+from fxpeft.passes.live.asked import scale_argument, take_scale
 from fxpeft.passes.torch_private import checkpoint_above, constants_setting, in_backward, skip_frame
 
 LOCK = "_fxpeft_lock"  # where a module's lock stands
@@ -36,12 +37,14 @@ class Lock(Protocol):
     classes: dict[type, type]
     before_read: Callable[[], None] | None
     lanes: bool
+    factor: float
 
     def reads(self, thread: int) -> bool: ...
-    def acquire_read(self, key: object) -> None: ...
+    def acquire_read(self, key: object, factor: float = 1.0, module: nn.Module | None = None) -> None: ...
     def wake(self) -> None: ...
     def read(self) -> Any: ...
     def torn_backward(self) -> Exception: ...
+    def other_factor(self, factor: float) -> Exception: ...
     def naming(self, module: nn.Module, names: Any, generate: Any = None) -> AbstractContextManager[None]: ...
     def snapshot(self, module: nn.Module) -> nn.Module | None: ...
 
@@ -109,6 +112,7 @@ def refuse_constants() -> None:
 
 def _locked(inner: Callable[..., Any], made: type[nn.Module]) -> Callable[..., Any]:
     own_names = "adapter_names" in inspect.signature(inner).parameters
+    scales = scale_argument(inner)
 
     @functools.wraps(inner)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -119,7 +123,10 @@ def _locked(inner: Callable[..., Any], made: type[nn.Module]) -> Callable[..., A
         if kwargs.get("adapter_names") is not None and lock is not None and lock.lanes and not own_names:
             with lock.naming(self, kwargs.pop("adapter_names")):
                 return forward(self, *args, **kwargs)
+        factor = None if scales is None or lock is None else take_scale(scales, kwargs)
         if lock is None or me in lock.readers or lock.reads(me):
+            if lock is not None and factor is not None and factor != lock.factor:
+                raise lock.other_factor(factor)
             if not isinstance(self, made):
                 return type(self).forward(self, *args, **kwargs)
             if lock is not None and lock.before_read is not None and me not in lock.readers:
@@ -129,7 +136,7 @@ def _locked(inner: Callable[..., Any], made: type[nn.Module]) -> Callable[..., A
             return inner(self, *args, **kwargs)
         readers = lock.readers
         try:
-            lock.acquire_read(me)
+            lock.acquire_read(me, 1.0 if factor is None else factor, self)
             if not isinstance(self, made):  # it was bound anew after this method was looked up
                 return type(self).forward(self, *args, **kwargs)
             if not torch.is_grad_enabled() or in_backward():

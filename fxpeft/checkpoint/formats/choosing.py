@@ -48,9 +48,7 @@ class PipelineFile(Checkpoint):
         """
         named = {component: _names(part, modules) for component, part in self.parts.items()}
         if self.wanted is not None:
-            if self.wanted not in self.parts:
-                raise CheckpointError(f"{self.source}: component={self.wanted!r}: the file has {_listed(self.parts)}")
-            chosen = [self.wanted]
+            chosen = list(self.only(self.wanted).parts)
         else:
             chosen = [component for component, names in named.items() if any(n in modules for n in names.values())]
         if len(chosen) != 1:
@@ -67,6 +65,16 @@ class PipelineFile(Checkpoint):
                 f"{listing(lines)}", stacklevel=5,
             )  # fmt: skip
         return self.component(chosen[0], modules, named[chosen[0]])
+
+    def only(self, component: str) -> PipelineFile:
+        """The file without the other components, which are another model's.
+
+        Raises:
+            CheckpointError: it has nothing for this one.
+        """
+        if component not in self.parts:
+            raise CheckpointError(f"{self.source}: component={component!r}: the file has {_listed(self.parts)}")
+        return replace(self, parts={component: self.parts[component]})
 
     def component(self, component: str, modules: Modules, names: Mapping[str, str] | None = None) -> Checkpoint:
         """A component's adapter in a model's names.

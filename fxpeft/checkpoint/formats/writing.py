@@ -43,9 +43,10 @@ def write_components(
             tensors |= _kohya(component, found.config, sites)
             continue
         prefix = method_of(found.config).prefix
-        tensors |= {f"{component}.{key.removeprefix(prefix)}": tensor for key, tensor in found.tensors.items()}
+        before = f"{component}." if component else ""  # of one model alone no key names it
+        tensors |= {f"{before}{key.removeprefix(prefix)}": tensor for key, tensor in found.tensors.items()}
         settings = {key: value for key, value in found.config.to_dict().items() if value not in (None, {}, [])}
-        metadata |= {f"{component}.{key}": value for key, value in settings.items()}
+        metadata |= {f"{before}{key}": value for key, value in settings.items()}
     header = {"format": "pt"} | ({METADATA: json.dumps(metadata, indent=2, sort_keys=True)} if metadata else {})
     make_folder(path.parent)
     replace_files({path: safetensors_file(tensors, header)})

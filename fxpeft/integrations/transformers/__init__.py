@@ -1,5 +1,5 @@
 """Transformers' own adapter methods, answered by fxpeft."""
 
-from fxpeft.integrations.transformers.patch import install, installed, uninstall
+from fxpeft.integrations.installing import install, installed, uninstall
 
 __all__ = ["install", "installed", "uninstall"]

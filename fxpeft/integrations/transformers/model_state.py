@@ -166,7 +166,7 @@ def swap(model: PreTrainedModel, new: Adapter) -> None:
         for site, part in old.parts.items():
             if isinstance(part, SiteAdapter):
                 part.plan = new.plan.sites[site]
-                part.set_strength(old.strength)
+                part.set_strength(old.strength_at(site))
         set_trainable(state)
     else:
         replace_attached(model, state, new)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,29 +15,19 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from fxpeft.integrations import accelerate, trl
+from fxpeft.integrations.replacing import Replaced
 from fxpeft.integrations.transformers import loading, model_methods, saving, trainer
 from fxpeft.integrations.transformers.releases import LOCAL_SUBFOLDERS, find_adapter_config
 
-_NOTHING = object()
-_before: list[tuple[Any, str, Any]] = []  # owner, name, what it had itself
+_replaced = Replaced()
 
 
 def install() -> None:
-    """Let Transformers' adapter methods and loading run on fxpeft, without PEFT.
-
-    Every ``PreTrainedModel``, made before or after, then has ``add_adapter``, ``load_adapter``,
-    ``set_adapter``, ``enable_peft_hotswap`` and the others; ``from_pretrained`` and ``pipeline``
-    take an adapter's folder or id, ``save_pretrained`` and ``push_to_hub`` write the adapter alone,
-    and ``Trainer`` resumes from it. Signatures, return values and errors are those of transformers
-    5.23 and 5.24, whose integrations differ in the PEFT that they ask for alone. TRL's trainers treat such
-    models as PEFT's, and take fxpeft's configs as ``peft_config``; accelerate's FSDP checkpoints hold the adapters
-    alone where ``Trainer`` asks for that. Calling it twice is calling it once. Models that PEFT itself has adapted are
-    left to PEFT.
-    """
-    if _before:
+    """Let Transformers' adapter methods and loading run on fxpeft, without PEFT; see :func:`fxpeft.install`."""
+    if _replaced:
         return
     try:
-        _replace(list(_replacements()))
+        _replaced.replace(list(_replacements()))
     except BaseException:
         uninstall()
         raise
@@ -45,29 +35,18 @@ def install() -> None:
 
 def uninstall() -> None:
     """Give Transformers back what :func:`install` replaced. Adapters stay on their models, for fxpeft's functions."""
-    while _before:
-        owner, name, value = _before.pop()
-        if value is _NOTHING:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, value)
+    _replaced.give_back()
 
 
 @contextmanager
 def installed() -> Iterator[None]:
     """Let Transformers run on fxpeft (:func:`install`) inside a ``with`` block; then as before, installed or not."""
-    before = bool(_before)
+    before = bool(_replaced)
     try:
         install()
         yield
     finally:
         (install if before else uninstall)()
-
-
-def _replace(replacements: Iterable[tuple[Any, str, Any]]) -> None:
-    for owner, name, value in replacements:
-        _before.append((owner, name, vars(owner).get(name, _NOTHING)))
-        setattr(owner, name, value)
 
 
 def _replacements() -> Iterator[tuple[Any, str, Any]]:
@@ -97,7 +76,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
 def _trainer_comes(cls: type[Any], /, **kwargs: Any) -> None:
     """A class of trainers is made, as its module is imported: all that this has imported itself is there."""
     super(Trainer, cls).__init_subclass__(**kwargs)
-    _replace(list(trl.replacements([cls.__module__])))
+    _replaced.replace(list(trl.replacements([cls.__module__])))
 
 
 def _finds_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
