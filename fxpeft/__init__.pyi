@@ -151,6 +151,9 @@ from fxpeft.methods import (
     LoHaConfig as LoHaConfig,
 )
 from fxpeft.methods import (
+    LoKrConfig as LoKrConfig,
+)
+from fxpeft.methods import (
     LoraConfig as LoraConfig,
 )
 from fxpeft.methods import (

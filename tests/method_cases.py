@@ -90,6 +90,10 @@ METHODS = {
         fxpeft.LoHaConfig, peft.LoHaConfig, {"r": 2, "alpha": 5, "rank_pattern": {"second": 3}}, "loha",
         refused=("Embedding", "Conv3d"), alone=("Conv1D",), other=OTHER,
     ),
+    "LoKr": MethodCase(
+        fxpeft.LoKrConfig, peft.LoKrConfig, {"r": 2, "alpha": 5, "decompose_factor": 2}, "lokr",
+        refused=("Embedding", "Conv3d"), alone=("Conv1D",), other={"rank_pattern": {"first": 1}},
+    ),
     "VeRA": MethodCase(
         fxpeft.VeraConfig, peft.VeraConfig, {"r": 4, "projection_prng_key": 3}, "vera", refused=LINEAR, other={"r": 7},
     ),

@@ -117,6 +117,7 @@ CASES = {
     ),
     "prefix tuning": Case(lambda: fxpeft.PrefixTuningConfig(num_virtual_tokens=VIRTUAL), "prefix_tuning", True),
     "LoHa": of("LoHa"),
+    "LoKr": of("LoKr"),
     "VeRA": of("VeRA"),
     "MiSS": of("MiSS"),
     "VB-LoRA": of("VB-LoRA"),

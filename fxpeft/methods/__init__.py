@@ -7,6 +7,7 @@ from fxpeft.methods.ia3 import IA3Config
 from fxpeft.methods.inits import EvaConfig, LoftQConfig
 from fxpeft.methods.ln_tuning import LNTuningConfig
 from fxpeft.methods.loha import LoHaConfig
+from fxpeft.methods.lokr import LoKrConfig
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.methods.miss import MissConfig
 from fxpeft.methods.p_tuning import PromptEncoderConfig
@@ -26,7 +27,7 @@ __all__ = [
     "EvaConfig",
     "IA3Config",
     "LNTuningConfig",
-    "LoHaConfig",
+    "LoHaConfig", "LoKrConfig",
     "LoftQConfig",
     "LoraConfig",
     "MissConfig",

@@ -27,15 +27,13 @@ PAIRS = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada
 
 
 @dataclass
-class LoHaConfig(AdapterConfig):
-    """Names and defaults of ``peft.LoHaConfig``.
+class LycorisConfig(AdapterConfig):
+    """What LoHa's and LoKr's configs have both.
 
     Args:
-        r: rank of each of the two; a slot needs ``r * r``, or as many as the smaller side of the weight.
         alpha: the update is scaled by ``alpha / r``. rank_pattern, alpha_pattern: as in :class:`~fxpeft.LoraConfig`.
         rank_dropout: of outputs of the update, while training. module_dropout: of the update at a site as a whole.
         use_effective_conv2d: decompose convolutions along their kernel too, other than 1x1.
-        init_weights: start with no update; ``False``: at random.
     """
 
     r: int = 8
@@ -43,11 +41,9 @@ class LoHaConfig(AdapterConfig):
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
     use_effective_conv2d: bool = False
-    init_weights: bool = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, int | float] = field(default_factory=dict)
 
-    peft_type: ClassVar[str] = "LOHA"
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
 
     def __post_init__(self) -> None:
@@ -63,13 +59,41 @@ class LoHaConfig(AdapterConfig):
             if not 0 <= getattr(self, name) < 1:
                 raise AdapterError(f"{name}: expected a probability in [0, 1), found {getattr(self, name)}")
 
+    def site_plan(self, what: str, site: str, kind: Kind) -> SitePlan:
+        """Rank and scaling at a site.
+
+        Raises:
+            AdapterError: it is of no kind that can be adapted.
+        """
+        if not kind.is_linear and (len(kind.kernel) not in (1, 2) or kind.groups > 1):
+            raise AdapterError(
+                f"{site}: {what} adapts linear layers, conv1d and conv2d without groups, found {kind}; leave the site "
+                "out"
+            )
+        rank = pattern_value(self.rank_pattern, site, self.r)
+        return SitePlan(kind, rank, pattern_value(self.alpha_pattern, site, self.alpha, "alpha_pattern") / rank)
+
+
+@dataclass
+class LoHaConfig(LycorisConfig):
+    """Names and defaults of ``peft.LoHaConfig``.
+
+    Args:
+        r: rank of each of the two; a slot needs ``r * r``, or as many as the smaller side of the weight.
+        init_weights: start with no update; ``False``: at random.
+    """
+
+    init_weights: bool = True
+
+    peft_type: ClassVar[str] = "LOHA"
+
 
 class Dropped(nn.Module):
     """An update ``[out, ...]`` without some of its outputs, scaled up for the others, or without all of it."""
 
-    def __init__(self, outputs: float, site: float) -> None:
+    def __init__(self, outputs: float, site: float, *, rescaled: bool = True) -> None:
         super().__init__()
-        self.outputs, self.site = outputs, site
+        self.outputs, self.site, self.rescaled = outputs, site, rescaled
 
     def forward(self, delta: Tensor) -> Tensor:
         """As it is unless it trains; drawn on the CPU, in PEFT's order."""
@@ -78,7 +102,8 @@ class Dropped(nn.Module):
         there = (torch.rand(1) > self.site).to(delta)
         if self.outputs:
             kept = (torch.rand(delta.shape[0]) > self.outputs).to(delta)
-            delta = delta * (kept / kept.mean()).view(-1, *(1 for _ in delta.shape[1:]))
+            kept = kept / kept.mean() if self.rescaled else kept
+            delta = delta * kept.view(-1, *(1 for _ in delta.shape[1:]))
         return delta * there
 
     def extra_repr(self) -> str:
@@ -123,13 +148,7 @@ class LoHa(Method[LoHaConfig]):
     config_class = LoHaConfig
 
     def plan(self, config: LoHaConfig, site: str, kind: Kind) -> SitePlan:
-        if not kind.is_linear and (len(kind.kernel) not in (1, 2) or kind.groups > 1):
-            raise AdapterError(
-                f"{site}: LoHa adapts linear layers, conv1d and conv2d without groups, found {kind}; leave the site out"
-            )
-        rank = pattern_value(config.rank_pattern, site, config.r)
-        alpha = pattern_value(config.alpha_pattern, site, config.alpha, "alpha_pattern")
-        return SitePlan(kind, rank, alpha / rank)
+        return config.site_plan("LoHa", site, kind)
 
     def shapes(self, config: LoHaConfig, plan: SitePlan) -> dict[str, tuple[int, ...]]:
         kind, r = plan.kind, plan.rank

@@ -13,6 +13,7 @@ from fxpeft.methods.dora import Dora
 from fxpeft.methods.ia3 import Ia3
 from fxpeft.methods.ln_tuning import LnTuning
 from fxpeft.methods.loha import LoHa
+from fxpeft.methods.lokr import LoKr
 from fxpeft.methods.lora import Lora
 from fxpeft.methods.miss import Miss
 from fxpeft.methods.p_tuning import PTuning
@@ -23,7 +24,7 @@ from fxpeft.methods.vblora import VBLoRA
 from fxpeft.methods.vera import Vera
 
 METHODS: list[Method[Any]] = [
-    Dora(), TrainableTokens(), LnTuning(), LoHa(), Vera(), Miss(), VBLoRA(), Delora(), AdaLora(), Lora(), Ia3(),
+    Dora(), TrainableTokens(), LnTuning(), LoHa(), LoKr(), Vera(), Miss(), VBLoRA(), Delora(), AdaLora(), Lora(), Ia3(),
     PromptTuning(), PTuning(), PrefixTuning(),
 ]  # fmt: skip
 

@@ -70,8 +70,8 @@ def prepare_hotswap(
         methods: what the slots have to serve: ``"lora"``, ``"lora_bias"`` (a bias of B), ``"dora"``,
             ``"ia3"``, ``"adalora"``, ``"trainable_tokens"`` (of adapters of any method, and alone),
             ``"ln_tuning"`` (of the modules in ``modules_to_save``, or the architecture's norms),
-            ``"prompt_tuning"`` and ``"p_tuning"`` or ``"prefix_tuning"``, ``"loha"``, ``"vera"``, ``"miss"``,
-            ``"vblora"``, ``"delora"``. Where only LoRA is declared, the graph holds no gain and no shift.
+            ``"prompt_tuning"`` and ``"p_tuning"`` or ``"prefix_tuning"``, ``"loha"``, ``"lokr"``, ``"vera"``,
+            ``"miss"``, ``"vblora"``, ``"delora"``. Where only LoRA is declared, the graph holds no gain and no shift.
         target_parameters: as in :class:`~fxpeft.LoraConfig`, for adapters of experts and other parameters.
         num_virtual_tokens: length of every prompt to come, for the prompt methods.
         modules_to_save, bias: as in :class:`~fxpeft.LoraConfig`, for adapters that bring them.

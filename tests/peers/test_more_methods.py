@@ -11,9 +11,11 @@ import torch
 from adapter_files import add, spread
 from closeness import assert_close
 from method_cases import KINDS, output
+from peft.tuners.lokr.layer import factorization
 from tiny import logits, randomise, tiny_gpt2, tiny_llama, token_ids
 
 import fxpeft
+from fxpeft.methods.lokr import two_factors
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 BOTH = ["first", "second"]
@@ -32,6 +34,36 @@ def grads_of(peer: Any, model: Any, loss: Any) -> None:
         assert grad is not None
         assert theirs[key].abs().max() > 0
         assert_close(grad, theirs[key], size=float(theirs[key].abs().max()) + 0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("Linear", {"decompose_both": True, "r": 1, "decompose_factor": 1}),
+        ("Linear", {"r": 9}),  # W2 is one matrix
+        ("Conv1d", {"r": 9}),  # and of three dimensions
+        ("Conv2d", {"r": 9}),
+        ("Conv1d", {"r": 2, "use_effective_conv2d": True}),
+        ("Conv2d", {"r": 2, "use_effective_conv2d": True, "decompose_factor": 1}),
+    ],
+)
+def test_every_form_of_lokr(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    net, x = KINDS[kind].net(), KINDS[kind].input()
+    add(net, fxpeft.LoKrConfig(alpha=3, target_modules=BOTH, **settings))
+    wanted = output(net, x)
+    assert (wanted - output(KINDS[kind].net(), x)).abs().max() > 0.01
+    fxpeft.save_adapter(net, tmp_path)
+    peer = peft.PeftModel.from_pretrained(KINDS[kind].net(), str(tmp_path), is_trainable=True).eval()
+    assert_close(output(peer, x), wanted)
+    grads_of(peer, net, lambda each: each(x).square().mean())
+    fxpeft.prepare_hotswap(net, 8, methods=("lokr",))
+    assert_close(output(net, x), wanted)
+
+
+def test_sizes_are_taken_apart_as_in_peft() -> None:
+    for size in (1, 2, 12, 127, 128, 320, 640, 1280, 4096, 11008):
+        for factor in (-1, 1, 2, 4, 7, 8, 16, 100):
+            assert two_factors(size, factor) == factorization(size, factor)
 
 
 @pytest.mark.parametrize("kind", ["Conv1d", "Conv2d"])
@@ -60,10 +92,11 @@ def test_loha_of_a_kernel(kind: str, tmp_path: Path) -> None:
     assert_close(output(net, x.float()), wanted)
 
 
+@pytest.mark.parametrize("config", [fxpeft.LoHaConfig, fxpeft.LoKrConfig])
 @pytest.mark.parametrize("dropout", [{"rank_dropout": 0.5}, {"module_dropout": 0.5}])
-def test_loha_drops_what_peft_drops(dropout: dict[str, float], tmp_path: Path) -> None:
+def test_what_peft_drops_is_dropped(config: Any, dropout: dict[str, float], tmp_path: Path) -> None:
     net, x = KINDS["Linear"].net(), torch.randn(4, 6)
-    add(net, fxpeft.LoHaConfig(r=3, alpha=3, target_modules=["first"], **dropout))
+    add(net, config(r=3, alpha=3, target_modules=["first"], **dropout))
     fxpeft.save_adapter(net, tmp_path)
     peer = peft.PeftModel.from_pretrained(KINDS["Linear"].net(), str(tmp_path), is_trainable=True)
     off = on = 0
@@ -84,6 +117,7 @@ def test_loha_drops_what_peft_drops(dropout: dict[str, float], tmp_path: Path) -
     [
         (fxpeft.LoHaConfig, peft.LoHaConfig, {"r": 3}),
         (fxpeft.MissConfig, peft.MissConfig, {"r": 4, "init_weights": False}),
+        (fxpeft.LoKrConfig, peft.LoKrConfig, {"r": 2, "init_weights": "lycoris"}),
         (fxpeft.VeraConfig, peft.VeraConfig, {"r": 5, "projection_prng_key": 7, "save_projection": False}),
         (fxpeft.VeraConfig, peft.VeraConfig, {"r": 5, "init_weights": False, "vera_dropout": 0.3}),
         (fxpeft.DeloraConfig, peft.DeloraConfig, {"r": 3, "lambda_pattern": {"v_proj": 4}}),

@@ -15,8 +15,8 @@ GUIDE, README = ROOT / "examples" / "guides" / "methods.md", ROOT / "README.md"
 START, END = "<!-- types -->\n", "\n<!-- end types -->"
 COLUMNS = {  # in the README's table of what each method can do
     "LORA": "LoRA", "ADALORA": "AdaLoRA", "IA3": "IA3", "PROMPT_TUNING": "prompt tuning", "P_TUNING": "p-tuning",
-    "PREFIX_TUNING": "prefix tuning", "LOHA": "LoHa", "VERA": "VeRA", "MISS": "MiSS", "VBLORA": "VB-LoRA",
-    "DELORA": "DeLoRA", "LN_TUNING": "LN tuning", "TRAINABLE_TOKENS": "trainable tokens",
+    "PREFIX_TUNING": "prefix tuning", "LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA", "MISS": "MiSS",
+    "VBLORA": "VB-LoRA", "DELORA": "DeLoRA", "LN_TUNING": "LN tuning", "TRAINABLE_TOKENS": "trainable tokens",
 }  # fmt: skip
 SLOT, FOLD, NOT = "not here; would be exact in a slot", "not here; would only fold", "not here; can't be static"
 REST = {
@@ -38,7 +38,6 @@ REST = {
     "FROD": (FOLD, "the whole weight anew"),
     "GLORA": (FOLD, "a product with the base's weight, of full rank"),
     "HIRA": (FOLD, "the base's weight times `B A`, entry by entry"),
-    "LOKR": (FOLD, "a Kronecker product, of full rank: it wants a site of its own"),
     "OFT": (FOLD, "rotations of blocks of the input, of full rank"),
     "OSF": (FOLD, "a part of the base's decomposition, of most of its rank"),
     "PEANUT": (FOLD, "a small network of the base's weight"),
