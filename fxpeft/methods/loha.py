@@ -193,7 +193,7 @@ class LoHa(Method[LoHaConfig]):
         inner = math.prod(kind.a_shape(1)[1:])
         if r * r > min(inner, kind.out_features):  # as many ranks as there are inputs, or outputs, say it as well
             first, second = (_product(kind, *(parameters.get(name) for name in pair)) for pair in PAIRS)
-            return whole(kind, first * second, plan.scaling)
+            return full_rank(kind, first * second, plan.scaling)
         (a1, b1), (a2, b2) = (_factors(kind, *(parameters.get(name) for name in pair)) for pair in PAIRS)
         a = (a1.unsqueeze(1) * a2.unsqueeze(0)).reshape(r * r, *kind.a_shape(1)[1:])
         b = (b1.unsqueeze(1) * b2.unsqueeze(0)).reshape(r * r, -1)
@@ -212,7 +212,7 @@ def _factors(kind: Kind, a: Tensor | None, b: Tensor | None, t: Tensor | None) -
     return torch.einsum("jlpq,li->jipq", t, b).flatten(1), a
 
 
-def whole(kind: Kind, delta: Tensor, scaling: float) -> SlotValues:
+def full_rank(kind: Kind, delta: Tensor, scaling: float) -> SlotValues:
     """Slot values of an update ``[out, in, *kernel]``, of as many ranks as it has outputs or inputs."""
     flat = delta.flatten(1)
     out, inner = flat.shape

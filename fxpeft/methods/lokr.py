@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft.methods.base import Base, Kept, Method, SiteAdapter, SitePlan, SlotValues
-from fxpeft.methods.loha import Dropped, LycorisConfig, whole
+from fxpeft.methods.loha import Dropped, LycorisConfig, full_rank
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
 
@@ -173,7 +173,7 @@ class LoKr(Method[LoKrConfig]):
         ranks = len(a1) * len(a2)
         odd = "lokr_w2" in parameters and len(kind.kernel) == 1  # see product
         if odd or ranks > min(kind.out_features, math.prod(kind.a_shape(1)[1:])):
-            return whole(kind, product(kind, parameters), plan.scaling)
+            return full_rank(kind, product(kind, parameters), plan.scaling)
         a = torch.einsum("pa,ib->piab", a1, a2).reshape(ranks, *kind.a_shape(1)[1:])
         b = torch.einsum("po,iq->pioq", b1, b2).reshape(ranks, kind.out_features)
         return SlotValues(a, b, torch.full((ranks,), plan.scaling))
