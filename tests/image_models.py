@@ -9,15 +9,21 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    HunyuanVideoTransformer3DModel,
+    LTXVideoTransformer3DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    WanTransformer3DModel,
 )
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import fxpeft
 
@@ -50,6 +56,104 @@ def flux() -> FluxTransformer2DModel:
         patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(4, 4, 8),
     ).eval()  # fmt: skip
+
+
+def sdxl() -> UNet2DConditionModel:
+    """A UNet in the shape of Stable Diffusion XL's: text and size embeddings beside the time's, linear projections."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(8, 16), norm_num_groups=4,
+        layers_per_block=1, cross_attention_dim=12, attention_head_dim=(1, 2), transformer_layers_per_block=(1, 2),
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=34,
+    ).eval()  # fmt: skip
+
+
+def sd3() -> SD3Transformer2DModel:
+    torch.manual_seed(0)
+    return SD3Transformer2DModel(
+        sample_size=4, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10, out_channels=4,
+        pos_embed_max_size=8,
+    ).eval()  # fmt: skip
+
+
+def flux2() -> Flux2Transformer2DModel:
+    torch.manual_seed(0)
+    return Flux2Transformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, timestep_guidance_channels=8, axes_dims_rope=(4, 4, 4, 4),
+    ).eval()  # fmt: skip
+
+
+def wan() -> WanTransformer3DModel:
+    torch.manual_seed(0)
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=10,
+        freq_dim=8, ffn_dim=20, num_layers=1, rope_max_seq_len=16,
+    ).eval()  # fmt: skip
+
+
+def ltx() -> LTXVideoTransformer3DModel:
+    torch.manual_seed(0)
+    return LTXVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        num_layers=1, caption_channels=10,
+    ).eval()  # fmt: skip
+
+
+def qwen() -> QwenImageTransformer2DModel:
+    torch.manual_seed(0)
+    return QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, axes_dims_rope=(8, 4, 4),
+    ).eval()  # fmt: skip
+
+
+def hunyuan() -> HunyuanVideoTransformer3DModel:
+    torch.manual_seed(0)
+    return HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, patch_size=1, patch_size_t=1, text_embed_dim=12, pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 4),
+    ).eval()  # fmt: skip
+
+
+def t5() -> T5EncoderModel:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=50, d_model=12, d_kv=6, d_ff=20, num_layers=1, num_heads=2, relative_attention_num_buckets=8
+    )
+    return T5EncoderModel(config).eval()
+
+
+@torch.no_grad()
+def output(model: Any, **given: Any) -> Tensor:
+    """What a model of any of these kinds makes of its inputs."""
+    kind = type(model).__name__
+    if kind in ("CLIPTextModel", "T5EncoderModel"):
+        return model(torch.arange(2, 9).view(1, -1)).last_hidden_state
+    if kind == "UNet2DConditionModel" and model.config.addition_embed_type:
+        given["added_cond_kwargs"] = {"text_embeds": random(2, 10), "time_ids": torch.ones(2, 6)}
+    if kind == "UNet2DConditionModel":
+        return image(model, **given)
+    if kind == "FluxTransformer2DModel":
+        return flow(model, **given)
+    tokens, step = random(1, 5, 12), torch.tensor([3])
+    inputs: dict[str, tuple[Any, ...]] = {
+        "SD3Transformer2DModel": (random(1, 4, 4, 4), tokens, random(1, 10), step),
+        "Flux2Transformer2DModel": (
+            random(1, 6, 4), tokens, torch.tensor([0.5]), torch.ones(1, 6, 4), torch.zeros(1, 5, 4), torch.tensor([2.0])
+        ),
+        "WanTransformer3DModel": (random(1, 4, 1, 4, 4), step, random(1, 5, 10)),
+        "LTXVideoTransformer3DModel": (random(1, 8, 4), random(1, 5, 10), step, torch.ones(1, 5), 2, 2, 2),
+        "QwenImageTransformer2DModel": (random(1, 4, 16), tokens, torch.ones(1, 5), torch.tensor([0.5]), [(1, 2, 2)]),
+        "HunyuanVideoTransformer3DModel": (
+            random(1, 4, 1, 4, 4), step, tokens, torch.ones(1, 5), random(1, 8), torch.tensor([6.0])
+        ),
+    }  # fmt: skip
+    return model(*inputs[kind], return_dict=False, **given)[0]
 
 
 @torch.no_grad()

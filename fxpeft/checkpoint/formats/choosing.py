@@ -21,6 +21,8 @@ from fxpeft.errors import AdapterError, CheckpointError, listing
 from fxpeft.methods.base import Method
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.model.modules import Modules
+from fxpeft.model.walk import base_values
+from fxpeft.targets.saved import saved_modules
 
 FORMATS: tuple[CheckpointFormat, ...] = (Kohya(), Diffusers())
 
@@ -91,7 +93,12 @@ class PipelineFile(Checkpoint):
             {_renamed(key, names): tensor for key, tensor in part.tensors.items()},
             {names.get(site, site): alpha for site, alpha in part.alphas.items()}, part.settings,
         )  # fmt: skip
-        return Checkpoint(self.source, *_checkpoint(renamed, self.source, modules))
+        config, tensors = _checkpoint(renamed, self.source, modules)
+        whole = [name for name in config.modules_to_save or () if name in modules]
+        for path in saved_modules(modules, whole):  # a name is the end of others' too, which stay as they are
+            for key, value in base_values(modules[path]).items():
+                tensors.setdefault(f"{Method.prefix}{path}.{key}", value.detach())
+        return Checkpoint(self.source, config, tensors)
 
 
 def read_file(
@@ -163,7 +170,7 @@ def _names(part: Part, modules: Modules) -> dict[str, str]:
     """Site in the file -> in the model: itself, or what has its name without dots, and maybe other first atoms."""
     sites = part.sites()
     if not part.flat:
-        return {site: site for site in sites}
+        return _below(sites, modules)
     flat: dict[str, list[str]] = {}
     for name in modules:
         flat.setdefault(name.replace(".", "_"), []).append(name)
@@ -174,6 +181,16 @@ def _names(part: Part, modules: Modules) -> dict[str, str]:
             if len(found) == len(sites) and all(len(names) == 1 for names in found.values()):
                 return {s: names[0] for s, names in found.items()}
     return {site: flat[site][0] if len(flat.get(site, ())) == 1 else site for site in sites}
+
+
+def _below(sites: list[str], modules: Modules) -> dict[str, str]:
+    """The same of dotted names: a text encoder's may begin with ``text_model``, which Transformers' no longer do."""
+    first = sites[0].split(".") if sites else []
+    for count in range(len(first)):
+        head = "".join(f"{atom}." for atom in first[:count])
+        if all(s.startswith(head) and s.removeprefix(head) in modules for s in sites):
+            return {site: site.removeprefix(head) for site in sites}
+    return {site: site for site in sites}
 
 
 def _renamed(key: str, names: Mapping[str, str]) -> str:

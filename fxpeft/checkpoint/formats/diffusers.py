@@ -16,6 +16,8 @@ from fxpeft.methods.base import Method
 METADATA = "lora_adapter_metadata"  # diffusers' key in a file's header: fields of each component's LoraConfig
 COMPONENT = re.compile(r"(?P<component>(?:unet|transformer|text_encoder)(?:_\d)?|prior|diffusion_model)\.(?P<key>.+)")
 # attention processors held the factors before diffusers took PEFT's: q of an attention, or of a text encoder's
+# xlabs' of Flux; a pipeline's class renames the sites
+_OTHERS = re.compile(r"(?P<site>.+\.processor\.\w+_lora\d?)\.(?P<part>down|up)\.weight")
 _PROCESSOR = re.compile(r"(?P<owner>.+?)(?:\.processor)?\.to_(?P<name>q|k|v|out)_lora\.(?P<part>down|up)\.weight")
 
 
@@ -26,7 +28,7 @@ class Diffusers:
 
     def reads(self, keys: Iterable[str]) -> bool:
         """Whether the keys are LoRA's, and none has PEFT's prefix."""
-        return any(is_lora(key) or _PROCESSOR.fullmatch(key) for key in keys)
+        return any(is_lora(key) or _PROCESSOR.fullmatch(key) or _OTHERS.fullmatch(key) for key in keys)
 
     def read(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> dict[str, Part]:
         """See :class:`~fxpeft.checkpoint.formats.part.CheckpointFormat`."""
@@ -45,7 +47,8 @@ def _spelled(key: str, *, text: bool) -> str:
     """An attention processor's key as today's; others as they are."""
     match = _PROCESSOR.fullmatch(key)
     if match is None:
-        return key
+        other = _OTHERS.fullmatch(key)
+        return key if other is None else f"{other['site']}.lora_{other['part']}.weight"
     name = match["name"]
     module = f"{name}_proj" if text else "to_out.0" if name == "out" else f"to_{name}"
     return f"{match['owner']}.{module}.lora.{match['part']}.weight"
