@@ -28,8 +28,8 @@ from fxpeft.integrations.server import batching as ours
 from fxpeft.integrations.server.batching import ALL, AdapterBatching, Asked, asked, start
 
 CHANGED = (
-    f"Transformers {transformers.__version__} is not as fxpeft/integrations/server needs it (written for 5.24): look "
-    "there at what relies on this"
+    f"Transformers {transformers.__version__} is not as fxpeft/integrations/server needs it, which was tried with 5.23 "
+    "and 5.24: look there at what relies on this"
 )
 GREEDY = {"greedy": True, "temperature": 1.0, "top_k": ALL, "top_p": 1.0}
 
@@ -56,7 +56,6 @@ RELIED_ON = [
     *((handler.handle_request, "gen_manager.init_cb(model, gen_config)") for handler in HANDLERS),
     (utils.CBGenerateManager.generate_non_streaming, "cb.add_request("),
     (utils.CBGenerateManager.init_cb, "if self._cb is not None:"),
-    (server.build_server, "model_manager.list_models()"),
     (server.build_server, "generation_state.is_cb_alive()"),
 ]
 

@@ -1,4 +1,4 @@
-"""Transformers' own server and continuous batching, with adapters (tried with 5.24); the extra ``serve`` is for it."""
+"""Transformers' own server and continuous batching, with adapters; tried with Transformers 5.23 and 5.24."""
 
 from fxpeft.integrations.server.running import open_server
 

@@ -1,8 +1,9 @@
 """Continuous batching of Transformers whose requests have adapters: each token of a batch has those of its request.
 
-Transformers has no hook for it, so these are its classes with what is missing (tried with 5.24). What is relied on: a
-manager makes one forward a step in ``_generation_step``, of the requests in ``inputs_and_outputs.requests_in_batch``,
-whose tokens lie in that order in one row, and padding behind them. tests/integrations/test_server_hooks.py reads it.
+Transformers has no hook for it, so these are its classes with what is missing (tried with 5.23 and 5.24). What is
+relied on: a manager makes one forward a step in ``_generation_step``, of the requests in
+``inputs_and_outputs.requests_in_batch``, whose tokens lie in that order in one row, and padding behind them.
+tests/integrations/test_server_hooks.py reads it.
 """
 
 from __future__ import annotations
@@ -268,7 +269,7 @@ class _TopK(ContinuousBatchingTopKLogitsWarper):
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         if bool((tensor_arg[: scores.shape[0]] >= scores.shape[1]).all()):
             return scores
-        return super().__call__(scores, tensor_arg)
+        return super().__call__(scores, tensor_arg.clamp(max=scores.shape[1]))  # which 5.23 doesn't
 
 
 class _TopP(ContinuousBatchingTopPLogitsWarper):

@@ -177,15 +177,9 @@ class AdapterGeneration(GenerationState):
 
 
 class Models(ModelManager):
-    """Loads the base, and lists adapters beside it."""
+    """Loads the base, which stays."""
 
     served: Served
-
-    def list_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
-        """As vLLM lists them."""
-        base = {"id": self.served.name, "object": "model", "created": 0, "owned_by": "fxpeft", "parent": None}
-        names = self.served.store.names()
-        return [base, *({**base, "id": name, "parent": self.served.name} for name in names)]
 
     @staticmethod
     def get_model_modality(model: Any, processor: Any = None) -> Modality:

@@ -23,7 +23,7 @@ from fxpeft.serving import prepare_hotswap
 from fxpeft.serving.sources import within
 from fxpeft.serving.store import AdapterStore
 
-ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")  # that stay
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/health")  # that stay
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,14 @@ def _application(models: Models, metrics: Metrics) -> FastAPI:
     @app.exception_handler(Stopping)
     async def stopping(request: Request, problem: Stopping) -> JSONResponse:
         return error(503, "ServiceUnavailableError", str(problem))
+
+    @app.get("/v1/models")
+    def listed() -> JSONResponse:
+        base = {"id": served.name, "object": "model", "created": 0, "owned_by": "fxpeft", "parent": None}
+        names = [name for name in served.store.names() if name != served.name]
+        return JSONResponse(
+            {"object": "list", "data": [base, *({**base, "id": n, "parent": base["id"]} for n in names)]}
+        )
 
     @app.get("/metrics")
     def told() -> Response:
