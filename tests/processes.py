@@ -37,10 +37,13 @@ def python(
 
 
 def start(*arguments: object, log: Path, env: dict[str, str] | None = None) -> BaseProcess:
-    """A process that runs on, as of :func:`python`; what it prints is in ``log``, and beside it with ``.out``."""
+    """A process that runs on, as of :func:`python`; what it prints is in ``log``, and beside it with ``.out``.
+
+    It ends with this one at the latest.
+    """
     given = [str(each) for each in arguments]
     files = [log.with_suffix(".out"), log]
-    child = FORKS.Process(target=_python, args=(given, Path.cwd(), env or {**os.environ}, files))
+    child = FORKS.Process(target=_python, args=(given, Path.cwd(), env or {**os.environ}, files), daemon=True)
     child.start()
     return child
 

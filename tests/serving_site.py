@@ -18,7 +18,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role + ' ' + m.content + ' ' }}{% endfor
 def base() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=128, eos_token_id=None,
         bos_token_id=None,
     )  # fmt: skip
@@ -37,7 +37,7 @@ def write(root: Path, count: int) -> None:
     tokenizer().save_pretrained(root / "model")
     for number in range(count):
         targets = [["q_proj", "down_proj"], ["v_proj", "up_proj", "o_proj"], ["k_proj", "gate_proj"]][number % 3]
-        config = fxpeft.LoraConfig(r=1 + number % 5, lora_alpha=7, target_modules=targets, use_rslora=number % 2 == 1)
+        config = fxpeft.LoraConfig(r=1 + number % 5, lora_alpha=64, target_modules=targets, use_rslora=number % 2 == 1)
         save(base(), config, root / "adapters" / f"a{number}", seed=number)
 
 

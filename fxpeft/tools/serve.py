@@ -31,6 +31,7 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, help="Requests under way; more are refused with 429.")] = 256,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 300.0,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that a stop waits for requests.")] = 30.0,
+    compiled: Annotated[bool, typer.Option("--compile/--eager", help="Run the forward through torch.compile.")] = False,
     device: str = "auto",
     dtype: str = "auto",
     log_level: str = "info",
@@ -43,7 +44,7 @@ def serve(
         raise AdapterError(f"serve needs more packages: pip install 'fxpeft[serve]' ({error})") from error
     settings = Settings(
         model, adapters, name, host, port, api_key, lanes, max_rank, tuple(method or ("lora",)), targets, adapter_bytes,
-        cache_tokens, batch_tokens, queue, timeout, drain, device, dtype, log_level,
+        cache_tokens, batch_tokens, queue, timeout, drain, device, dtype, log_level, compiled,
     )  # fmt: skip
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once all is answered
     with open_server(settings) as server:

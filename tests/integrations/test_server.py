@@ -44,7 +44,7 @@ def answers(site: Site) -> Answers:
     """What the base and each adapter answer to each prompt, alone."""
     places = {"": None, **{f"a{number}": site.adapters / f"a{number}" for number in range(ADAPTERS)}}
     found = {(name, prompt): alone(place, prompt) for name, place in places.items() for prompt in PROMPTS}
-    assert len(set(found.values())) > 0.8 * len(found)  # else mixed-up rows were not seen
+    assert len(set(found.values())) > 0.7 * len(found)  # else mixed-up rows were not seen
     return found
 
 
@@ -81,19 +81,25 @@ def server(site: Site, request: pytest.FixtureRequest, tmp_path_factory: pytest.
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     http = httpx.Client(base_url=url, headers={"Authorization": "Bearer secret"}, timeout=30)
-    request.getfixturevalue("answers")  # while it starts
-    deadline = time.monotonic() + 60
+    try:
+        request.getfixturevalue("answers")  # while it starts
+        wait_for(http, process, log)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=30)
+        yield Running(client, http, process, log)
+    finally:
+        process.kill()
+        process.join()
+
+
+def wait_for(http: httpx.Client, process: Any, log: Path) -> None:
+    deadline = time.monotonic() + 90
     while True:
         try:
             assert http.get("/health").status_code == 200
-            break
+            return
         except httpx.TransportError:
             assert process.is_alive() and time.monotonic() < deadline, log.read_text()  # noqa: PT018
             time.sleep(0.1)
-    yield Running(openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=30), http, process, log)
-    if process.is_alive():
-        process.kill()
-    process.join()
 
 
 def ask(client: openai.OpenAI, model: str, prompt: str, **fields: Any) -> str:

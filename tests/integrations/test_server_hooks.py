@@ -14,6 +14,7 @@ import torch
 import transformers
 from adapter_files import save
 from torch import Tensor, nn
+from transformers import CompileConfig, ContinuousBatchingConfig
 from transformers.cli.serving import chat_completion, completion, response, server, utils
 from transformers.generation.continuous_batching import (
     continuous_api,
@@ -25,13 +26,12 @@ from transformers.generation.continuous_batching import (
 
 import fxpeft
 from fxpeft.integrations.server import batching as ours
-from fxpeft.integrations.server.batching import ALL, AdapterBatching, Asked, asked, start
+from fxpeft.integrations.server.batching import ALL, GREEDY, AdapterBatching, Asked, asked, start, warm_up
 
 CHANGED = (
     f"Transformers {transformers.__version__} is not as fxpeft/integrations/server needs it, which was tried with 5.23 "
     "and 5.24: look there at what relies on this"
 )
-GREEDY = {"greedy": True, "temperature": 1.0, "top_k": ALL, "top_p": 1.0}
 
 
 MANAGER, IOS = continuous_api.ContinuousBatchingManager, input_outputs.ContinuousBatchingIOs
@@ -79,12 +79,12 @@ def run(root: Path) -> Iterator[Callable[..., AdapterBatching]]:
     """One batching for all that ask for the same one."""
     made: dict[str, AdapterBatching] = {}
 
-    def begin(targets: str | list[str] = "all-linear") -> AdapterBatching:
-        if (key := str(targets)) not in made:
+    def begin(targets: str | list[str] = "all-linear", compiled: bool = False) -> AdapterBatching:
+        if (key := f"{targets} {compiled}") not in made:
             model = serving_site.base()
             fxpeft.prepare_hotswap(model, 12, targets=targets, lanes=3, hold_generate=False)
             store = fxpeft.AdapterStore(model, root / "adapters")
-            made[key] = start(model, store, tokens=512, batch_tokens=32, requests=8)
+            made[key] = start(model, store, tokens=512, batch_tokens=32, requests=8, compiled=compiled)
         return made[key]
 
     yield begin
@@ -160,6 +160,34 @@ def test_an_adapter_of_the_output_head(run: Callable[..., AdapterBatching], root
 
     expected = [serving_site.alone(n and root / "adapters" / n, ids, 4) for n in ("head", "a0", None)]
     assert asyncio.run(both()) == expected
+
+
+def test_other_adapters_compile_nothing_anew(
+    run: Callable[..., AdapterBatching], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a batch is made of; traced alone, since it is Dynamo that would compile anew."""
+    torch._dynamo.reset()
+    frames = torch._dynamo.utils.counters["frames"]
+
+    def config(**settings: Any) -> ContinuousBatchingConfig:
+        compile_config = CompileConfig(backend="eager", fullgraph=False, dynamic=True, mode=None)
+        return ContinuousBatchingConfig(varlen_compile_config=compile_config, **settings)
+
+    monkeypatch.setattr(ours, "ContinuousBatchingConfig", config)
+    batching = run(targets=["q_proj", "down_proj"], compiled=True)
+
+    async def turn(lanes: list[str | None], prompts: list[list[int]]) -> list[list[int]]:
+        return await asyncio.gather(*(ask(batching, lane, ids) for lane, ids in zip(lanes, prompts, strict=True)))
+
+    warm_up(batching)
+    before = frames["total"]
+    for lanes in (["a0", None, "a3", "a0"], [None, "a3"], ["a3"], ["a0", "a3", "a3", None, "a0"]):
+        prompts = [list(range(4, 7 + 3 * number)) for number in range(len(lanes))]
+        found = asyncio.run(turn(lanes, prompts))
+        for lane, ids, tokens in zip(lanes, prompts, found, strict=True):
+            assert tokens == serving_site.alone(lane and root / "adapters" / lane, ids, 4)
+        assert frames["total"] == before > 0
+    torch._dynamo.reset()
 
 
 def test_who_waits_for_a_lane_has_its_turn(batching: AdapterBatching, monkeypatch: pytest.MonkeyPatch) -> None:

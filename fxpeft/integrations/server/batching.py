@@ -53,6 +53,7 @@ from fxpeft.serving.swap import serving_of
 PATIENCE = 1.0  # seconds that requests may pass by one that finds no lane; after that none begins before it
 LARGE = 1e30  # in the place of an infinite logit
 ALL = 2**31 - 1  # top_k of a request that has none
+GREEDY = {"greedy": True, "temperature": 1.0, "top_k": ALL, "top_p": 1.0}  # the sampling of a request
 
 
 class Stopping(RuntimeError):
@@ -266,6 +267,7 @@ class _Choice(ContinuousBatchingLogitsProcessor):
 class _TopK(ContinuousBatchingTopKLogitsWarper):
     """Sorts nothing where no request asks for it."""
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         if bool((tensor_arg[: scores.shape[0]] >= scores.shape[1]).all()):
             return scores
@@ -275,6 +277,7 @@ class _TopK(ContinuousBatchingTopKLogitsWarper):
 class _TopP(ContinuousBatchingTopPLogitsWarper):
     """The same."""
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         if bool((tensor_arg[: scores.shape[0]].view(dtype=torch.float32) >= 1).all()):
             return scores
@@ -294,24 +297,42 @@ def _sampling() -> ContinuousBatchingLogitsProcessorList:
 
 
 def start(
-    model: Any, store: AdapterStore, *, tokens: int, batch_tokens: int, requests: int, most: int | None = None
+    model: Any, store: AdapterStore, *, tokens: int, batch_tokens: int, requests: int, compiled: bool = False
 ) -> AdapterBatching:
     """Begin to batch.
 
     Args:
         tokens: room in the cache of keys and values. batch_tokens: in one forward. requests: in one forward.
-        most: tokens of a request; default: what the model's positions and the cache have.
+        compiled: run the forward through ``torch.compile``.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokens
     page = max(4, min(256, tokens // 16))
-    limit = min(most or positions, positions, tokens // page * page)
     generation = GenerationConfig.from_dict({**model.generation_config.to_dict(), "use_cache": False})
     generation.do_sample = True  # of the one token that a greedy request is left
     config = ContinuousBatchingConfig(
-        page_size=page, num_blocks=tokens // page, max_batch_tokens=batch_tokens, max_requests_per_batch=requests
-    )
+        page_size=page, num_blocks=tokens // page, max_batch_tokens=batch_tokens, max_requests_per_batch=requests,
+        default_compile_level=int(compiled),
+    )  # fmt: skip
     if generation.eos_token_id is None:
         generation.eos_token_id = -1
-    batching = AdapterBatching(model, store, generation, config, limit)
+    batching = AdapterBatching(model, store, generation, config, min(positions, tokens // page * page))
     batching.start()
     return batching
+
+
+def warm_up(batching: AdapterBatching, requests: int = 3) -> None:
+    """Compile before clients wait for it: prompts and answers of several requests, then of one."""
+
+    async def one(number: int) -> GenerationOutput:
+        done, name = asyncio.get_running_loop().create_future(), uuid.uuid4().hex
+        asked.set(Asked(batching.store.lease(None), GREEDY))
+        batching.register_result_handler(name, done.set_result)  # called once: it doesn't stream
+        batching.add_request([0] * (number + 3), name, 3)
+        return await done  # type: ignore[no-any-return]
+
+    async def several() -> list[GenerationOutput]:
+        return [*await asyncio.gather(*map(one, range(requests))), await one(requests)]
+
+    for output in asyncio.run(several()):
+        if output.error is not None:
+            raise AdapterError(f"the model can't be batched: {output.error}")

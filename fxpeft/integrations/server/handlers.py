@@ -19,7 +19,7 @@ from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import CBGenerateManager, GenerationState, Modality
 
 from fxpeft.errors import AdapterError, FxpeftError, short
-from fxpeft.integrations.server.batching import ALL, AdapterBatching, Asked, asked
+from fxpeft.integrations.server.batching import ALL, GREEDY, AdapterBatching, Asked, asked
 from fxpeft.serving.residents import Lease
 from fxpeft.serving.store import AdapterStore
 
@@ -78,7 +78,7 @@ class Served:
         config: GenerationConfig = self.model.generation_config
         temperature = _number(body, "temperature", config.temperature or 1.0, 0.0, 100.0)
         if temperature == 0.0 or (body.get("temperature") is None and not config.do_sample):
-            return {"greedy": True, "temperature": 1.0, "top_k": ALL, "top_p": 1.0}
+            return GREEDY
         top_p = _number(body, "top_p", config.top_p or 1.0, 0.0, 1.0)
         top_k = int(_number(body, "top_k", config.top_k or ALL, -1, ALL))
         return {

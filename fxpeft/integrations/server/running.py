@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from transformers.cli.serving.server import build_server
 
 from fxpeft.errors import AdapterError, FxpeftError, StoreTimeout, UnknownAdapter, short
-from fxpeft.integrations.server.batching import Stopping, start
+from fxpeft.integrations.server.batching import Stopping, start, warm_up
 from fxpeft.integrations.server.gate import Gate, error
 from fxpeft.integrations.server.handlers import Models, Served, handlers
 from fxpeft.integrations.server.metrics import Metrics
@@ -35,6 +35,7 @@ class Settings:
         lanes, max_rank, methods, targets: as of :func:`fxpeft.prepare_hotswap`.
         adapter_bytes: memory for adapters. cache_tokens: room for keys and values. batch_tokens: of one forward.
         queue: requests under way at most. timeout: seconds of a request. drain: seconds that a stop waits for them.
+        compiled: run the forward through ``torch.compile``.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     log_level: str = "info"
+    compiled: bool = False
 
 
 @contextmanager
@@ -73,9 +75,10 @@ def open_server(settings: Settings) -> Iterator[uvicorn.Server]:
         stack.callback(store.close)
         batching = start(
             model, store, tokens=settings.cache_tokens, batch_tokens=settings.batch_tokens,
-            requests=min(settings.queue, settings.batch_tokens),
+            requests=min(settings.queue, settings.batch_tokens), compiled=settings.compiled,
         )  # fmt: skip
         stack.callback(batching.stop, timeout=settings.drain, hard_stop=True)
+        warm_up(batching)
         models.served = Served(settings.name or settings.model, model, processor, store, batching)
         stack.callback(models.served.waiting.shutdown, wait=False, cancel_futures=True)
         metrics = Metrics()
