@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from enum import Enum
 from typing import Any
 
 from torch import nn
@@ -79,8 +80,9 @@ def _read(peft: Any, model: Any, name: str, config: Any) -> Checkpoint:
     """An adapter as a file of PEFT's would hold it, relative to the base in memory."""
     check_adapter_name(name)
     source = f"PEFT's adapter {name!r}"
-    values = {key: list(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
-    values["peft_type"] = getattr(values.get("peft_type"), "value", values.get("peft_type"))
+    values = {
+        k: v.value if isinstance(v, Enum) else list(v) if isinstance(v, set) else v for k, v in config.to_dict().items()
+    }
     own = config_class(values["peft_type"], source).from_dict(values, source=source, loading=True)
     if isinstance(own, LoraConfig):
         own.init_lora_weights = True

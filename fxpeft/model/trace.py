@@ -93,7 +93,7 @@ def skeleton(model: nn.Module, mode: FakeTensorMode, without: Collection[nn.Modu
                 bias = getattr(child, "bias", None) is not None
                 with mode:
                     part._modules[name] = nn.Linear(child.in_features, child.out_features, bias)  # type: ignore[arg-type]
-        for name in [n for n in vars(part) if n in ("forward", "_old_forward", "_hf_hook")]:
+        for name in [n for n in vars(part) if n in ("forward", "_old_forward", "_hf_hook", "_diffusers_hook")]:
             del vars(part)[name]
         for name in [n for n in vars(part) if n.endswith("_hooks") and isinstance(vars(part)[n], OrderedDict)]:
             vars(part)[name] = OrderedDict()

@@ -19,7 +19,17 @@ from torch import nn
 
 from fxpeft.passes.container import Container
 from fxpeft.passes.live.generated import generated_class
-from fxpeft.passes.live.instance import CALL_GIVEN, base_class, given_forward, is_bound, is_own
+from fxpeft.passes.live.instance import (
+    CALL_GIVEN,
+    DIFFUSERS,
+    base_class,
+    given_forward,
+    hooked_forward,
+    is_bound,
+    is_hooked,
+    is_own,
+    set_hooked_forward,
+)
 from fxpeft.passes.live.locked import LOCK, Lock, move, unlocked
 from fxpeft.passes.rewrite.feed import LEAF
 from fxpeft.passes.torch_private import FSDP
@@ -30,14 +40,14 @@ def bind_source(module: nn.Module, source: str, mixin: type | None = None) -> No
     base = base_class(module)
     state = vars(module)
     _drop_autocast(module)
-    given, hooked = given_forward(module), "_old_forward" in state
+    given, hooked = given_forward(module), is_hooked(module)
     if "forward" in state and not hooked and (LEAF not in state or is_own(module, state["forward"])):
         del state["forward"]  # let the class's forward run
     if given is not None:
         state[LEAF] = given  # called as a leaf: this is where the generated code looks for it
     move(module, generated_class(base, source, mixin))
-    if "_old_forward" in state:  # accelerate's hooks call this bound method; give it the new class's
-        state["_old_forward"] = type(module).forward.__get__(module)
+    if hooked:  # hooks call this bound method; give it the new class's
+        set_hooked_forward(module, type(module).forward.__get__(module))
 
 
 def unbind(module: nn.Module) -> None:
@@ -49,12 +59,13 @@ def unbind(module: nn.Module) -> None:
 def _unbind(module: nn.Module) -> None:
     state = vars(module)
     _drop_autocast(module)
-    if "_old_forward" not in state and is_own(module, state.get("forward")):
+    hooked = is_hooked(module)
+    if not hooked and is_own(module, state.get("forward")):
         del state["forward"]
     move(module, base_class(module))
     given = state.pop(LEAF, None)
-    if "_old_forward" in state:
-        state["_old_forward"] = given or type(module).forward.__get__(module)
+    if hooked:
+        set_hooked_forward(module, given or type(module).forward.__get__(module))
     elif given is not None:
         state["forward"] = given
 
@@ -78,12 +89,13 @@ def unlock_module(module: nn.Module) -> None:
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Give a module another class, with bound methods of the old one that hooks left on the instance."""
     state = vars(module)
-    kept = "_old_forward" in state and is_own(module, state["_old_forward"])
-    if "_old_forward" not in state and is_own(module, state.get("forward")):
+    hooked = is_hooked(module)
+    kept = hooked and is_own(module, hooked_forward(module))
+    if not hooked and is_own(module, state.get("forward")):
         del state["forward"]
     move(module, cls)
     if kept:
-        state["_old_forward"] = type(module).forward.__get__(module)
+        set_hooked_forward(module, type(module).forward.__get__(module))
 
 
 def _drop_autocast(module: nn.Module) -> None:
@@ -95,7 +107,7 @@ def _drop_autocast(module: nn.Module) -> None:
 
 def bare_copy(module: nn.Module) -> nn.Module:
     """A deep copy of the base module: no rewrite, no containers, no hooks."""
-    shared = (vars(part).get("_hf_hook") for part in module.modules())
+    shared = (vars(part).get(name) for part in module.modules() for name in ("_hf_hook", DIFFUSERS))
     memo: dict[int, Any] = {id(hook): hook for hook in shared if hook is not None}  # it may hold all weights
     added = (child for part in module.modules() for child in part._modules.values())
     memo |= {id(child): Container() for child in added if isinstance(child, Container)}
@@ -111,8 +123,14 @@ def bare_copy(module: nn.Module) -> nn.Module:
 
 
 def _unhook(module: nn.Module) -> None:
-    """Take accelerate's hook and FSDP's mark off a copy, which has weights of its own to compute with."""
+    """Take hooks and FSDP's mark off a copy, which has weights of its own to compute with."""
     state = vars(module)
+    if is_hooked(module) and DIFFUSERS in state:
+        forward = hooked_forward(module)
+        del state["forward"]
+        if not is_own(module, forward):
+            state["forward"] = forward
+    state.pop(DIFFUSERS, None)
     state.pop("_hf_hook", None)
     state.pop(FSDP, None)
     if "_old_forward" in state:

@@ -13,6 +13,7 @@ from fxpeft.passes.rewrite.feed import LEAF
 
 # what a locked module runs whose instance somebody gave a forward
 CALL_GIVEN = f"def forward(self, *args, **kwargs):\n    return self.{LEAF}(*args, **kwargs)\n"
+DIFFUSERS = "_diffusers_hook"  # where its hooks stand
 _rebased: weakref.WeakValueDictionary[tuple[str, tuple[type, ...]], type[nn.Module]] = weakref.WeakValueDictionary()
 
 
@@ -47,8 +48,38 @@ def given_forward(module: nn.Module) -> Any:
     state = vars(module)
     if LEAF in state:
         return state[LEAF]
-    found = state.get("_old_forward", state.get("forward"))  # accelerate's hooks keep it as _old_forward
+    found = hooked_forward(module) if is_hooked(module) else state.get("forward")
     return None if is_own(module, found) else found
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether hooks of accelerate's or diffusers' stand on the instance in place of its forward, and call that."""
+    return "_old_forward" in vars(module) or _reference(module) is not None
+
+
+def hooked_forward(module: nn.Module) -> Any:
+    """The forward that the hooks of an instance call."""
+    state, reference = vars(module), _reference(module)
+    if "_old_forward" in state:
+        return state["_old_forward"]
+    return reference.forward if reference.original_forward is None else reference.original_forward
+
+
+def set_hooked_forward(module: nn.Module, forward: Any) -> None:
+    """Let the hooks of an instance call another forward."""
+    state, reference = vars(module), _reference(module)
+    if "_old_forward" in state:
+        state["_old_forward"] = forward
+    elif reference.original_forward is None:
+        reference.forward = forward
+    else:
+        reference.original_forward = forward
+
+
+def _reference(module: nn.Module) -> Any:
+    """What the first of diffusers' hooks calls; the others call it."""
+    references = getattr(vars(module).get(DIFFUSERS), "_fn_refs", None)
+    return references[0] if references and "forward" in vars(module) else None
 
 
 def named_forward(module: nn.Module) -> Any:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxpeft.passes.container import Container
-from fxpeft.passes.live.instance import base_class, given_forward
+from fxpeft.passes.live.instance import DIFFUSERS, base_class, given_forward
 from fxpeft.passes.live.locked import LOCK
 from fxpeft.passes.rewrite.feed import LEAF
 from fxpeft.passes.targets.operations.registry import OPERATIONS
@@ -20,7 +20,7 @@ from fxpeft.passes.torch_private import LINEAR
 _NOT_TRACED = frozenset(
     {
         "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training", "_old_forward", "_hf_hook",
-        LEAF, LOCK,
+        DIFFUSERS, LEAF, LOCK,
     }
 )  # fmt: skip
 _PLAIN = (int, str, bytes, bool, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)

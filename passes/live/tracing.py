@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 
 from fxpeft.passes.base import PassError, TracedModule, attribute, join
 from fxpeft.passes.container import Container
-from fxpeft.passes.live.instance import base_class, given_forward, named_forward
+from fxpeft.passes.live.instance import DIFFUSERS, base_class, given_forward, named_forward
 from fxpeft.passes.live.signature import signature
 from fxpeft.passes.meta import TARGET, Located
 from fxpeft.passes.pipeline import graph_text
@@ -83,7 +83,7 @@ class _Tracer(fx.Tracer):
             members["__call__"] = lambda self_, *args, **kwargs: self.create_proxy("call_module", path, args, kwargs)
         made: nn.Module = cls.__new__(type(cls.__name__, (cls,), members))
         vars(made).update({name: _copied(value) for name, value in vars(module).items()})
-        for name in ("forward", "_old_forward", "_hf_hook"):
+        for name in ("forward", "_old_forward", "_hf_hook", DIFFUSERS):
             vars(made).pop(name, None)
         for name, value in (*vars(module).items(), *held.items()):
             if isinstance(value, Tensor):

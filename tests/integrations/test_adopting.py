@@ -104,3 +104,35 @@ def test_pefts_layers_are_no_targets() -> None:
         with pytest.raises(AdapterError, match=r"is PEFT's, a .*fxpeft\.adopt"):
             change()
     assert torch.equal(logits(theirs), expected)
+
+
+PROMPTS: dict[str, tuple[Any, str]] = {
+    "prompt": (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "prompt_tuning"),
+    "p-tuning": (
+        peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=10), "p_tuning"
+    ),
+    "prefix": (peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "prefix_tuning"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts(name: str) -> None:
+    """They are of no layer: PEFT's model holds them around the base."""
+    config, method = PROMPTS[name]
+    base = tiny_llama()
+    bare = logits(base)
+    theirs: Any = peft.get_peft_model(base, config, "first").eval()
+    generator = torch.Generator().manual_seed(2)
+    for parameter in theirs.prompt_encoder.parameters():
+        parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
+    expected = logits(theirs)
+    assert expected.shape == bare.shape or expected.shape[1] == bare.shape[1] + 3
+    ours = fxpeft.adopt(theirs)
+    assert ours is base
+    assert list(fxpeft.loaded_adapters(ours)) == ["first"]
+    for prepared in (False, True):
+        if prepared:
+            fxpeft.prepare_hotswap(ours, 8, methods=[method], num_virtual_tokens=3)
+        torch.testing.assert_close(logits(ours)[:, -7:], expected[:, -7:], rtol=1e-5, atol=1e-5)
+    fxpeft.remove(ours)
+    torch.testing.assert_close(logits(ours), bare)
