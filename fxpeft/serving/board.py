@@ -50,7 +50,7 @@ class Place:
     """Where an adapter is: in which lane, from which rank on, over how many, the same at every site.
 
     Args:
-        alone: it is the first of those that a call without rows computes with. gains: it has a gain at some site.
+        alone: it is the first of those that a call without rows computes with. gains: :func:`has_gains`.
     """
 
     adapter: Adapter
@@ -315,8 +315,7 @@ def check_rows_take(adapter: Adapter) -> None:
     Raises:
         AdapterError: it does.
     """
-    values, prompt = adapter.values, ["a prompt"] if adapter.prompt is not None else []
-    brings = [*values.saved, *values.tensors, *(f"rows of {name}" for name in adapter.plan.tokens), *prompt]
+    brings = [*adapter.values.saved, *adapter.values.tensors, *(["a prompt"] if adapter.prompt is not None else [])]
     if brings:
         raise AdapterError(
             f"adapter {adapter.name!r} brings {', '.join(brings)}, which rows of one call can't have each of their "
@@ -325,8 +324,8 @@ def check_rows_take(adapter: Adapter) -> None:
 
 
 def has_gains(adapter: Adapter) -> bool:
-    """Whether an adapter has a gain at some site."""
-    return any(v.g_in is not None or v.g_out is not None for v in adapter.lowered.values())
+    """Whether an adapter has a gain at some site, or rows of an embedding: what a row of a batch has of one alone."""
+    return bool(adapter.plan.tokens) or any(v.g_in is not None or v.g_out is not None for v in adapter.lowered.values())
 
 
 def _copies(slots: Mapping[str, Slot], place: Place, memory: list[int]) -> Copies:

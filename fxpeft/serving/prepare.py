@@ -109,12 +109,14 @@ def prepare_hotswap(
     )  # fmt: skip
     check_parted(model, serving.hosts(), methods, lanes)
     if lanes > 1:
-        check_lanes(model, serving.kinds)
         serving.board = Board(Lanes(lanes, max_rank, rank == "dynamic"))
     prompts = prompts_serving.declare(model, methods, num_virtual_tokens, adapters)
     if prompts is not None:
         serving.prompts = prompts_serving.PromptSlot.of(model, *prompts)
-    serving.token_slots.update(tokens_serving.declare(model, methods, max_tokens, token_modules, adapters))
+    own_lanes = None if serving.board is None else serving.board.lanes
+    serving.token_slots.update(tokens_serving.declare(model, methods, max_tokens, token_modules, adapters, own_lanes))
+    if lanes > 1:
+        check_lanes(model, {**serving.kinds, **{name: slot.kind for name, slot in serving.token_slots.items()}})
     if both := sorted(serving.token_slots.keys() & serving.saved):
         raise AdapterError(f"{', '.join(both)}: declared for tokens and in modules_to_save; declare one of the two")
     # everything that can be refused is refused on copies, before the model is touched

@@ -25,6 +25,7 @@ from fxpeft.serving.guard import ModelLock
 from fxpeft.serving.packing import settle
 from fxpeft.serving.swap import Serving, reshow, serving_of, watch_reads
 from fxpeft.serving.together import check_gains
+from fxpeft.serving.tokens import check_alone
 
 #: an adapter's name, names with weights, or none: ``None`` and PEFT's ``"__base__"``
 Lane: TypeAlias = str | Mapping[str, float] | None
@@ -207,11 +208,19 @@ def check_named(state: ModelState, named: Named) -> None:
     for adapter in state.running():
         check_rows_take(adapter)
     for mixture in named.mixtures:
-        check_gains([state.get(name) for name in mixture])
+        together = [state.get(name) for name in mixture]
+        check_gains(together)
+        check_alone(together)
+        if any(a.plan.tokens for a in together) and sum(map(has_gains, together)) > 1:
+            raise AdapterError(
+                f"a row: {', '.join(mixture)}: one has rows of an embedding, and another such rows or gains: a row has "
+                "those of one alone"
+            )
         for name, weight in mixture.items():
             adapter = state.get(name)
             if weight != 1 and has_gains(adapter):
                 raise AdapterError(
-                    f"a row: {name}: expected the weight 1, found {weight:g}: its gains "
-                    f"({method_of(adapter.config).name}) don't grow with a scale"
+                    f"a row: {name}: expected the weight 1, found {weight:g}: its "
+                    f"{'rows of an embedding' if adapter.plan.tokens else 'gains'} ({method_of(adapter.config).name}) "
+                    "don't grow with a scale"
                 )

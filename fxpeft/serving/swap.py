@@ -337,7 +337,7 @@ def _show_lanes(model: nn.Module, serving: Serving, board: Board, adapters: list
             show_features(serving.slots, serving.featured, adapters)
         show_copies(model, serving.copies, serving.tensors, serving.holds, adapters)
         prompts_serving.show(model, serving.prompts, adapters)
-        tokens_serving.show(serving.token_slots, adapters)
+        tokens_serving.show(serving.token_slots, adapters, {p.lane: p.adapter for p in board.placed.values()})
     for site, slot in serving.slots.items():
         slot.idle = not any(site in place.adapter.lowered for place in board.placed.values())
     if serving.rank is not None:

@@ -13,6 +13,7 @@ from fxpeft.methods.tokens import NAME, TokenRows
 from fxpeft.model.modules import Modules
 from fxpeft.model.placement import placement
 from fxpeft.model.wrappers import submodule
+from fxpeft.passes.slots.lanes import Lanes
 from fxpeft.passes.slots.tokens import TokenSlot
 from fxpeft.targets.tokens import token_modules
 
@@ -21,13 +22,14 @@ MOST = 64  # tokens that there is room for where nobody says how many
 
 def declare(
     model: nn.Module, methods: Sequence[str], max_tokens: int | None, modules: Sequence[str] | None,
-    adapters: Sequence[Adapter],
+    adapters: Sequence[Adapter], lanes: Lanes | None,
 ) -> dict[str, TokenSlot]:  # fmt: skip
     """Module -> room for rows, of the adapters to come and of those that the model has. The model is not touched.
 
     Args:
         max_tokens: how many tokens; at least as many as the adapters have that are there.
         modules: names of the embeddings and heads; ``None``: the input embeddings, and what has their weight.
+        lanes: of a model whose rows may have adapters of their own.
 
     Raises:
         AdapterError: no such module, or room that ``methods`` doesn't declare.
@@ -46,7 +48,7 @@ def declare(
     slots = {}
     for name, rows in own.items():
         device, dtype = placement(submodule(model, name), model, autocast=False)
-        slots[name] = TokenSlot(rows.kind, count, device=device, dtype=dtype)
+        slots[name] = TokenSlot(rows.kind, count, device=device, dtype=dtype, lanes=lanes, site=name)
     return slots
 
 
@@ -83,12 +85,23 @@ def check_alone(adapters: Sequence[Adapter]) -> None:
         )
 
 
-def show(slots: Mapping[str, TokenSlot], adapters: Sequence[Adapter]) -> None:
-    """Put the rows among ``adapters`` into the slots; where there are none a module is the base's."""
+def show(
+    slots: Mapping[str, TokenSlot], adapters: Sequence[Adapter], residents: Mapping[int, Adapter] | None = None
+) -> None:
+    """Put the rows among ``adapters`` into the slots; where there are none a module is the base's.
+
+    Args:
+        residents: lane -> who is there, in slots with lanes.
+    """
     for name, slot in slots.items():
-        owner = next((a for a in adapters if name in a.plan.tokens), None)
-        if owner is None:
-            slot.hold((), slot.rows[:0])
-        else:
-            rows = owner.plan.tokens[name]
-            slot.hold(rows.tokens, owner.values.tokens[rows.tied or name])
+        _hold(slot, name, next((a for a in adapters if name in a.plan.tokens), None))
+        for lane in range(0 if slot.lanes is None or residents is None else slot.lanes.count):
+            _hold(slot, name, (residents or {}).get(lane), lane)
+
+
+def _hold(slot: TokenSlot, name: str, owner: Adapter | None, lane: int | None = None) -> None:
+    rows = None if owner is None else owner.plan.tokens.get(name)
+    if owner is None or rows is None:
+        slot.hold((), None, lane)
+    else:
+        slot.hold(rows.tokens, owner.values.tokens[rows.tied or name], lane)

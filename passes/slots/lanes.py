@@ -95,7 +95,7 @@ def gained(slot: Slot, x: Tensor) -> Tensor:
         return x
     if lanes.named.mask.shape[0] == 0:
         return (x * kind.per_input(slot.g_in)).type_as(x)
-    return (x * _of_rows(slot, x, slot.lane_g_in.index_select(0, _flat(lanes.named.picks, x)))).type_as(x)
+    return (x * of_rows(slot, x, slot.lane_g_in.index_select(0, _flat(lanes.named.picks, x)))).type_as(x)
 
 
 @one_node
@@ -108,9 +108,9 @@ def adapted(slot: Slot, x: Tensor, y: Tensor) -> Tensor:
         return plain(kind, lambda x: y, x, slot=slot, **features)
     out = y + (gathered(slot, x) if gathers(slot, x) else packed(slot, x))
     if "g_out" in slot.features:
-        out = out * _of_rows(slot, x, slot.lane_g_out.index_select(0, _flat(lanes.named.picks, x)))
+        out = out * of_rows(slot, x, slot.lane_g_out.index_select(0, _flat(lanes.named.picks, x)))
     if "shift" in slot.features:
-        out = out + _of_rows(slot, x, torch.matmul(lanes.named.weights.to(x.device), slot.lane_shift[:-1]))
+        out = out + of_rows(slot, x, torch.matmul(lanes.named.weights.to(x.device), slot.lane_shift[:-1]))
     return out.type_as(y)
 
 
@@ -122,7 +122,7 @@ def packed(slot: Slot, x: Tensor) -> Tensor:
     kind, mask = slot.kind, slot.lanes.named.mask
     r = mask.size(-1)
     a, b, d = slot.a.narrow(0, 0, r), slot.b.narrow(0, 0, r), slot.d.narrow(0, 0, r)
-    weights = _of_rows(slot, x, d * mask.to(d.device))
+    weights = of_rows(slot, x, d * mask.to(d.device))
     h = kind.reduce_rows(x, a)
     # another lane's rank adds nothing to a row, and 0 * inf were NaN: chosen, not multiplied away
     return kind.expand_rows(torch.where(weights == 0, 0, (h * weights).type_as(h)), b)
@@ -159,12 +159,13 @@ def gathers(slot: Slot, x: Tensor) -> bool:
     return bool(tokens * (slot.lanes.count - 1) > MOVE and tokens * (x.shape[0] - 1) > MOVE)
 
 
-def _of_rows(slot: Slot, x: Tensor, values: Tensor) -> Tensor:
+def of_rows(slot: Any, x: Tensor, values: Tensor) -> Tensor:
     """Values of the named rows, ``[..., n]``, so that they broadcast over the features of an input or output here."""
-    return slot.kind.per_row(_repeated(slot, x, values), x)
+    found: Tensor = slot.kind.per_row(_repeated(slot, x, values), x)
+    return found
 
 
-def _repeated(slot: Slot, x: Tensor, values: Tensor) -> Tensor:
+def _repeated(slot: Any, x: Tensor, values: Tensor) -> Tensor:
     """Values of the named rows, ``[..., n]``, for as many rows as the input has.
 
     Raises:

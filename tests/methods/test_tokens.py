@@ -35,9 +35,9 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
 
 
 def llama(tied: bool, **changes: Any) -> Any:
-    """Two layers, nowhere square; tied, the head has the embeddings' weight."""
+    """One layer, nowhere square; tied, the head has the embeddings' weight."""
     config = copy.deepcopy(tiny_llama().config)
-    config.tie_word_embeddings = tied
+    config.tie_word_embeddings, config.num_hidden_layers = tied, 1
     for name, value in changes.items():
         setattr(config, name, value)
     torch.manual_seed(0)
@@ -148,6 +148,73 @@ def test_tokens_come_and_go_in_one_graph(served: tuple[Any, Any], tmp_path: Path
     assert_close(logits(model, IDS), logits(both, IDS))
     fxpeft.remove(model)
     assert_close(logits(model, IDS), logits(llama(True), IDS), terms=0)
+
+
+def lane_net() -> nn.Module:
+    """Token ids ``[rows, length]`` to scores ``[rows, length, 11]``; the head has a bias, and a weight of its own."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 11)).eval()
+    net.dummy_inputs = {"input": torch.arange(6).view(2, 3)}
+    return net
+
+
+def test_rows_of_a_batch_have_tokens_each_of_their_own_in_one_graph() -> None:
+    ids = torch.tensor([[1, 7, 9], [7, 7, 3], [0, 10, 1], [9, 1, 7]])
+    configs = {
+        "a": fxpeft.LoraConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [7, 9], "3": [1]}),
+        "b": fxpeft.LoraConfig(r=3, target_modules=["1"], use_dora=True, trainable_token_indices={"0": [1]}),
+        "c": fxpeft.TrainableTokensConfig(token_indices=[10, 7, 1], target_modules=["0", "3"]),
+    }
+    model, lives = lane_net(), {None: lane_net()}
+    fxpeft.prepare_hotswap(
+        model, 8, targets=["1"], methods=("lora", "dora", "trainable_tokens"), lanes=3, max_tokens=4,
+        token_modules=["0", "3"],
+    )  # fmt: skip
+    for number, (name, config) in enumerate(configs.items()):
+        lives[name] = lane_net()  # type: ignore[index]
+        add(lives[name], config, seed=number)  # type: ignore[index]
+        fxpeft.add_adapter(model, config, name)
+        state = {k: v.clone() for k, v in fxpeft.adapter_state_dict(lives[name]).items()}  # type: ignore[index]
+        fxpeft.load_adapter_state_dict(model, state, name)
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        with fxpeft.rows(model, ["a", None, "b", "c"]):
+            compiled(ids)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for names in (["a", None, "b", "c"], ["c", "b", "a", "a"], [None, None, "c", None]):
+                with fxpeft.rows(model, names):
+                    found = compiled(ids)
+                for row, name in enumerate(names):
+                    assert_close(found[row], lives[name](ids)[row])  # type: ignore[index]
+        every = [["a", "b", None], ["c", "a", "a"], ["b", "c", None], [None, "c", "b"]]
+        with fxpeft.tokens(model, every):
+            found = model(ids)
+        for row, own in enumerate(every):
+            for place, name in enumerate(own):
+                assert_close(found[row, place], lives[name](ids)[row, place])  # type: ignore[index]
+        fxpeft.set_adapter(model, "c")
+        assert_close(model(ids), lives["c"](ids))  # type: ignore[index]
+        fxpeft.delete_adapter(model, "b")
+        with fxpeft.rows(model, ["a", "c", None, "a"]):
+            assert_close(model(ids)[1], lives["c"](ids)[1])  # type: ignore[index]
+    for mixture, message in (
+        ({"a": 0.5}, "expected the weight 1, found 0.5: its rows of an embedding"),
+        ({"a": 1, "c": 1}, "each has its own row of a token|can't share a slot"),
+    ):
+        with pytest.raises(fxpeft.AdapterError, match=message), fxpeft.rows(model, [mixture] * 4):
+            pass
+
+
+def test_beams_of_a_row_have_its_tokens() -> None:
+    model, live = llama(True), llama(True)
+    add(live, of(TIED)[1])
+    add(model, of(TIED)[1], "a")
+    fxpeft.prepare_hotswap(model, 8, targets=["q_proj"], methods=("lora", "trainable_tokens"), lanes=2)
+    options = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
+    with fxpeft.rows(model, ["a", None]):
+        together = model.generate(IDS, **options)
+    assert torch.equal(together[:1], live.generate(IDS[:1], **options))
+    assert torch.equal(together[1:], llama(True).generate(IDS[1:], **options))
 
 
 @pytest.mark.parametrize("case", [TIED, "each", "alone"])
@@ -277,15 +344,6 @@ def test_slots_and_programs_say_what_they_lack(tmp_path: Path) -> None:
     own = fxpeft.LoraConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [1]})
     with pytest.raises(fxpeft.AdapterError, match="trainable_token_indices: a program has no place"):
         fxpeft.rewrite(program, own)
-    lanes = llama(True)
-    fxpeft.prepare_hotswap(lanes, 16, targets=["q_proj", "down_proj"], methods=("lora", "trainable_tokens"), lanes=2)
-    fxpeft.load_adapter(lanes, tmp_path, "a")
-    assert_close(logits(lanes, IDS), logits(model, IDS))
-    with (
-        pytest.raises(fxpeft.AdapterError, match=r"'a' brings rows of .*embed_tokens"),
-        fxpeft.rows(lanes, ["a", None]),
-    ):
-        pass
     with fxpeft.rows(model.eval(), ["default", None]):  # without slots they can
         found = logits(model, IDS)
     assert_close(found[:1], logits(model, IDS[:1]))
