@@ -37,6 +37,7 @@ def make_adapters(folder: Path, count: int) -> None:
     for number in range(count):
         model = base()
         fxpeft.add_adapter(model, fxpeft.LoraConfig(r=2 + number % 3, lora_alpha=60, target_modules=TARGETS))
+        torch.manual_seed(number)
         for tensor in fxpeft.adapter_state_dict(model).values():
             tensor.normal_(std=0.3)
         fxpeft.save_adapter(model, folder / f"user-{number}")
