@@ -16,7 +16,7 @@ from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.tokens import TokenRows, TrainableTokens, TrainableTokensConfig
 from fxpeft.model.modules import Modules
 from fxpeft.model.placement import parted
-from fxpeft.model.walk import embedding_layer
+from fxpeft.model.walk import embedding_layer, output_head
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import PassError
 from fxpeft.passes.targets.names import Endings
@@ -167,14 +167,22 @@ def _check_tying(modules: Modules, taken: Collection[str]) -> None:
 
 
 def one_weight(modules: Modules) -> list[str]:
-    """The input embeddings, and the modules that have their weight."""
-    first = input_embeddings(modules)
+    """The input embeddings, and the modules that have their weight.
+
+    Offloaded weights (accelerate) are no longer one; there the model's config says it of its head.
+    """
+    first, head = input_embeddings(modules), output_head(modules.model)
     weight = _weight(modules[first])
-    return [
-        first,
-        *(name for name, m in modules.items() if name != first and weight is not None and _weight(m) is weight),
-    ]
+    says: Any = getattr(modules.model, "config", None)
+    offloaded = weight is not None and weight.is_meta and getattr(says, "tie_word_embeddings", False)
+
+    def tied(module: nn.Module) -> bool:
+        own = _weight(module)
+        same = offloaded and module is head and own is not None and own.is_meta and own.shape == weight.shape
+        return weight is not None and (own is weight or bool(same))
+
+    return [first, *(name for name, module in modules.items() if name != first and tied(module))]
 
 
-def _weight(module: nn.Module) -> object:
+def _weight(module: nn.Module) -> Any:
     return module._parameters.get("weight")

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from adapter_files import add, spread
 from closeness import assert_close
 from tiny import VOCABULARY, logits, randomise, tiny_llama
@@ -250,6 +251,16 @@ def test_a_head_keeps_its_bias_and_an_embedding_its_scale() -> None:
     assert_close(wanted, nn.functional.linear(first[x] * 3, second, net[1].bias))
     fxpeft.prepare_hotswap(net, methods=("trainable_tokens",), token_modules=["0", "1"])
     assert_close(net(x), wanted)
+
+
+def test_an_offloaded_head_is_tied_too() -> None:
+    model, config, _ = of(TIED)
+    offloaded = llama(True)
+    cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    assert offloaded.lm_head.weight is not offloaded.model.embed_tokens.weight
+    for each in (model, offloaded):
+        add(each, config)
+    assert_close(logits(offloaded, IDS), logits(model, IDS))
 
 
 def test_other_live_adapters_have_other_tokens(tmp_path: Path) -> None:
