@@ -21,6 +21,7 @@ from fxpeft.serving.sources import Failure, Source
 from fxpeft.serving.swap import serving_of
 
 numbers = itertools.count(1)  # of versions, over all stores: they are names in a model
+LARGER = 4  # that a file can be than what becomes of it: float64 that is served as float16
 
 
 class Loader:
@@ -117,6 +118,7 @@ class Loader:
         """Read, check, lower and settle an adapter beside forwards, then hand it over, in this order."""
         started, stamp = time.perf_counter(), () if source is None else source.stamp()
         try:
+            self.residents.check(name, 0 if source is None else source.bytes() // LARGER)
             adapter = build(self.model, f"{name[:100]}--{next(numbers)}", found or source.read())  # type: ignore[union-attr]
             size = bytes_of(adapter)
             self.residents.check(name, size)

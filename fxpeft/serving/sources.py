@@ -43,9 +43,13 @@ class Source:
             self.place, revision=self.revision, token=self.token, local_files_only=self.local_files_only
         )
 
-    def stamp(self) -> tuple[object, ...]:
-        """What is another one where a folder's files are others, or were written to; of an id always the same."""
-        found: list[object] = []
+    def bytes(self) -> int:
+        """Of the files in a folder; of an id none."""
+        return sum(size for _, _, size, _ in self.stamp()[1:])
+
+    def stamp(self) -> tuple[tuple[str, int, int, int], ...]:
+        """What is another one where a folder or its files are others, or were written to; of an id always the same."""
+        found: list[tuple[str, int, int, int]] = []
         for path in (Path(self.place), *(Path(self.place) / name for name in FILES)):
             try:
                 status = path.stat()

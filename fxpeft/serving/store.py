@@ -284,6 +284,8 @@ class AdapterStore:
         return self._loader.timeout if timeout is None else timeout
 
     def _lease(self, mix: Mapping[str, float], timeout: float | None) -> Lease:
+        if (board := serving_of(state_of(self.model)).board) is not None and len(mix) > board.lanes.count:
+            raise AdapterError(f"{len(mix)} adapters at once, more than the {board.lanes.count} lanes: name fewer")
         deadline = time.monotonic() + self._seconds(timeout)
         lease, missing = Lease(self._loader.release, mix), dict[str, tuple[Entry, Future[None]]]()
         try:

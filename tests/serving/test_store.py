@@ -11,16 +11,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import lane_net
 import pytest
 import torch
 from adapter_files import save
+from huggingface_hub.errors import EntryNotFoundError
 from lane_net import IDS, Net, alone, net, prepared
 from torch import Tensor
 
 import fxpeft
 from fxpeft import AdapterError, AdapterStore, StoreTimeout, UnknownAdapter
-from fxpeft.serving import loader
+from fxpeft.serving import loader, sources
 
 NAMES = tuple(lane_net.CONFIGS)
 ONE = IDS[:1]
@@ -277,6 +279,9 @@ def test_what_rows_cannot_have_is_refused_at_the_lease(open_store: Callable[...,
         assert store.fit([wide, None])
         assert not store.fit([wide, other])
     assert store.stats().in_use == 0
+    with pytest.raises(AdapterError, match="5 adapters at once, more than the 4 lanes"):
+        store.lease(dict.fromkeys(NAMES[:5], 1.0))
+    assert store.stats().loads == 3  # none was loaded for that
     with pytest.raises(AdapterError, match="needs lanes"):
         AdapterStore(prepared({}, lanes=1))
     for settings in ({"max_bytes": 0}, {"threads": 0}, {"timeout": -1}, {"folder": tmp_path / "none"}):
@@ -298,6 +303,40 @@ def test_a_thousand_versions_leave_nothing_behind(open_store: Callable[..., Adap
     assert len(board.placed) <= 4
     assert len(board.used) <= 4
     assert not board.pins
+
+
+def test_an_id_on_the_hub(
+    open_store: Callable[..., AdapterStore], expected: dict[str | None, Tensor], other: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    there = False
+
+    def download(repo: str, name: str, **settings: Any) -> str:
+        if not there:
+            raise OSError("no network")
+        assert (repo, settings["revision"], settings["token"]) == ("some/lora", "v2", "secret")
+        if not (other / name).is_file():
+            raise EntryNotFoundError(name, response=None)  # type: ignore[arg-type]
+        return str(other / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    store = open_store(None)
+    store.register("far", "some/lora", revision="v2", token="secret")
+    for says in ("no network", r"quarantined .*no network"):
+        with pytest.raises(AdapterError, match=says):
+            store.lease("far")
+    there = True
+    monkeypatch.setattr(sources, "RETRY", 0.0)
+    store.put("far", "some/lora", revision="v2", token="secret")
+    with store.lease("far") as lease:
+        torch.testing.assert_close(one(store, lease.lane), expected["other"][0], rtol=1e-5, atol=1e-5)
+    assert "secret" not in str(store.quarantined())
+
+
+def test_a_file_that_never_finds_room_is_not_read(open_store: Callable[..., AdapterStore], root: Path) -> None:
+    store = open_store(max_bytes=(root / "lora" / "adapter_model.safetensors").stat().st_size // 8)
+    with pytest.raises(AdapterError, match="more than the store's max_bytes"):
+        store.lease("lora")
 
 
 def test_threads_that_use_put_and_remove(

@@ -19,6 +19,7 @@ App: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
 
 OPEN = ("/health",)  # to whoever has no key
 BODY = 16 << 20  # bytes of a request
+READ = 30.0  # seconds until it is there
 COUNTED = (
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
 )  # fmt: skip
@@ -51,7 +52,7 @@ class Gate:
         started = time.monotonic()
         try:
             if (refused := self._refused(scope, path)) is not None:
-                await refused(scope, exchange.receive, exchange.send)
+                await exchange.tell(scope, refused)
                 return
             self.running += 1
             self.metrics.running.set(self.running)
@@ -72,7 +73,7 @@ class Gate:
         if path != "other" and self.running >= self.queue:
             return error(429, "RateLimitError", f"{self.running} requests are under way: try again later")
         if int(headers.get(b"content-length", b"0") or 0) > BODY:
-            return error(413, "BadRequestError", f"expected a body of at most {BODY:,} bytes")
+            return _too_large()
         return None
 
     async def _answer(self, scope: Message, exchange: _Exchange) -> None:
@@ -88,45 +89,59 @@ class Gate:
             await asyncio.gather(answer, gone, return_exceptions=True)
         if late and exchange.status is None:
             told = error(504, "TimeoutError", f"the request took longer than {self.timeout:g} seconds")
-            await told(scope, exchange.receive, exchange.send)
-        elif exchange.large and exchange.status is None:
-            told = error(413, "BadRequestError", f"expected a body of at most {BODY:,} bytes")
-            await told(scope, exchange.receive, exchange.send)
+            await exchange.tell(scope, told)
+        elif exchange.refused is not None and exchange.status is None:
+            await exchange.tell(scope, exchange.refused)
         elif not answer.cancelled() and (failed := answer.exception()) is not None:
             raise failed
 
 
+def _too_large() -> JSONResponse:
+    return error(413, "BadRequestError", f"expected a body of at most {BODY:,} bytes")
+
+
 class _Exchange:
-    """One request and its answer, watched."""
+    """One request and its answer, watched. ``refused``: what is wrong with the request as it came in."""
 
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive, self._send = receive, send
         self._read, self._ended = asyncio.Event(), asyncio.Event()
-        self._size = 0
+        self._size, self._deadline = 0, asyncio.get_running_loop().time() + READ
         self.status: int | None = None
-        self.large = False
+        self.refused: JSONResponse | None = None
 
     async def receive(self) -> Message:
         """The request's next part; once it is whole, that the client has gone, when it has."""
         if self._read.is_set():
             await self._ended.wait()
             return {"type": "http.disconnect"}
-        message = await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            self.refused = error(408, "TimeoutError", f"expected the whole request within {READ:g} seconds")
+            message = {"type": "http.disconnect"}
         self._size += len(message.get("body", b""))
         if self._size > BODY:
-            self.large = True
-        if self.large or message["type"] == "http.disconnect" or not message.get("more_body"):
-            self._read.set()
-        if self.large or message["type"] == "http.disconnect":
+            self.refused, message = _too_large(), {"type": "http.disconnect"}
+        if message["type"] == "http.disconnect":
             self._ended.set()
-            return {"type": "http.disconnect"}
+        if message["type"] == "http.disconnect" or not message.get("more_body"):
+            self._read.set()
         return message
 
     async def send(self, message: Message) -> None:
-        """A part of the answer."""
+        """A part of the answer; none where the request was not read."""
+        if self.refused is not None:
+            return
         if message["type"] == "http.response.start":
             self.status = message["status"]
         await self._send(message)
+
+    async def tell(self, scope: Message, answer: JSONResponse) -> None:
+        """An answer that is not the application's."""
+        self.status = answer.status_code
+        await answer(scope, self.receive, self._send)
 
     async def wait_for_end(self) -> None:
         """Return where the client has gone, or the answer is out."""
