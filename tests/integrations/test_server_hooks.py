@@ -12,7 +12,7 @@ import pytest
 import serving_site
 import torch
 import transformers
-from adapter_files import save
+from adapter_files import add, save
 from torch import Tensor, nn
 from transformers import CompileConfig, ContinuousBatchingConfig
 from transformers.cli.serving import chat_completion, completion, response, server, utils
@@ -23,6 +23,7 @@ from transformers.generation.continuous_batching import (
     requests,
     scheduler,
 )
+from transformers.generation.continuous_batching.requests import GenerationOutput
 
 import fxpeft
 from fxpeft.integrations.server import batching as ours
@@ -269,7 +270,9 @@ def test_a_row_without_numbers_keeps_to_itself() -> None:
     scores[2, 3] = float("inf")
     scores[3, 5:7] = 99.0  # two of the likeliest
     wanted = torch.tensor([0, 0, 1, 1], dtype=torch.int32)
-    found = ours._Choice()(scores, wanted)
+    choice = ours._Choice()
+    found = choice(scores, wanted)
+    assert choice.broken
     assert torch.equal(found[0], scores[0])
     assert found.isfinite().all()
     for _ in range(20):
@@ -277,11 +280,43 @@ def test_a_row_without_numbers_keeps_to_itself() -> None:
         assert drawn[2:].flatten().tolist() == [3, 5]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_adapter_that_overflows_answers_nothing_wrong(
+    batching: AdapterBatching, root: Path, streaming: bool
+) -> None:
+    """What runs beside it fails too, and says so: in one batch attention may have brought it there."""
+    if not (root / "adapters" / "huge").exists():
+        model = serving_site.base()
+        tensors = add(model, fxpeft.LoraConfig(r=2, target_modules=["v_proj"]))
+        for value in tensors.values():
+            value.data.fill_(1e30)
+        fxpeft.save_adapter(model, root / "adapters" / "huge")
+    ids = [5, 6, 7]
+
+    async def one(lane: str) -> GenerationOutput:
+        lease = await asyncio.to_thread(batching.store.lease, lane)
+        done = asyncio.get_running_loop().create_future()
+        asked.set(Asked(lease, GREEDY))
+        name = f"{lane}-{id(lease)}"
+        batching.add_request(ids, name, 4, streaming=streaming)
+        batching.register_result_handler(name, lambda o: o.is_finished() and not done.done() and done.set_result(o))
+        return await asyncio.wait_for(done, 30)
+
+    async def several() -> list[GenerationOutput]:
+        return await asyncio.gather(*(one(lane) for lane in ("a0", "huge", "a1")))
+
+    first, broken, last = asyncio.run(several())
+    assert "no numbers" in str(broken.error)
+    for name, output in (("a0", first), ("a1", last)):
+        assert output.error or output.generated_tokens == serving_site.alone(root / "adapters" / name, ids, 4)
+    assert asyncio.run(one("a0")).generated_tokens == serving_site.alone(root / "adapters" / "a0", ids, 4)
+
+
 def test_nothing_is_sorted_where_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any, **settings: Any) -> Tensor:
         raise AssertionError("sorted")
 
-    processors = ours._sampling()
+    processors = ours._sampling(ours._Choice())
     scores = torch.randn(2, 9)
     args = torch.stack(
         [

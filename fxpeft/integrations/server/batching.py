@@ -100,7 +100,8 @@ class AdapterBatching(ContinuousBatchingManager):
         self.leases: dict[str, Lease] = {}
         self.prompt_tokens = self.made_tokens = 0
         self.output_router = _Router(self._over)
-        self.logit_processor = _sampling()
+        self.choice = _Choice()
+        self.logit_processor = _sampling(self.choice)
 
     def add_request(
         self,
@@ -190,6 +191,10 @@ class AdapterBatching(ContinuousBatchingManager):
         leases += [None] * (batch.num_q_tokens - len(leases))
         with self.store.batch(leases), hold(self.model):
             super()._generation_step()
+        if self.choice.broken and self.batch_processor is not None:  # attention may have brought it to the others
+            problem = "the logits of a request that ran in one batch with this one are no numbers; ask again"
+            self.batch_processor.handle_batch_error(RuntimeError(problem))
+            batch.requests_in_batch = []
 
 
 class _Router(OutputRouter):
@@ -244,7 +249,12 @@ SCHEDULER_MAPPING["fxpeft"] = _LaneScheduler
 
 
 class _Choice(ContinuousBatchingLogitsProcessor):
-    """Leaves the first of the likeliest tokens alone to a request that is ``greedy``, and no row without a number."""
+    """Leaves the first of the likeliest tokens alone to a request that is ``greedy``.
+
+    ``broken``: whether the last logits held NaN or infinity, which would end the sampling of all.
+    """
+
+    broken = False
 
     supported_kwargs: dict[str, type] = {"greedy": bool}  # noqa: RUF012 - as its base has it
     ignored_kwargs: tuple[str, ...] = ()
@@ -256,9 +266,12 @@ class _Choice(ContinuousBatchingLogitsProcessor):
         greedy = [each.state.logit_processor_kwargs.get("greedy", False) for each in requests_with_new_token]
         return torch.tensor(greedy, dtype=torch.int32)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         """Takes and gives ``[tokens, vocabulary]``; ``tensor_arg``: ``[at least tokens]``."""
-        scores = scores.nan_to_num(0.0, LARGE, -LARGE)  # which would end the sampling of all
+        self.broken = bool((scores.isnan() | scores.isposinf()).any())  # -inf is what a model masks tokens with
+        if self.broken:
+            scores = scores.nan_to_num(0.0, LARGE, -LARGE)
         first = scores.argmax(-1, keepdim=True)
         alone = torch.full_like(scores, -LARGE).scatter(-1, first, 0.0)
         return torch.where(tensor_arg[: scores.shape[0], None] > 0, alone, scores)
@@ -284,11 +297,11 @@ class _TopP(ContinuousBatchingTopPLogitsWarper):
         return super().__call__(scores, tensor_arg)
 
 
-def _sampling() -> ContinuousBatchingLogitsProcessorList:
+def _sampling(choice: _Choice) -> ContinuousBatchingLogitsProcessorList:
     """Greedy or not, temperature, top_k and top_p: each request has its own."""
     found = ContinuousBatchingLogitsProcessorList(LogitsProcessorList())
     found.logits_processor = LogitsProcessorList(
-        [_Choice(), ContinuousBatchingTemperatureLogitsWarper(TemperatureLogitsWarper(1.0)),
+        [choice, ContinuousBatchingTemperatureLogitsWarper(TemperatureLogitsWarper(1.0)),
          _TopK(TopKLogitsWarper(ALL)), _TopP(TopPLogitsWarper(1.0))]
     )  # fmt: skip
     found.tensors_required, found.do_processing = len(found.logits_processor), True
