@@ -143,11 +143,11 @@ def test_requests_of_different_adapters_run_in_one_forward(
     prompts[-1] = list(range(4, 54))
 
     async def all_of_them() -> list[list[int]]:
-        return await asyncio.gather(*(ask(batching, lane, ids) for lane, ids in zip(lanes, prompts, strict=True)))
+        return await asyncio.gather(*(ask(batching, lane, ids, 30) for lane, ids in zip(lanes, prompts, strict=True)))
 
     for lane, ids, found in zip(lanes, prompts, asyncio.run(all_of_them()), strict=True):
         (name, scale), *_ = lane.items() if isinstance(lane, dict) else [(lane, 1.0)]
-        assert found == serving_site.alone(name and root / "adapters" / name, ids, 4, scale)
+        assert found == serving_site.alone(name and root / "adapters" / name, ids, 30, scale)
     assert max(map(len, forwards)) == 3
 
 

@@ -193,7 +193,7 @@ class AdapterBatching(ContinuousBatchingManager):
             super()._generation_step()
         if self.choice.broken and self.batch_processor is not None:  # attention may have brought it to the others
             problem = "the logits of a request that ran in one batch with this one are no numbers; ask again"
-            self.batch_processor.handle_batch_error(RuntimeError(problem))
+            self.batch_processor.handle_batch_error(RuntimeError(problem))  # type: ignore[no-untyped-call]
             batch.requests_in_batch = []
 
 
