@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import keyword
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +43,18 @@ def graph_source(graph: Graph) -> str:
     """
     texts: list[str] = []
     used: dict[str, Any] = {}
-    for local in (a for node in graph.nodes for a in node.args if isinstance(a, Local)):
+    for local in _locals(graph):
         check_argument(local.name)
         texts.append(_code(local.graph, used).replace("def forward(self, ", f"def {local.name}(", 1))
     texts.append(_code(graph, used))
     return "\n\n".join([import_block(used), *texts]) + "\n"
+
+
+def _locals(graph: Graph) -> Iterator[Local]:
+    """The functions that a graph calls, each behind those that it calls itself."""
+    for local in (a for node in graph.nodes for a in node.args if isinstance(a, Local)):
+        yield from _locals(local.graph)
+        yield local
 
 
 def _code(graph: Graph, used: dict[str, Any]) -> str:

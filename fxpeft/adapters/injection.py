@@ -12,6 +12,7 @@ from fxpeft.adapters.installing import check_name, install_adapter, replace_atta
 from fxpeft.adapters.loading import fit, load
 from fxpeft.adapters.restore import writing
 from fxpeft.adapters.state import Adapter, is_prepared, state_of
+from fxpeft.adapters.tensor_parallel import cut_as
 from fxpeft.adapters.values import fresh_values, placed, shared_placement
 from fxpeft.checkpoint import Checkpoint
 from fxpeft.checkpoint.inferred import infer_config, peft_keys, with_sites
@@ -121,7 +122,7 @@ def overwrite(adapter: Adapter, values: Values) -> None:
     new, own = values.flat(), adapter.current().flat()
     with writing(own.values()), torch.no_grad():
         for place, tensor in own.items():
-            tensor.copy_(new[place])
+            tensor.copy_(cut_as(new[place], tensor))
 
 
 def _same_parts(adapter: Adapter, values: Values) -> bool:

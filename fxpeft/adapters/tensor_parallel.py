@@ -40,6 +40,15 @@ def parted_values(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str,
     return {name: t if hasattr(t, "placements") else _spread(t, mesh, shared.get(name)) for name, t in tensors.items()}
 
 
+def cut_as(tensor: Tensor, own: Tensor) -> Tensor:
+    """A whole tensor, alike in all processes, as this process's part of it where ``own`` is in parts."""
+    if not hasattr(own, "placements") or hasattr(tensor, "placements"):
+        return tensor
+    library = importlib.import_module("torch.distributed.tensor")
+    cut: Tensor = library.distribute_tensor(tensor, own.device_mesh, own.placements)
+    return cut
+
+
 def _spread(tensor: Tensor, mesh: Any, dim: int | None) -> Any:
     """The first process's tensor as a ``DTensor``, cut along a dimension or whole in all of them."""
     library = importlib.import_module("torch.distributed.tensor")  # not where nothing is parted

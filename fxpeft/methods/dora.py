@@ -25,14 +25,14 @@ MAGNITUDE = "lora_magnitude_vector"
 
 def norms(kind: Kind, weight: Tensor, a: Tensor, b: Tensor, scaling: Tensor | float) -> Tensor:
     """The norm of every row of the adapted weight, ``[out]``."""
-    adapted = weight + kind.delta(a, kind.rows(b)) * scaling
+    adapted = weight + kind.delta(a, kind.rows(b) * scaling)
     found: Tensor = torch.linalg.vector_norm(adapted.flatten(1), dim=1)
     return found
 
 
 def weight_rest(kind: Kind, weight: Tensor, a0: Tensor | None, b0: Tensor | None, scaling: Tensor | float) -> Tensor:
     """A weight without the first update, where there is one."""
-    return weight if a0 is None or b0 is None else weight - kind.delta(a0, kind.rows(b0)) * scaling
+    return weight if a0 is None or b0 is None else weight - kind.delta(a0, kind.rows(b0) * scaling)
 
 
 def dora(
@@ -55,18 +55,23 @@ def dora(
     y = rest(kind, whole, x, lora_A0, lora_B0, scaling)
     own = weight_rest(kind, weight.type_as(lora_A).detach(), lora_A0, lora_B0, scaling)
     norm = norms(kind, own, lora_A.detach(), lora_B.detach(), scaling)
-    gain = kind.per_output(lora_magnitude_vector.flatten() / norm)
+    gain = lora_magnitude_vector.flatten() / norm
+    if dropout is None:
+        # the gain of the update is one of B, which has no tokens
+        update = kind.update(x, lora_A, kind.gained(lora_B, gain), scaling)
+        out: Tensor = kind.per_output(gain) * y + update
+        if bias is not None:
+            out = out + kind.per_output((1 - gain) * bias)
+        return out.type_as(whole)
+    # as a difference, which is zero in evaluation: y may be another adapter's, or padded otherwise
+    exact = x.type_as(lora_A)
+    dropped = dropout(exact)
+    change = dropped - exact
     plain = y if bias is None else y - kind.per_output(bias)
-    if dropout is not None:
-        # as a difference, which is zero in evaluation: y may be another adapter's, or padded otherwise
-        exact = x.type_as(lora_A)
-        dropped = dropout(exact)
-        change = dropped - exact
-        plain = plain + rest(kind, kind.apply(change, weight.type_as(change)), change, lora_A0, lora_B0, scaling)
-        x = dropped
-    update = kind.expand(kind.scale(kind.reduce(x, lora_A), scaling), lora_B)
-    out: Tensor = (y + (gain - 1) * plain + gain * update).type_as(whole)
-    return out
+    plain = plain + rest(kind, kind.apply(change, weight.type_as(change)), change, lora_A0, lora_B0, scaling)
+    update = kind.update(dropped, lora_A, kind.gained(lora_B, gain), scaling)
+    out = y + kind.per_output(gain - 1) * plain + update
+    return out.type_as(whole)
 
 
 class Dora(Lora):

@@ -11,6 +11,9 @@ or *narrow*, ``[tokens, rank]``. The rule:
   products that widen the rank. These calls move into a function of their own, which
   :func:`~fxpeft.passes.live.recomputed.recompute` calls.
 
+Where all of a site's gradients can be written down (:mod:`fxpeft.passes.live.derive`), the site is one call of
+:func:`~fxpeft.passes.live.derived.derived`, which computes them by the same rule, or calls the form above.
+
 A subgraph with a call that isn't known to be the same when it is made again stays as it is, and the report says so.
 """
 
@@ -26,8 +29,11 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from fxpeft.passes.base import GraphPass, Report, RewriteResult, Skip, attribute
-from fxpeft.passes.live.recomputed import recompute
+from fxpeft.passes.live.derive import Derivative, Site, derivative
+from fxpeft.passes.live.derived import derived
+from fxpeft.passes.live.recomputed import drop, recompute
 from fxpeft.passes.meta import OPERAND, ORIGIN, REWRITE, SITE, TARGET
+from fxpeft.passes.rewrite.inject import rename
 from fxpeft.passes.source import Local
 from fxpeft.passes.targets import convolution
 
@@ -57,9 +63,13 @@ class RecomputePass(GraphPass):
             except _Unknown as unknown:
                 skipped.append(Skip(site, str(unknown)))
                 continue
+            whole, casts = _site(graph_module, base, width), all(map(_casts, regions))
+            written = derivative(whole) if whole is not None and regions else None
             for region in regions:
                 _move(graph, region, width, f"_recomputed{count}")
                 count += 1
+            if whole is not None and written is not None:
+                _write(graph, base, whole, width, written, casts)
             if regions:
                 matched.append(site)
         if count:
@@ -95,6 +105,56 @@ def _regions(gm: GraphModule, base: Node) -> tuple[dict[Node, int], list[list[No
     for each in found:
         _check_apart(each)
     return width, found
+
+
+def _site(gm: GraphModule, base: Node, width: dict[Node, int]) -> Site | None:
+    """The whole of a site, or ``None`` where something between its calls isn't the site's."""
+    made = [n for n in gm.graph.nodes if width.get(n, STILL) != STILL and n is not base]
+    try:
+        _check_apart(made)
+    except _Unknown:
+        return None
+    read = dict.fromkeys(a for node in made for a in node.all_input_nodes if a not in made)
+    still = [a for a in read if _width(a, width) == STILL]
+    trained = _trained(gm, [n for n in gm.graph.nodes if REWRITE.has(n) and SITE.get(n) == base.name])
+    return Site(
+        made,
+        {n for n in made if width[n] == WIDE},
+        [a for a in read if a not in still],
+        [a for a in still if a in trained],
+        [a for a in still if a not in trained],
+        _modules(made),
+    )
+
+
+def _write(graph: Graph, base: Node, site: Site, width: dict[Node, int], written: Derivative, casts: bool) -> None:
+    """Put a site's calls, some of which have moved, into functions of their own, and one call in their place."""
+    _sort(graph)
+    mine = [n for n in graph.nodes if REWRITE.has(n) and SITE.get(n) == base.name and n.op != "get_attr"]
+    made = [n for n in mine if width.get(n, WIDE) != STILL]
+    (result,) = (n for n in made if any(user not in made for user in n.users))
+    modules = [n for n in dict.fromkeys(a for node in made for a in node.all_input_nodes) if _is_read(n, site.dropouts)]
+    body, values = Graph(), dict[Node, Node]()
+    for argument in (*site.arguments, *modules):
+        values[argument] = body.placeholder(argument.name)
+    for node in made:
+        values[node] = body.node_copy(node, values.__getitem__)
+    body.output(values[result])
+    given = {"site": body, "kept": written.kept, "again": written.again, "backward": written.backward}
+    number = sum(n.target is derived for n in graph.nodes)
+    forms: list[Any] = [Local(f"_{name}{number}", each) for name, each in given.items()]
+    groups = [tuple(nodes) for nodes in (site.inputs, site.trained, site.others, modules)]
+    with graph.inserting_after(made[-1]):
+        call = graph.call_function(derived, (*forms, written.saved, casts, *groups))
+    call.meta.update(result.meta)
+    result.replace_all_uses_with(call, delete_user_cb=lambda user: user not in made)
+    rename(graph, {result.name: call.name})
+    for node in reversed(made):
+        graph.erase_node(node)
+
+
+def _is_read(node: Node, paths: list[str]) -> bool:
+    return node.op == "get_attr" and str(node.target) in paths
 
 
 def _widths(gm: GraphModule, made: list[Node], base: Node) -> dict[Node, int]:
@@ -217,14 +277,19 @@ def _move(graph: Graph, region: list[Node], width: dict[Node, int], name: str) -
             values[given] = body.placeholder(given.name)
         for node in region:
             if node.op == "call_module":
-                called = values[modules[str(node.target)]]
-                values[node] = body.call_method("__call__", (called, *(values[a] for a in node.all_input_nodes)))
+                value, called = node.all_input_nodes[0], values[modules[str(node.target)]]
+                if _is_cast_for(node, value, region):
+                    values[node] = body.call_function(drop, (*(values[a] for a in value.all_input_nodes), called))
+                    body.erase_node(values[value])
+                else:
+                    values[node] = body.call_method("__call__", (called, values[value]))
             else:
                 values[node] = body.node_copy(node, values.__getitem__)
         body.output(values[results[0]] if len(results) == 1 else tuple(values[n] for n in results))
         arguments: tuple[Any, ...] = (Local(name, body), inputs, (*operands, *modules.values()))
-        if all(node.target in ("type_as", *_PRODUCTS) for node in region):
-            arguments = (*arguments, True)
+        if _casts(region):
+            ahead = tuple((inputs.index(a), operands.index(b)) for a, b in _cast_first(region, inputs).items())
+            arguments = (*arguments, True, ahead)
         call = graph.call_function(recompute, arguments)
     made = [call]
     if len(results) > 1:
@@ -238,6 +303,27 @@ def _move(graph: Graph, region: list[Node], width: dict[Node, int], name: str) -
         OPERAND.set(node, True)
     for node in reversed(region):
         graph.erase_node(node)
+
+
+def _cast_first(region: list[Node], inputs: Collection[Node]) -> dict[Node, Node]:
+    """The inputs with which a region does nothing but cast them, each to the dtype of one operand: input -> operand."""
+    found = {}
+    for given in inputs:
+        users = [n for n in region if given in n.all_input_nodes]
+        likes = {n.all_input_nodes[-1] for n in users if n.target == "type_as" and n.args[0] is given}
+        if len(likes) == 1 and all(n.target == "type_as" for n in users) and likes.isdisjoint((*region, *inputs)):
+            found[given] = likes.pop()
+    return found
+
+
+def _is_cast_for(dropout: Node, value: Node, region: Collection[Node]) -> bool:
+    """Whether a dropout alone reads a value that was cast for it."""
+    return value in region and value.target == "type_as" and list(value.users) == [dropout]
+
+
+def _casts(region: list[Node]) -> bool:
+    """Whether autograd keeps nothing else of a region than what it casts."""
+    return all(node.target in ("type_as", *_PRODUCTS) for node in region)
 
 
 def _modules(region: list[Node]) -> list[str]:

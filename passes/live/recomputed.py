@@ -14,7 +14,11 @@ from fxpeft.passes.torch_private import is_recorded, is_transformed
 
 
 def recompute(
-    function: Callable[..., Any], inputs: tuple[Tensor, ...], operands: tuple[Any, ...], casts: bool = False
+    function: Callable[..., Any],
+    inputs: tuple[Tensor, ...],
+    operands: tuple[Any, ...],
+    casts: bool = False,
+    ahead: tuple[tuple[int, int], ...] = (),
 ) -> Any:
     """``function(*inputs, *operands)``, of which autograd keeps the arguments and nothing else.
 
@@ -24,19 +28,45 @@ def recompute(
     Args:
         operands: parameters, what follows from them, and modules.
         casts: autograd would keep nothing else but what the function casts.
+        ahead: inputs with which it begins by casting them like an operand: places of both.
     """
     trained = [o for o in operands if isinstance(o, Tensor) and o.requires_grad]
     if not trained or not torch.is_grad_enabled() or not all(isinstance(value, Tensor) for value in inputs):
         return function(*inputs, *operands)
-    if casts and all(o.dtype is inputs[0].dtype for o in trained) and not _autocast(inputs[0].device.type)[0]:
+    if casts and all(o.dtype is inputs[0].dtype for o in trained) and not autocast_of(inputs[0].device.type)[0]:
         return function(*inputs, *operands)
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting():
             return function(*inputs, *operands)
-        return checkpoint(function, *inputs, *operands, use_reentrant=False)
+        if not casts:
+            return checkpoint(function, *inputs, *operands, use_reentrant=False)
+        # a cast that several sites have in common becomes one node; what it is for is not marked, since a marked one
+        # that a later marked one reads is kept
+        given = list(inputs)
+        for place, like in ahead:
+            given[place] = checkpoint(cast_like, given[place], operands[like], use_reentrant=False)
+        return function(*given, *operands)
     if is_transformed() or is_recorded():
         return function(*inputs, *operands)
     return _Recomputed.apply(function, *inputs, *operands)  # type: ignore[no-untyped-call]
+
+
+def cast_like(value: Tensor, other: Tensor) -> Tensor:
+    """``value.type_as(other)``, without a call where there is nothing to cast."""
+    return value if value.dtype is other.dtype else value.to(other.dtype)
+
+
+def drop(value: Tensor, other: Tensor, dropout: nn.Dropout) -> Tensor:
+    """``dropout(value.type_as(other))``.
+
+    Compiled, it drops and then casts: the casts of one input for several sites would become one node, which is kept
+    for all of them.
+    """
+    if not torch.compiler.is_compiling() or not dropout.training or not 0 < dropout.p < 1 or value.dtype is other.dtype:
+        made: Tensor = dropout(cast_like(value, other))
+        return made
+    mask = dropout(torch.ones_like(value, dtype=other.dtype))
+    return torch.where(mask != 0, value, 0).to(other.dtype) / (1 - dropout.p)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -52,7 +82,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.function = function
         ctx.rest = [None if isinstance(a, Tensor) else a for a in arguments]
-        ctx.state = _State(tensors[0], draws=any(isinstance(a, nn.Module) and a.training for a in arguments))
+        ctx.state = State(tensors[0], draws=any(isinstance(a, nn.Module) and a.training for a in arguments))
         # detached, since autocast would keep a cast parameter without a graph for others that have one
         return function(*(a.detach() if isinstance(a, Tensor) else a for a in arguments))
 
@@ -83,7 +113,7 @@ def _leaf(tensor: Tensor, needed: bool, again: bool) -> Tensor:
     return tensor.detach().requires_grad_(needed)
 
 
-class _State:
+class State:
     """What a call depends on beside its arguments.
 
     Args:
@@ -93,7 +123,7 @@ class _State:
     def __init__(self, like: Tensor, *, draws: bool) -> None:
         kind = like.device.type
         self.device = kind
-        self.autocast = _autocast(kind)
+        self.autocast = autocast_of(kind)
         self.draws = draws
         if draws:
             self.cpu = torch.get_rng_state()
@@ -105,7 +135,7 @@ class _State:
         enabled, dtype = self.autocast
         if enabled:
             stack.enter_context(torch.autocast(self.device, dtype, cache_enabled=False))
-        elif _autocast(self.device)[0]:
+        elif autocast_of(self.device)[0]:
             stack.enter_context(torch.autocast(self.device, enabled=False))
         if self.draws:
             stack.enter_context(torch.random.fork_rng(self.devices, device_type=self.device))
@@ -114,7 +144,7 @@ class _State:
         return stack
 
 
-def _autocast(device: str) -> tuple[bool, torch.dtype | None]:
+def autocast_of(device: str) -> tuple[bool, torch.dtype | None]:
     """Whether autocast is on for a type of device, and to what."""
     if not torch.amp.is_autocast_available(device):
         return False, None

@@ -129,6 +129,10 @@ class Kind:
         # a rank that is off adds nothing to any input, and 0 * inf were NaN: chosen, not multiplied away
         return self.expand_rows(torch.where(self.per_output(d) == 0, 0, h), b)
 
+    def gained(self, b: Tensor, gain: Tensor) -> Tensor:
+        """B in the shape of :meth:`b_shape` whose outputs are multiplied by one number each, ``[out]``."""
+        return b * gain.view(-1, *(1 for _ in self.b_shape(1)[1:]))
+
     def per_output(self, c: Tensor) -> Tensor:
         """View one number per output feature, ``[out]``, so that it broadcasts over the output."""
         return c

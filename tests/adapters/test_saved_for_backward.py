@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -15,12 +17,13 @@ from adapter_files import add, spread
 from closeness import assert_close
 from method_cases import KINDS, METHODS, adapted
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fxpeft
 from fxpeft import LoraConfig
 from fxpeft.passes import forward_text
-from fxpeft.passes.live import recomputed
+from fxpeft.passes.live import derived, recomputed
 
 LORAS = {
     "lora": {},
@@ -90,9 +93,30 @@ def check_gradients(net: nn.Module, x: Tensor) -> None:
         assert_close(found[name], value, message=f"{name}: ")
 
 
-def as_autograd_keeps_it() -> Any:
-    """A block in which values are kept, not made again."""
-    return patch.object(recomputed, "is_recorded", lambda: True)
+@contextmanager
+def as_autograd_keeps_it() -> Iterator[None]:
+    """A block in which values are kept, not made again, and gradients are autograd's."""
+    with patch.object(recomputed, "is_recorded", lambda: True), patch.object(derived, "is_recorded", lambda: True):
+        yield
+
+
+@contextmanager
+def as_a_call() -> Iterator[None]:
+    """A block in which no gradients are written out: the form of what isn't known or not trained in whole."""
+    with patch.object(derived, "is_recorded", lambda: True):
+        yield
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("case", LORAS)
@@ -229,13 +253,68 @@ def test_frozen_adapters_and_evaluation_keep_nothing_of_the_input() -> None:
         assert not net(x).requires_grad
 
 
+def operators(net: nn.Module, x: Tensor) -> tuple[Counter[str], Counter[str]]:
+    """Those of a forward, and of its backward, as they are without a mode that counts."""
+    with patch.object(derived, "is_recorded", lambda: False), patch.object(recomputed, "is_recorded", lambda: False):
+        with Calls() as forward:
+            y = net(x)
+        with Calls() as backward:
+            y.backward(torch.ones_like(y))
+    return forward.found, backward.found
+
+
+@pytest.mark.parametrize("case", [case for case in LORAS if case != "dora, dropout"])
+def test_no_product_is_made_twice_and_a_site_is_one_function(case: str) -> None:
+    """With DoRA's dropout a gradient of the gradient would need more than is kept: it stays calls of autograd's."""
+    net, x = three(**LORAS[case]), torch.randn(7, 48).bfloat16().requires_grad_()
+    result: Any = net(x)
+    assert type(result.grad_fn).__name__ == "_DerivedBackward"
+    forward, backward = operators(net, x)
+    bare = operators(Three().bfloat16().requires_grad_(False), x)
+    products = [sum(found[name] for name in ("mm", "addmm", "addmm_")) for found in (forward, backward, *bare)]
+    assert products[0] - products[2] == 3 * (3 if case == "dora" else 2)  # one is of its norm
+    assert products[1] - products[3] == 3 * 4
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+def test_what_is_frozen_in_part_keeps_no_more_than_it_needs(frozen: str) -> None:
+    net, x = three(lora_dropout=0.2), torch.randn(7, 48).bfloat16().requires_grad_()
+    for name, p in net.named_parameters():
+        p.requires_grad_("lora" in name and frozen not in name)
+    check_gradients(net, x)
+    own = x.untyped_storage().data_ptr()
+    kept = [t.untyped_storage().data_ptr() for t in saved_by(net, lambda: net(x))[1]]
+    assert (own in kept) is (frozen == "lora_B")
+
+
+@pytest.mark.parametrize("case", LORAS)
+def test_gradients_of_gradients_through_what_is_kept(case: str) -> None:
+    net = three(torch.float32, **LORAS[case])
+    for module in net.modules():
+        if isinstance(module, fxpeft.methods.base.SiteAdapter):
+            module.double()
+    x = torch.randn(4, 48, requires_grad=True)
+
+    def second() -> list[Tensor]:
+        torch.manual_seed(5)
+        given = [x, *(p for p in net.parameters() if p.requires_grad)]
+        first = torch.autograd.grad(net(x).sin().sum(), given, create_graph=True)
+        return [*torch.autograd.grad(sum(g.double().square().sum() for g in first), given)]
+
+    found = second()
+    with as_autograd_keeps_it():
+        expected = second()
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one.float(), other.float(), size=float(other.abs().max()))
+
+
 def test_two_adapters_of_one_site() -> None:
     net, x = three(lora_dropout=0.2), torch.randn(6, 48).bfloat16()
     add(net, LoraConfig(r=2, lora_alpha=3, target_modules=["first"], use_dora=True), "other", seed=1)
     fxpeft.set_adapter(net, ["default", "other"])
     net.train()
     found = gradients(net, x)
-    assert forward_text(net.first).count("def _recomputed") == 3
+    assert forward_text(net.first).count("def _recomputed") == 2
     with as_autograd_keeps_it():
         expected = gradients(net, x)
     for name, value in expected.items():
@@ -265,8 +344,8 @@ def test_the_partitioner_tells_what_is_kept_and_what_is_made_again(caplog: pytes
         torch.compile(net, backend="aot_eager_decomp_partition", fullgraph=True)(x)
     told = {line.partition(": ")[0]: line.partition(": ")[2] for line in caplog.messages}
     sizes = [size for size, _ in ast.literal_eval(told["Theoretical Per Activation Storage Sizes"])]
-    # the input for both sites; it prefers the cast that they share to what is cast
-    assert (sizes.count(7 * 48 * 2), sizes.count(7 * 48 * 4)) == (0, 1)
+    # the input for both sites, not the cast that they have in common
+    assert (sizes.count(7 * 48 * 2), sizes.count(7 * 48 * 4)) == (1, 0)
     assert [sizes.count(7 * rank * 4) for rank in (3, 4)] == [2, 1]
     assert not {7 * 80 * 4, 7 * 48, 7 * 80}.intersection(sizes)  # no other copy, no mask
     assert dict(ast.literal_eval(told["Count of Ops Rematerialized"]))["prims.convert_element_type"] >= 1

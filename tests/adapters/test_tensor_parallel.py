@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny import randomise, tiny_llama, token_ids
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaForCausalLM
 from two_processes import in_two_processes
@@ -52,12 +53,16 @@ def x_of() -> Tensor:
     return torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
 
 
-def trained(model: Any, x: Tensor) -> tuple[list[float], Tensor | None]:
-    """Losses, and the input's gradient where it has one."""
+def trained(model: Any, x: Tensor, call: Any = None) -> tuple[list[float], Tensor | None]:
+    """Losses, and the input's gradient where it has one.
+
+    Args:
+        call: how the model is called, where not by itself.
+    """
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, foreach=False)
     losses = []
     for _ in range(3):
-        output = model(x)
+        output = (model if call is None else call)(x)
         loss = getattr(output, "logits", output).square().mean()
         loss.backward()
         losses.append(loss.item())
@@ -105,6 +110,22 @@ def everything(rank: int, folder: Path) -> dict[str, Any]:
     said["fold"] = message(lambda: fxpeft.fold(net))
     said["prepare"] = message(lambda: fxpeft.prepare_hotswap(net, 4))
     said["kept"] = all(torch.equal(value, said["last"][key]) for key, value in state(net).items())
+
+    def again(mesh: Any) -> nn.Module:
+        other = parallelize_module(Net(), mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        fxpeft.add_adapter(other, config)
+        fxpeft.load_adapter_state_dict(other, said["first"])
+        return other
+
+    net = again(init_device_mesh("cpu", (2,)))
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    said["other losses"] = [trained(net, x_of().requires_grad_(), compiled)[0]]
+    for shape in ((1, 2), (2, 1)):  # beside FSDP2
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
+        net = again(mesh["tensor"])
+        fully_shard(net, mesh=mesh["data"])
+        said["other losses"].append(trained(net, x_of())[0])
+        fxpeft.save_adapter(net, folder / f"{shape[0]} by {shape[1]}")
 
     odd = nn.Sequential(nn.Linear(6, 9))
     parallelize_module(odd, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel()})
@@ -178,6 +199,21 @@ def test_an_adapter_is_parted_with_its_module_and_trains_as_in_one_process(said:
         for key, value in fxpeft.adapter_state_dict(net).items():
             torch.testing.assert_close(each["last"][key], value.detach(), rtol=1e-4, atol=1e-5)
             assert torch.equal(each["last"][key], saved[key])
+
+
+@pytest.mark.slow
+def test_compiled_and_beside_fsdp2_it_trains_as_in_one_process(said: Any) -> None:
+    folder, per_process = said
+    net = one_process(per_process[0]["first"])
+    losses, _ = trained(net, x_of())
+    for each in per_process:
+        for other in each["other losses"]:
+            assert other == pytest.approx(losses, rel=1e-5)
+    for place in ("1 by 2", "2 by 1"):
+        saved = load_file(folder / place / "adapter_model.safetensors")
+        assert saved.keys() == fxpeft.adapter_state_dict(net).keys()
+        for key, value in fxpeft.adapter_state_dict(net).items():
+            torch.testing.assert_close(saved[key], value.detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
