@@ -40,7 +40,7 @@ def parted_values(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str,
     return {name: t if hasattr(t, "placements") else _spread(t, mesh, shared.get(name)) for name, t in tensors.items()}
 
 
-def cut_as(tensor: Tensor, own: Tensor) -> Tensor:
+def cut_as(tensor: Tensor, own: Any) -> Tensor:
     """A whole tensor, alike in all processes, as this process's part of it where ``own`` is in parts."""
     if not hasattr(own, "placements") or hasattr(tensor, "placements"):
         return tensor
