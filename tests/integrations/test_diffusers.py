@@ -136,6 +136,12 @@ def test_all_or_nothing_across_components(pipe: Any, files: Any, tmp_path: Path,
         assert close(outputs(pipe), files["b"][1])
     with pytest.raises(AdapterError, match="there is an adapter named 'a' already"):
         load_lora_weights(pipe, files["a"][0], "a")
+    if prepared:
+        fxpeft.delete_adapter(pipe.text_encoder, "a")
+        load_lora_weights(pipe, files["a"][0], "a", hotswap=True)  # which brings one for both
+        assert close(outputs(pipe), files["a"][1])
+        with pytest.raises(AdapterError, match="no adapter named 'c' to replace in"):
+            load_lora_weights(pipe, files["a"][0], "c", hotswap=True)
 
 
 def test_what_is_no_pipelines_file(pipe: Any, tmp_path: Path) -> None:

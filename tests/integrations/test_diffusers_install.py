@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,19 @@ ACTS: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def newest(files: dict[str, Path]) -> Tensor:
+    with fxpeft.installed("diffusers"):
+        return of_ours(files, ACTS["newest"], False)
+
+
 @pytest.mark.parametrize("act", ACTS)
-def test_as_with_peft(files: dict[str, Path], act: str) -> None:
+def test_as_with_peft(files: dict[str, Path], newest: Tensor, act: str) -> None:
     expected = of_diffusers(files, ACTS[act])
     for prepared in (False, True):
         assert close(of_ours(files, ACTS[act], prepared), expected, 1e-4), prepared
     if act not in ("newest", "enabled", "unfused"):
-        assert not close(expected, of_ours(files, ACTS["newest"], False), 1e-3)
+        assert not close(expected, newest, 1e-3)
 
 
 def test_lists_and_files(files: dict[str, Path], tmp_path: Path) -> None:
@@ -251,3 +258,15 @@ def test_a_broken_file_names_what_is_wrong(files: dict[str, Path]) -> None:
     site = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     with pytest.raises(CheckpointError, match=r"another method:\n.*LoKr"):
         pipe.load_lora_weights(tensors | {f"{site}.lokr_w1": torch.ones(2, 2)})
+
+
+def test_the_example_draws_each_its_own(tmp_path: Path) -> None:
+    path = Path(__file__).parents[2] / "examples" / "diffusers_swap.py"
+    fxpeft.uninstall("diffusers")
+    drawn = runpy.run_path(str(path))["main"](tmp_path / "pictures.png", "eager")
+    bytes_of = [picture.tobytes() for picture in drawn]
+    a, b, blend, off, *sweep, bare = bytes_of
+    assert off == bare
+    assert sweep[2] == a
+    assert len({a, b, blend, off, *sweep}) == 7
+    assert (tmp_path / "pictures.png").stat().st_size > 0

@@ -51,7 +51,8 @@ def load_lora_weights(
 
     Args:
         source: a folder, a hub id, a ``.safetensors`` file, or its tensors. weight_name: which file of several.
-        hotswap: replace the adapters of this name; a component that has one and for which the file has none is refused.
+        hotswap: replace the adapters of this name; components that have none get one. A component that has one and for
+            which the file has none is refused.
         into: component in the file -> in the pipeline, as ``{"transformer": "transformer_2"}`` of Wan.
         revision, subfolder, token, local_files_only: as in ``huggingface_hub``.
 
@@ -72,7 +73,8 @@ def load_lora_weights(
     models = models_of(pipe)
     of_models = placed_parts(pipe, found, models, into or {})
     enter(found.source, models, of_models, name, hotswap)
-    watch_scales()
+    if not hotswap:
+        watch_scales()
 
 
 def enter(
@@ -97,10 +99,17 @@ def enter(
             raise AdapterError(
                 f"{source}: replaces {name!r}, but has nothing for {', '.join(left)}; delete it there first"
             )
+        have = {c: s for c in made if (s := find_state(models[c])) is not None and name in s.adapters}
+        if hotswap and not have:
+            raise AdapterError(f"{source}: no adapter named {name!r} to replace in {', '.join(made)}")
+        on = any(name in state.active for state in have.values())
         for component, adapter in made.items():
             model = models[component]
-            if not hotswap:
+            if component not in have:
+                active = [] if (found := find_state(model)) is None else list(found.active)
                 install_adapter(model, adapter)
+                if hotswap and (active or not on):  # it comes beside what is active there, as it is elsewhere
+                    set_adapter(model, [*active, name] if on else active)
                 continue
             state = state_of(model)
             adapter.strength = state.get(name).strength
