@@ -14,7 +14,7 @@ from fxpeft.passes import torch_private
 #: registries of nn.Module: every pickle of a module has had them since torch 1, and no public way asks for own ones
 MODULES = {
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_forward_hooks", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_load_state_dict_post_hooks",
+    "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called", "_load_state_dict_post_hooks",
 }  # fmt: skip
 #: names of other libraries'
 OTHERS = {
@@ -27,6 +27,9 @@ OTHERS = {
     "_load_from_checkpoint": "transformers", "_prepare_peft_hotswap_kwargs": "transformers",
     "_push_from_checkpoint": "transformers", "_require_grads_hooks": "transformers",
     "_upload_modified_files": "transformers",
+    "_retrieve_processors_kwargs": "transformers", "_model_supports_logits_to_keep": "transformers",
+    "_load_model": "transformers", "_load_processor": "transformers",
+    "_fn_refs": "diffusers", "_lora_loadable_modules": "diffusers", "_merged_adapters": "diffusers",
 }  # fmt: skip
 
 
@@ -36,7 +39,7 @@ def is_private(name: str) -> bool:
 
 def own_names(tree: ast.AST) -> set[str]:
     """What a file's classes and functions are called, and what it sets on instances of its own."""
-    found = {n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+    found = {n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)}
     for n in ast.walk(tree):
         if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name):
             found.add(n.target.id)
