@@ -20,6 +20,7 @@ from fxpeft import AdapterError, Handle, LiveModel, LoraConfig
 IDS = token_ids()
 RENAMED = {"enable_adapters": "enable", "disable_adapters": "disable"}  # as a package has them
 NOT_VERBS = {
+    "AdapterStore": "an object of its own, which has the adapters that a model is served with",
     "AdaLoraCallback": "an object of its own, which holds the model while it is trained",
     "RankAllocator": "an object of its own, which holds the model while it is trained",
     "LiveModel": "the handle itself",
