@@ -36,6 +36,7 @@ def check_call(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -
         AdapterError: the call names adapters for its rows, and slots have no lanes, or rows can't have them; or it asks
             for a scale that an adapter can't have.
     """
+    _end_rows(module)  # of a call that Ctrl-C broke off, after which torch calls no hook
     given_kwargs, kwargs = kwargs, _without_rows(module, kwargs)
     lock, name = vars(module).get(LOCK), scale_argument(base_class(module).forward)
     if name is not None and torch.compiler.is_compiling():
@@ -74,6 +75,12 @@ def _without_rows(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name != "adapter_names"}
 
 
+def _end_rows(module: nn.Module) -> None:
+    block = vars(module).pop(_OPEN, None)
+    if block is not None:
+        block.__exit__(None, None, None)
+
+
 def set_factor(module: nn.Module, factor: float) -> None:
     """Have a factor on the scales of the active adapters of a model that isn't prepared, beside their strengths."""
     state = vars(module).get(STATE)
@@ -103,9 +110,7 @@ def end_call(module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of the root, called after errors too: the rows of the call are named no longer, and what is called
     by itself next has its own scale. A backward needs that of its forward: then it stays until the next call.
     """
-    block = vars(module).pop(_OPEN, None)
-    if block is not None:
-        block.__exit__(None, None, None)
+    _end_rows(module)
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         set_factor(module, 1.0)
 

@@ -56,7 +56,8 @@ def changing(model: nn.Module) -> Iterator[None]:
                 return
         if state is not None and state.apart:
             raise AdapterError(
-                "adapters can't be changed while rows are named on a model without slots: leave the block"
+                "adapters can't be changed while rows are named on a model without slots: leave the block, "
+                "or, after a call that Ctrl-C broke off, call the model once"
             )
         yield
 

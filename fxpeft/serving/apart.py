@@ -17,13 +17,16 @@ from fxpeft.methods import method_of
 from fxpeft.model.batch_rows import other_rows
 from fxpeft.model.fast_path import is_fused, switch_off
 from fxpeft.passes.base import PassError
-from fxpeft.passes.live import base_class, bind_source, given_forward, is_bound
-from fxpeft.passes.live.apart import Groups, Own, put_together, take_apart
-from fxpeft.passes.rewrite.feed import LEAF
+from fxpeft.passes.live import bind_source, is_bound
+from fxpeft.passes.live.apart import Groups, Own, call_own, own_forward, put_together, take_apart
 from fxpeft.serving.board import Named
 
 GROUPS = "_fxpeft_groups"  # where a model has them for its ``generate``
-_CALLS = f"def forward(self, *args, **kwargs):\n    return self.{LEAF}(*args, **kwargs)  # and generate knows of rows\n"
+_CALLS = f"""from {call_own.__module__} import call_own
+
+def forward(self, *args, **kwargs):
+    return call_own(self, args, kwargs)
+"""
 
 
 class Generating:
@@ -99,8 +102,8 @@ def _forward(module: nn.Module) -> Callable[..., Any]:
     """What a module runs now, to be called with it, whatever it is bound to later."""
     if is_bound(module):
         return type(module).forward
-    given = given_forward(module)
-    return base_class(module).forward if given is None else lambda _, *args, **kwargs: given(*args, **kwargs)
+    own = own_forward(module)
+    return lambda _, *args, **kwargs: own(*args, **kwargs)
 
 
 def _check(model: nn.Module, named: Named, mixtures: Sequence[list[Adapter]]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fxpeft.errors import AdapterError
 from fxpeft.passes.container import Container
 from fxpeft.passes.live.bind import bind_source
+from fxpeft.passes.live.instance import base_class, given_forward
 from fxpeft.passes.torch_private import pytree
 
 APART = "_fxpeft_apart"  # where a module's groups stand
@@ -62,6 +63,16 @@ def take_apart(module: nn.Module, groups: Groups, own: Sequence[Own], name: str)
 def put_together(module: nn.Module) -> None:
     """Forget the groups; the module has to be bound anew before it is called again."""
     vars(module).pop(APART, None)
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """What a module runs where it isn't bound: the forward that somebody gave it, or its class's."""
+    return given_forward(module) or base_class(module).forward.__get__(module)  # type: ignore[no-any-return]
+
+
+def call_own(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call a module as if it weren't bound; it may be unbound meanwhile, by a hook of this very call."""
+    return own_forward(module)(*args, **kwargs)
 
 
 def by_groups(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -91,6 +91,22 @@ def test_generated_with_beams(tmp_path: Path) -> None:
     assert torch.equal(bridged.generate(ids, adapter_names=["b", "__base__", "a"], **settings, **more), found)
 
 
+def test_a_call_that_is_broken_off_names_no_rows_afterwards(tmp_path: Path) -> None:
+    model, ids = loaded(save_each(tiny_llama, TWO, tmp_path), tiny_llama), token_ids()
+    expected = logits(model)
+    for error in (KeyboardInterrupt, RuntimeError):
+
+        def fail(*_: Any, error: type[BaseException] = error) -> None:
+            raise error
+
+        handle = model.model.layers[1].register_forward_hook(fail)
+        with pytest.raises(error):
+            model(ids, adapter_names=["a", None])
+        handle.remove()
+        assert torch.equal(logits(model), expected)
+        fxpeft.set_scale(model, "b", 1.0)
+
+
 class Flat(nn.Module):
     """Its layers see all tokens of a batch as rows."""
 

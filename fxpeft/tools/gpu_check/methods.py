@@ -40,13 +40,23 @@ CASES: dict[str, Callable[[], AdapterConfig]] = {
     "prompt_tuning": lambda: fxpeft.PromptTuningConfig(num_virtual_tokens=VIRTUAL),
     "p_tuning": lambda: fxpeft.PromptEncoderConfig(num_virtual_tokens=VIRTUAL, encoder_hidden_size=24),
     "prefix_tuning": lambda: fxpeft.PrefixTuningConfig(num_virtual_tokens=VIRTUAL),
+    "loha": lambda: fxpeft.LoHaConfig(r=3, alpha=5, target_modules=TARGETS),
+    "lokr": lambda: fxpeft.LoKrConfig(r=3, alpha=5, decompose_factor=4, target_modules=TARGETS),
+    "vera": lambda: fxpeft.VeraConfig(r=12, d_initial=3.0, target_modules=TARGETS),
+    "miss": lambda: fxpeft.MissConfig(r=6, target_modules=TARGETS),
+    "vblora": lambda: fxpeft.VBLoRAConfig(r=4, num_vectors=9, vector_length=4, target_modules=TARGETS),
+    "delora": lambda: fxpeft.DeloraConfig(r=6, target_modules=TARGETS),
+    "ln_tuning": fxpeft.LNTuningConfig,
+    "trainable_tokens": lambda: fxpeft.TrainableTokensConfig(token_indices=[7, 10, 22]),
 }
 PROMPTS = ("prompt_tuning", "p_tuning", "prefix_tuning")
+WITHOUT_SITES = (*PROMPTS, "ln_tuning", "trainable_tokens")
 
 
 def prepared_for(name: str) -> dict[str, Any]:
     """Arguments of ``prepare_hotswap`` for a method."""
-    return {"targets": None, "num_virtual_tokens": VIRTUAL} if name in PROMPTS else {"targets": ALL}
+    targets = None if name in WITHOUT_SITES else ALL
+    return {"targets": targets, **({"num_virtual_tokens": VIRTUAL} if name in PROMPTS else {})}
 
 
 def method(setting: Setting, name: str) -> dict[str, Any]:
