@@ -69,9 +69,7 @@ class AdaLoraConfig(LoraConfig):
             )
         if self.orth_reg_weight < 0:
             raise AdapterError(f"orth_reg_weight: expected at least 0, found {self.orth_reg_weight}")
-        for name in ("init_r", "target_r", "deltaT"):
-            if getattr(self, name) <= 0:
-                raise AdapterError(f"{name}: expected a positive integer, found {getattr(self, name)}")
+        self.check_positive("init_r", "target_r", "deltaT")
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise AdapterError(f"{name}: expected a number between 0 and 1, found {getattr(self, name)}")
@@ -139,7 +137,7 @@ class AdaLora(Method[AdaLoraConfig]):
 
     def rewrite(self, name: str, config: AdaLoraConfig, site: SiteAdapter) -> Rewrite:
         operands = ("lora_A", "lora_B", "lora_E", "scaling", "dropout")
-        held = {f"{name}.{o}": getattr(site, o) for o in operands if hasattr(site, o)}
+        held = site.operands(name, operands)
         return Rewrite(f"adalora:{name}", adalora, held)
 
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:

@@ -80,6 +80,8 @@ class AdapterConfig:
     since: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
+        for name in self.patterns:
+            setattr(self, name, getattr(self, name) or {})
         for name in self.selecting:
             value = getattr(self, name)
             if isinstance(value, Collection) and all(isinstance(v, str) for v in value) and not isinstance(value, str):
@@ -105,6 +107,29 @@ class AdapterConfig:
                     raise AdapterError(f"{name} can't be used when target_modules is a {what}; write it in the pattern")
         if self.layers_pattern and self.layers_to_transform is None:
             raise AdapterError("layers_pattern needs layers_to_transform: say which layers")
+        for name in self.patterns:
+            for key in getattr(self, name):
+                check_pattern(name, key)
+
+    def check_positive(self, *names: str) -> None:
+        """Refuse these fields, or values of patterns among them, below one; ``None`` is none."""
+        for where, value in self._values(names):
+            if value <= 0:
+                raise AdapterError(f"{where}: expected a positive integer, found {value}")
+
+    def check_probability(self, *names: str) -> None:
+        """Refuse these fields outside of [0, 1)."""
+        for where, value in self._values(names):
+            if not 0 <= value < 1:
+                raise AdapterError(f"{where}: expected a probability in [0, 1), found {value}")
+
+    def _values(self, names: Collection[str]) -> Iterator[tuple[str, Any]]:
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                yield from ((f"{name}[{short(key)}]", own) for key, own in value.items())
+            elif value is not None:
+                yield name, value
 
     def check_types(self) -> None:
         """Check every field against its annotation; files from elsewhere come through here too."""
@@ -234,17 +259,9 @@ class RankConfig(AdapterConfig):
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
 
     def __post_init__(self) -> None:
-        self.rank_pattern = self.rank_pattern or {}
-        self.alpha_pattern = self.alpha_pattern or {}
         super().__post_init__()
-        for name in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(self, name):
-                check_pattern(name, key)
-        for where, rank in (("r", self.r), *((f"rank_pattern[{short(k)}]", v) for k, v in self.rank_pattern.items())):
-            if rank <= 0:
-                raise AdapterError(f"{where}: expected a positive integer, found {rank}")
-        alphas = ((f"alpha_pattern[{short(k)}]", v) for k, v in self.alpha_pattern.items())
-        for where, alpha in (("lora_alpha", self.lora_alpha), *alphas):
+        self.check_positive("r", "rank_pattern")
+        for where, alpha in self._values(("lora_alpha", "alpha_pattern")):
             if abs(alpha) > LARGEST_SCALE:
                 raise AdapterError(f"{where}: expected a number whose float32 is finite, found {alpha}")
 

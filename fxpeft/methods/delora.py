@@ -15,9 +15,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fxpeft.errors import AdapterError, short
 from fxpeft.methods.base import Base, Kept, Method, SiteAdapter, SitePlan, SlotValues
-from fxpeft.methods.config import AdapterConfig, check_pattern
+from fxpeft.methods.config import AdapterConfig
+from fxpeft.methods.parts import check_linear
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.names import pattern_value
@@ -51,16 +51,9 @@ class DeloraConfig(AdapterConfig):
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "lambda_pattern")
 
     def __post_init__(self) -> None:
-        self.rank_pattern, self.lambda_pattern = self.rank_pattern or {}, self.lambda_pattern or {}
         super().__post_init__()
-        for name in self.patterns:
-            for key in getattr(self, name):
-                check_pattern(name, key)
-        for where, rank in (("r", self.r), *((f"rank_pattern[{short(k)}]", v) for k, v in self.rank_pattern.items())):
-            if rank <= 0:
-                raise AdapterError(f"{where}: expected a positive integer, found {rank}")
-        if not 0 <= self.module_dropout < 1:
-            raise AdapterError(f"module_dropout: expected a probability in [0, 1), found {self.module_dropout}")
+        self.check_positive("r", "rank_pattern")
+        self.check_probability("module_dropout")
 
 
 @dataclass(frozen=True)
@@ -105,8 +98,7 @@ class Delora(Method[DeloraConfig]):
     config_class = DeloraConfig
 
     def plan(self, config: DeloraConfig, site: str, kind: Kind) -> DeloraPlan:
-        if not kind.is_linear:
-            raise AdapterError(f"{site}: DeLoRA adapts linear layers, as in PEFT, found {kind}; leave the site out")
+        check_linear("DeLoRA", site, kind)
         rank = pattern_value(config.rank_pattern, site, config.r)
         bound = pattern_value(config.lambda_pattern, site, config.delora_lambda, "lambda_pattern")
         return DeloraPlan(kind, rank, 1.0, bound)
@@ -136,10 +128,7 @@ class Delora(Method[DeloraConfig]):
         return config.module_dropout
 
     def rewrite(self, name: str, config: DeloraConfig, site: SiteAdapter) -> Rewrite:
-        operands = (*NAMES, NORM, "dropout")
-        return Rewrite(
-            f"delora:{name}", delora, {f"{name}.{o}": getattr(site, o) for o in operands if hasattr(site, o)}
-        )
+        return Rewrite(f"delora:{name}", delora, site.operands(name, (*NAMES, NORM, "dropout")))
 
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
         a, b, bound = (parameters[name] for name in NAMES)

@@ -115,7 +115,7 @@ class Dora(Lora):
 
     def rewrite(self, name: str, config: LoraConfig, site: SiteAdapter) -> Rewrite:
         operands = ("lora_A", "lora_B", "scaling", MAGNITUDE, "lora_A0", "lora_B0", "dropout")
-        held = {f"{name}.{o}": getattr(site, o) for o in operands if hasattr(site, o)}
+        held = site.operands(name, operands)
         # an embedding's graph may be a leaf call of the module, and it has no bias
         reads = ("weight", "bias") if site.plan.kind.takes_bias else ("weight",)
         return Rewrite(f"dora:{name}", dora, held, reads=reads)

@@ -16,8 +16,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fxpeft.methods.base import Base, Kept, Method, SiteAdapter, SitePlan, SlotValues
-from fxpeft.methods.loha import Dropped, LycorisConfig, full_rank
+from fxpeft.methods.base import Base, SiteAdapter, SitePlan, SlotValues
+from fxpeft.methods.lycoris import Lycoris, LycorisConfig, applied, full_rank, narrow
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
 
@@ -75,12 +75,7 @@ def kronecker(
     **factors: Tensor,
 ) -> Tensor:
     """The training subgraph: the update is made whole, as in PEFT, and applied as the target's weight is."""
-    y = base(x)
-    delta = product(kind, factors) * scaling
-    if dropped is not None:
-        delta = dropped(delta)
-    out: Tensor = (y + kind.apply(x.type_as(delta), delta)).type_as(y)
-    return out
+    return applied(kind, base, x, product(kind, factors) * scaling, dropped)
 
 
 def product(kind: Kind, factors: Mapping[str, Tensor]) -> Tensor:
@@ -111,15 +106,7 @@ def second(factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return factors["lokr_w2_b"], factors["lokr_w2_a"].t()
 
 
-def narrow(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix ``[out, in]`` as A and B of as many ranks as its smaller side."""
-    out, inner = matrix.shape
-    if out <= inner:
-        return matrix, torch.eye(out).to(matrix)
-    return torch.eye(inner).to(matrix), matrix.t()
-
-
-class LoKr(Method[LoKrConfig]):
+class LoKr(Lycoris[LoKrConfig]):
     """Parameters ``lokr_w1``, or ``lokr_w1_a`` and ``_b``; ``lokr_w2``, or ``lokr_w2_a``, ``_b`` and ``lokr_t2``."""
 
     name = "lokr"
@@ -155,17 +142,11 @@ class LoKr(Method[LoKrConfig]):
             elif name in parameters:
                 nn.init.kaiming_uniform_(parameters[name], a=math.sqrt(5))
 
-    def part(
-        self, config: LoKrConfig, plan: SitePlan, parameters: Mapping[str, Tensor], *, strength: float = 1.0
-    ) -> SiteAdapter:
-        made = super().part(config, plan, parameters, strength=strength)
-        if config.rank_dropout or config.module_dropout:
-            made.dropped = Dropped(config.rank_dropout, config.module_dropout, rescaled=config.rank_dropout_scale)
-        return made
+    def rescales(self, config: LoKrConfig) -> bool:
+        return config.rank_dropout_scale
 
     def rewrite(self, name: str, config: LoKrConfig, site: SiteAdapter) -> Rewrite:
-        held = {f"{name}.{o}": getattr(site, o) for o in ("scaling", "dropped", *NAMES) if hasattr(site, o)}
-        return Rewrite(f"lokr:{name}", kronecker, held)
+        return Rewrite(f"lokr:{name}", kronecker, site.operands(name, ("scaling", "dropped", *NAMES)))
 
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
         kind = plan.kind
@@ -173,10 +154,7 @@ class LoKr(Method[LoKrConfig]):
         ranks = len(a1) * len(a2)
         odd = "lokr_w2" in parameters and len(kind.kernel) == 1  # see product
         if odd or ranks > min(kind.out_features, math.prod(kind.a_shape(1)[1:])):
-            return full_rank(kind, product(kind, parameters), plan.scaling)
+            return full_rank(product(kind, parameters), plan.scaling)
         a = torch.einsum("pa,ib->piab", a1, a2).reshape(ranks, *kind.a_shape(1)[1:])
         b = torch.einsum("po,iq->pioq", b1, b2).reshape(ranks, kind.out_features)
         return SlotValues(a, b, torch.full((ranks,), plan.scaling))
-
-    def kept(self, config: LoKrConfig, plan: SitePlan) -> Kept:
-        return Kept()  # the update is made of parameters alone

@@ -132,8 +132,7 @@ class LoraConfig(RankConfig):
 
     def check_lora(self) -> None:
         """Check LoRA's own fields."""
-        if not 0 <= self.lora_dropout < 1:
-            raise AdapterError(f"lora_dropout: expected a probability in [0, 1), found {self.lora_dropout}")
+        self.check_probability("lora_dropout")
         inits.check_name(self.init_lora_weights)
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             raise AdapterError("lora_bias=True needs init_lora_weights True or False, as in PEFT")
@@ -326,10 +325,10 @@ class Lora(Method[LoraConfig]):
         operands = ("lora_A", "lora_B", "scaling", "lora_B_bias", "lora_A0", "lora_B0", "dropout")
         kind = site.plan.kind
         if site.parted:
-            held = {join(name, o): getattr(site, o) for o in ("lora_A", "lora_B", "scaling")}
+            held = site.operands(name, ("lora_A", "lora_B", "scaling"))
             return Rewrite(f"lora:{name}", parted_lora, held, reads=("weight",))
         leaf = kind.leaf if kind.updates_weight else ""
-        held = {join(name, leaf, o): getattr(site, o) for o in operands if hasattr(site, o)}
+        held = site.operands(join(name, leaf), operands)
         return Rewrite(f"lora:{name}", lora_weight if kind.updates_weight else lora, held)
 
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:

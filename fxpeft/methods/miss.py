@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig
+from fxpeft.methods.parts import check_linear
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.one_node import one_node
@@ -51,11 +52,8 @@ class MissConfig(AdapterConfig):
                 "init_weights='bat': its update is a product with the base's weight of full rank, which no slot holds; "
                 "True, False and 'mini' are low-rank"
             )
-        for name in ("r", "mini_r"):
-            if getattr(self, name) <= 0:
-                raise AdapterError(f"{name}: expected a positive integer, found {getattr(self, name)}")
-        if not 0 <= self.miss_dropout < 1:
-            raise AdapterError(f"miss_dropout: expected a probability in [0, 1), found {self.miss_dropout}")
+        self.check_positive("r", "mini_r")
+        self.check_probability("miss_dropout")
 
 
 def miss(
@@ -89,8 +87,7 @@ class Miss(Method[MissConfig]):
     config_class = MissConfig
 
     def plan(self, config: MissConfig, site: str, kind: Kind) -> SitePlan:
-        if not kind.is_linear:
-            raise AdapterError(f"{site}: MiSS adapts linear layers, as in PEFT, found {kind}; leave the site out")
+        check_linear("MiSS", site, kind)
         if config.r > kind.in_features:
             raise AdapterError(f"{site}: r: expected at most its {kind.in_features} inputs, found {config.r}")
         if config.init_weights == "mini" and kind.out_features % config.mini_r:
@@ -113,9 +110,7 @@ class Miss(Method[MissConfig]):
         return config.miss_dropout
 
     def rewrite(self, name: str, config: MissConfig, site: SiteAdapter) -> Rewrite:
-        return Rewrite(
-            f"miss:{name}", miss, {f"{name}.{o}": getattr(site, o) for o in (BLOCK, "dropout") if hasattr(site, o)}
-        )
+        return Rewrite(f"miss:{name}", miss, site.operands(name, (BLOCK, "dropout")))
 
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
         kind, block = plan.kind, parameters[BLOCK]

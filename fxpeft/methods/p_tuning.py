@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from fxpeft.errors import AdapterError
 from fxpeft.methods.prompts import PromptLearningConfig, PromptMethod, PromptPlan
 
 
@@ -32,12 +31,8 @@ class PromptEncoderConfig(PromptLearningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
-            raise AdapterError(f"encoder_hidden_size: expected a positive integer, found {self.encoder_hidden_size}")
-        if self.encoder_num_layers < 1:
-            raise AdapterError(f"encoder_num_layers: expected a positive integer, found {self.encoder_num_layers}")
-        if not 0 <= self.encoder_dropout < 1:
-            raise AdapterError(f"encoder_dropout: expected a probability in [0, 1), found {self.encoder_dropout}")
+        self.check_positive("encoder_hidden_size", "encoder_num_layers")
+        self.check_probability("encoder_dropout")
         if self.encoder_reparameterization_type == "MLP" and self.encoder_num_layers != 2:
             warnings.warn("encoder_num_layers is ignored for the MLP, which has two hidden layers", stacklevel=3)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxpeft.errors import AdapterError
+from fxpeft.passes.base import join
 from fxpeft.passes.targets.kinds import Kind
 
 
@@ -28,6 +31,16 @@ class SitePlan:
     def scaled(self, strength: float) -> SitePlan:
         """The same with its scale multiplied."""
         return self if strength == 1 else replace(self, scaling=self.scaling * strength)
+
+
+def check_linear(method: str, site: str, kind: Kind) -> None:
+    """Refuse a site of another kind.
+
+    Raises:
+        AdapterError: it is no linear layer.
+    """
+    if not kind.is_linear:
+        raise AdapterError(f"{site}: {method} adapts linear layers, as in PEFT, found {kind}; leave the site out")
 
 
 class SharedPart(nn.Module):
@@ -89,6 +102,10 @@ class SiteAdapter(nn.Module):
             self.add_module("shared", shared)
         else:
             vars(self)["shared"] = shared
+
+    def operands(self, path: str, names: Iterable[str]) -> dict[str, Any]:
+        """Where a rewrite finds those of its operands that the site has -> each of them."""
+        return {join(path, name): getattr(self, name) for name in names if hasattr(self, name)}
 
     def set_strength(self, strength: float, factor: float = 1.0) -> None:
         """Multiply the adapter's own scale by ``strength``, and by the factor that a call asks for."""

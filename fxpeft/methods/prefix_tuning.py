@@ -44,8 +44,7 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
-            raise AdapterError(f"encoder_hidden_size: expected a positive integer, found {self.encoder_hidden_size}")
+        self.check_positive("encoder_hidden_size")
 
 
 class PrefixTuning(PromptMethod[PrefixTuningConfig]):

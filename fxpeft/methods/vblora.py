@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig
+from fxpeft.methods.parts import check_linear
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.one_node import one_node
@@ -54,9 +55,7 @@ class VBLoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("r", "num_vectors", "vector_length", "topk"):
-            if getattr(self, name) <= 0:
-                raise AdapterError(f"{name}: expected a positive integer, found {getattr(self, name)}")
+        self.check_positive("r", "num_vectors", "vector_length", "topk")
         if self.topk > self.num_vectors:
             raise AdapterError(f"topk: expected at most num_vectors {self.num_vectors}, found {self.topk}")
         if self.save_only_topk_weights:
@@ -64,8 +63,7 @@ class VBLoRAConfig(AdapterConfig):
                 "save_only_topk_weights=True: expected False: fxpeft reads and writes logits; save it again from PEFT "
                 "with config.save_only_topk_weights = False"
             )
-        if not 0 <= self.vblora_dropout < 1:
-            raise AdapterError(f"vblora_dropout: expected a probability in [0, 1), found {self.vblora_dropout}")
+        self.check_probability("vblora_dropout")
 
 
 @dataclass(frozen=True)
@@ -123,8 +121,7 @@ class VBLoRA(Method[VBLoRAConfig]):
     shared_keys: ClassVar[Mapping[str, str]] = {BANK: f"base_model.{BANK}"}
 
     def plan(self, config: VBLoRAConfig, site: str, kind: Kind) -> VBLoRAPlan:
-        if not kind.is_linear:
-            raise AdapterError(f"{site}: VB-LoRA adapts linear layers, as in PEFT, found {kind}; leave the site out")
+        check_linear("VB-LoRA", site, kind)
         for what, size in (("inputs", kind.in_features), ("outputs", kind.out_features)):
             if size % config.vector_length:
                 raise AdapterError(f"{site}: vector_length {config.vector_length} doesn't divide its {size} {what}")
@@ -156,9 +153,9 @@ class VBLoRA(Method[VBLoRAConfig]):
         return config.vblora_dropout
 
     def rewrite(self, name: str, config: VBLoRAConfig, site: SiteAdapter) -> Rewrite:
-        held = {f"{name}.{o}": getattr(site, o) for o in (*LOGITS, "dropout") if hasattr(site, o)}
         bank = {f"{name}.shared.{BANK}": getattr(site.shared, BANK)}
-        return Rewrite(f"vblora:{name}", _of_topk(config.topk), {**held, **bank}, shared=tuple(bank))
+        held = {**site.operands(name, (*LOGITS, "dropout")), **bank}
+        return Rewrite(f"vblora:{name}", _of_topk(config.topk), held, shared=tuple(bank))
 
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
         assert isinstance(plan, VBLoRAPlan)

@@ -15,9 +15,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Base, Kept, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig
+from fxpeft.methods.parts import check_linear
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
 
@@ -52,10 +52,8 @@ class VeraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r <= 0:
-            raise AdapterError(f"r: expected a positive integer, found {self.r}")
-        if not 0 <= self.vera_dropout < 1:
-            raise AdapterError(f"vera_dropout: expected a probability in [0, 1), found {self.vera_dropout}")
+        self.check_positive("r")
+        self.check_probability("vera_dropout")
 
 
 def vera(
@@ -86,8 +84,7 @@ class Vera(Method[VeraConfig]):
     shared_keys: ClassVar[Mapping[str, str]] = {name: f"base_model.{name}" for name in SHARED}
 
     def plan(self, config: VeraConfig, site: str, kind: Kind) -> SitePlan:
-        if not kind.is_linear:
-            raise AdapterError(f"{site}: VeRA adapts linear layers, as in PEFT, found {kind}; leave the site out")
+        check_linear("VeRA", site, kind)
         return SitePlan(kind, config.r, 1.0)
 
     def shared(self, config: VeraConfig, plans: Mapping[str, SitePlan]) -> dict[str, tuple[int, ...]]:
@@ -122,8 +119,7 @@ class Vera(Method[VeraConfig]):
         return config.vera_dropout
 
     def rewrite(self, name: str, config: VeraConfig, site: SiteAdapter) -> Rewrite:
-        operands = ("vera_lambda_b", "vera_lambda_d", "dropout")
-        held = {f"{name}.{o}": getattr(site, o) for o in operands if hasattr(site, o)}
+        held = site.operands(name, ("vera_lambda_b", "vera_lambda_d", "dropout"))
         shared = {f"{name}.shared.{key}": getattr(site.shared, key) for key in SHARED}
         return Rewrite(f"vera:{name}", vera, {**held, **shared}, shared=tuple(shared))
 
