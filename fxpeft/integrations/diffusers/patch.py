@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from diffusers.loaders import lora_pipeline  # noqa: F401 - all classes of pipelines with LoRAs are below one, made here
@@ -17,37 +16,6 @@ from fxpeft.integrations.diffusers.scales import unwatch_scales, watch_scales
 from fxpeft.integrations.diffusers.together import models_of
 from fxpeft.integrations.replacing import Replaced
 from fxpeft.model.modules import of_peft
-
-_replaced = Replaced()
-
-
-def install() -> None:
-    """Let the methods of diffusers' pipelines and models run on fxpeft; see :func:`fxpeft.install`."""
-    if _replaced:
-        return
-    try:
-        _replaced.replace(list(_replacements()))
-        watch_scales()
-    except BaseException:
-        uninstall()
-        raise
-
-
-def uninstall() -> None:
-    """Give diffusers back what :func:`install` replaced. Adapters stay on their models, for fxpeft's functions."""
-    _replaced.give_back()
-    unwatch_scales()
-
-
-@contextmanager
-def installed() -> Iterator[None]:
-    """Let diffusers run on fxpeft (:func:`install`) inside a ``with`` block; then as before, installed or not."""
-    before = bool(_replaced)
-    try:
-        install()
-        yield
-    finally:
-        (install if before else uninstall)()
 
 
 def _replacements() -> Iterator[tuple[Any, str, Any]]:
@@ -93,3 +61,7 @@ def _shared(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..
         return (theirs if of_peft_too else ours)(self, *args, **kwargs)
 
     return choose
+
+
+_replaced = Replaced(_replacements, watch_scales, unwatch_scales)
+install, uninstall, installed = _replaced.install, _replaced.uninstall, _replaced.installed

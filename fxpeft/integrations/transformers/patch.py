@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import transformers.integrations.peft
@@ -18,35 +17,6 @@ from fxpeft.integrations import accelerate, trl
 from fxpeft.integrations.replacing import Replaced
 from fxpeft.integrations.transformers import loading, model_methods, saving, trainer
 from fxpeft.integrations.transformers.releases import LOCAL_SUBFOLDERS, find_adapter_config
-
-_replaced = Replaced()
-
-
-def install() -> None:
-    """Let Transformers' adapter methods and loading run on fxpeft, without PEFT; see :func:`fxpeft.install`."""
-    if _replaced:
-        return
-    try:
-        _replaced.replace(list(_replacements()))
-    except BaseException:
-        uninstall()
-        raise
-
-
-def uninstall() -> None:
-    """Give Transformers back what :func:`install` replaced. Adapters stay on their models, for fxpeft's functions."""
-    _replaced.give_back()
-
-
-@contextmanager
-def installed() -> Iterator[None]:
-    """Let Transformers run on fxpeft (:func:`install`) inside a ``with`` block; then as before, installed or not."""
-    before = bool(_replaced)
-    try:
-        install()
-        yield
-    finally:
-        (install if before else uninstall)()
 
 
 def _replacements() -> Iterator[tuple[Any, str, Any]]:
@@ -90,3 +60,7 @@ def _finds_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _yes() -> bool:
     return True
+
+
+_replaced = Replaced(_replacements)
+install, uninstall, installed = _replaced.install, _replaced.uninstall, _replaced.installed
