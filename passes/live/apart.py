@@ -7,8 +7,8 @@ which computes with its own rows alone, so that a row gets what it gets in a bat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,13 @@ def forward(self, *args, **kwargs):
 """
 
 
+class Parted(NamedTuple):
+    """Each group's number and its rows, and where each row of a batch is in what these give one after another."""
+
+    picks: list[tuple[int, Tensor]]
+    order: Tensor
+
+
 @dataclass
 class Groups:
     """Which rows of a batch belong together.
@@ -38,12 +45,17 @@ class Groups:
 
     ids: Tensor
     repeats: int = 1
+    _known: dict[int, Parted] = field(default_factory=dict)
 
-    def of(self, count: int) -> Tensor | None:
-        """The group of each of ``count`` rows; ``None`` where the batch has another number."""
-        if count == len(self.ids):
-            return self.ids
-        return self.ids.repeat_interleave(self.repeats) if count == len(self.ids) * self.repeats else None
+    def of(self, count: int) -> Parted | None:
+        """How ``count`` rows fall apart; ``None`` where the batch has another number."""
+        if count not in (len(self.ids), len(self.ids) * self.repeats):
+            return None
+        if count not in self._known:
+            ids = self.ids.repeat_interleave(count // len(self.ids))
+            picks = [(number, (ids == number).nonzero().flatten()) for number in range(int(ids.max()) + 1)]
+            self._known[count] = Parted(picks, torch.cat([rows for _, rows in picks]).argsort())
+        return self._known[count]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,23 +97,23 @@ def by_groups(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     counts = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
     counts -= {1} if len(counts) > 1 else set()  # what is the same for all rows
-    ids = groups.of(counts.pop()) if len(counts) == 1 else None
-    if ids is None:
+    count = counts.pop() if len(counts) == 1 else 0
+    parted = groups.of(count)
+    if parted is None:
         found = ", ".join(str(list(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor))
         raise AdapterError(
             f"{name}: expected {len(groups.ids)} rows, as they were named, found an input of {found}: "
             "name as many as the batch has"
         )
-    picks = [(number, rows) for number in range(len(own)) if len(rows := (ids == number).nonzero().flatten())]
     container = module._modules.get("adapters")
     outs = []
-    for number, rows in picks:
+    for number, rows in parted.picks:
         if isinstance(container, Container):
             container.show(own[number].parts)
-        given = [_rows(leaf, rows, len(ids)) for leaf in leaves] if len(picks) > 1 else leaves
+        given = [_rows(leaf, rows, count) for leaf in leaves] if len(parted.picks) > 1 else leaves
         own_args, own_kwargs = pytree.tree_unflatten(given, spec)
         outs.append(own[number].forward(module, *own_args, **own_kwargs))
-    return outs[0] if len(outs) == 1 else _together(outs, torch.cat([rows for _, rows in picks]).argsort())
+    return outs[0] if len(outs) == 1 else _together(outs, parted.order)
 
 
 def _rows(value: Any, rows: Tensor, count: int) -> Any:
