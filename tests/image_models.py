@@ -41,10 +41,10 @@ def unet() -> UNet2DConditionModel:
     ).eval()  # fmt: skip
 
 
-def clip() -> CLIPTextModel:
+def clip(layers: int = 1) -> CLIPTextModel:
     torch.manual_seed(0)
     config = CLIPTextConfig(
-        vocab_size=50, hidden_size=12, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=50, hidden_size=12, intermediate_size=20, num_hidden_layers=layers, num_attention_heads=2,
         max_position_embeddings=9, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     return CLIPTextModel(config).eval()

@@ -10,13 +10,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import convert_state_dict_to_kohya
+from image_models import clip, unet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
 import fxpeft
 from fxpeft.checkpoint import read
@@ -29,22 +30,8 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def unet() -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), block_out_channels=(8, 16), norm_num_groups=4,
-        layers_per_block=1, cross_attention_dim=12, attention_head_dim=2,
-    ).eval()  # fmt: skip
-
-
 def text() -> CLIPTextModel:
-    torch.manual_seed(0)
-    config = CLIPTextConfig(
-        vocab_size=50, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=9, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    return CLIPTextModel(config).eval()
+    return clip(layers=2)
 
 
 @torch.no_grad()
