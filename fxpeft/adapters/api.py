@@ -243,11 +243,12 @@ def _of_sites(adapter: Adapter, scales: Mapping[str, float]) -> dict[str, float]
     found: dict[str, float] = {}
     unused = dict.fromkeys(scales)
     for site in adapter.values.sites:
-        around = [name for name in scales if f"{site}.".startswith(f"{name}.")]
-        for name in around:
-            unused.pop(name, None)
-        if around:
-            found[site] = float(scales[max(around, key=len)])
+        name = site
+        while name:
+            if name in scales:
+                unused.pop(name, None)
+                found.setdefault(site, float(scales[name]))  # the innermost comes first
+            name = name.rpartition(".")[0]
     if unused:
         raise AdapterError(
             f"set_scale: modules that have no site of adapter {adapter.name!r}:\n{listing(unused)}\nIts sites:\n"

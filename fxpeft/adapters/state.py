@@ -13,7 +13,7 @@ from fxpeft.adapters.calls import STATE, unwatch_calls, watch_calls
 from fxpeft.adapters.lock import SwapLock
 from fxpeft.adapters.name import check_adapter_name
 from fxpeft.errors import AdapterError
-from fxpeft.methods.base import SlotValues
+from fxpeft.methods.base import SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.values import Values
 from fxpeft.model.modules import Modules
@@ -85,6 +85,16 @@ class Adapter:
     def strength_at(self, site: str) -> float:
         """The factor on the adapter's own scale at a site."""
         return self.strength if isinstance(self.strength, float | int) else self.strength.get(site, 1.0)
+
+    def stronger(self, factor: float) -> Strength:
+        """The factors on its own scale, times another one."""
+        if isinstance(self.strength, float | int):
+            return self.strength * factor
+        return {site: self.strength_at(site) * factor for site in self.values.sites}
+
+    def site_plan(self, site: str) -> SitePlan:
+        """What is planned at a site, at the strength that it has there."""
+        return self.plan.sites[site].scaled(self.strength_at(site))
 
     def hosts(self) -> set[str]:
         """Names of the modules that the adapter touches."""

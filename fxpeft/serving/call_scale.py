@@ -63,8 +63,7 @@ Serving.rescaling = staticmethod(rescale)
 
 def _at(module: nn.Module | None, serving: Serving, adapter: Adapter, factor: float) -> Adapter:
     assert module is not None
-    strength = {site: adapter.strength_at(site) * factor for site in adapter.values.sites}
-    return lower(module, serving, replace(adapter, strength=strength))
+    return lower(module, serving, replace(adapter, strength=adapter.stronger(factor)))
 
 
 def _places(serving: Serving, shown: list[Adapter]) -> Iterator[tuple[str, int, Adapter]]:

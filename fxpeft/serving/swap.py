@@ -232,12 +232,12 @@ def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
     problems += prompts_serving.lower(serving.prompts, adapter)
     problems += tokens_serving.problems(serving.token_slots, adapter)
     for site, parameters in sites.items():
-        plan, base = adapter.plan.sites[site], Base(model, brings.get(site, {}), site, values.shared)
+        base = Base(model, brings.get(site, {}), site, values.shared)
         slot = serving.slots.get(site)
         if slot is not None and slot.features and slot.a.device.type in ACCELERATORS:  # gains follow from the base
             parameters = {name: value.to(slot.a.device) for name, value in parameters.items()}
         try:
-            lowered[site] = method.lower(plan.scaled(adapter.strength_at(site)), parameters, base)
+            lowered[site] = method.lower(adapter.site_plan(site), parameters, base)
         except PassError as error:
             problems.append(f"{site}: {error}")
             continue

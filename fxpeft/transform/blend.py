@@ -145,7 +145,7 @@ def _shares(site: str, sources: Iterable[tuple[Adapter, Values, float]]) -> list
     for adapter, values, weight in sources:
         if site not in adapter.plan.sites:
             continue
-        plan = adapter.plan.sites[site].scaled(adapter.strength_at(site))
+        plan = adapter.site_plan(site)
         parts = {k: v.detach() for k, v in values.sites[site].items()}
         a, b, bias = parts["lora_A"], parts["lora_B"], parts.get("lora_B_bias")
         own = None if bias is None else bias.float()

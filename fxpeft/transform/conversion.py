@@ -65,7 +65,7 @@ def convert(
     problems: list[str] = []
     for site in in_order(model, [adapter]):
         module = submodule(model, site)
-        plan = adapter.plan.sites[site].scaled(adapter.strength_at(site))
+        plan = adapter.site_plan(site)
         own = brings.get(site, {})
         dtype = next(iter(current.sites[site].values())).dtype
         base = Base(module, own, shared=current.shared)

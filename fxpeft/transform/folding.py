@@ -338,7 +338,7 @@ def _compute(model: nn.Module, adapters: list[Adapter], bare: Mapping[str, Tenso
 
 
 def _lowered(adapter: Adapter, parameters: Mapping[str, Tensor], site: str, base: Base) -> SlotValues:
-    plan = adapter.plan.sites[site].scaled(adapter.strength_at(site))
+    plan = adapter.site_plan(site)
     return method_of(adapter.config).lower(plan, parameters, base)
 
 

@@ -22,7 +22,7 @@ from fxpeft.checkpoint.formats import PipelineFile, read_file
 from fxpeft.checkpoint.formats.diffusers import alpha_key
 from fxpeft.errors import AdapterError, CheckpointError, listing
 from fxpeft.integrations.diffusers.scales import watch_scales
-from fxpeft.integrations.diffusers.together import Pipeline, adapted, models_of, together
+from fxpeft.integrations.diffusers.together import Pipeline, adapted, check_named, models_of, together
 from fxpeft.integrations.diffusers.weights import Weight, of_components, strength
 from fxpeft.methods.base import Method
 from fxpeft.model.modules import Modules
@@ -93,7 +93,9 @@ def enter(
                 check_name(model, name)
             own.config.inference_mode = True
             plan, values = load(Modules(model), own)
-            made[component] = Adapter(name, plan, placed(model, values, autocast=not is_prepared(model)))
+            if not (hotswap and is_prepared(model)):  # whose slots get a copy anyway
+                values = placed(model, values, autocast=not is_prepared(model))
+            made[component] = Adapter(name, plan, values)
         left = [c for c, m in models.items() if c not in made and (s := find_state(m)) and name in s.adapters]
         if hotswap and left:
             raise AdapterError(
@@ -134,8 +136,7 @@ def set_adapters(pipe: Pipeline, names: str | Sequence[str], weights: Any = None
     models = models_of(pipe)
     each = of_components(weights, wanted, list(models))
     states = adapted(models)
-    if missing := [n for n in wanted if not any(n in state.adapters for state in states.values())]:
-        raise AdapterError(f"no component has an adapter named {', '.join(missing)}")
+    check_named(states, wanted)
     with together([models[component] for component in states]):
         for component, state in states.items():
             choose(models[component], state, dict(zip(wanted, each[component], strict=True)))

@@ -51,7 +51,7 @@ def scale_lora_layers(model: nn.Module, weight: float) -> None:
     for adapter in [state.get(name) for name in state.active if name not in state.in_weights()]:
         check_factor(adapter, weight)
         before[adapter.name] = adapter.strength
-        set_scale(model, adapter.name, {site: adapter.strength_at(site) * weight for site in adapter.values.sites})
+        set_scale(model, adapter.name, adapter.stronger(weight))
 
 
 def unscale_lora_layers(model: nn.Module, weight: float | None = None) -> None:

@@ -12,6 +12,7 @@ from fxpeft.adapters.api import set_scale
 from fxpeft.adapters.change import changing
 from fxpeft.adapters.restore import restoring
 from fxpeft.adapters.state import ModelState, find_state
+from fxpeft.errors import AdapterError
 
 
 class Pipeline(Protocol):
@@ -33,6 +34,16 @@ def models_of(pipe: Pipeline) -> dict[str, nn.Module]:
 def adapted(models: Mapping[str, nn.Module]) -> dict[str, ModelState]:
     """Component -> what fxpeft keeps for it, of those that it has changed."""
     return {name: state for name, model in models.items() if (state := find_state(model)) is not None}
+
+
+def check_named(states: Mapping[str, ModelState], names: Collection[str]) -> None:
+    """Refuse names that no component has.
+
+    Raises:
+        AdapterError: they are named.
+    """
+    if missing := [name for name in names if not any(name in state.adapters for state in states.values())]:
+        raise AdapterError(f"no component has an adapter named {', '.join(missing)}")
 
 
 @contextmanager

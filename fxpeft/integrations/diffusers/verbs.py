@@ -9,8 +9,7 @@ from torch import nn
 
 from fxpeft.adapters.api import delete_adapter, disable_adapters, enable_adapters, set_scale
 from fxpeft.adapters.state import ModelState, find_state, is_prepared, state_of
-from fxpeft.errors import AdapterError
-from fxpeft.integrations.diffusers.together import Pipeline, adapted, models_of, together
+from fxpeft.integrations.diffusers.together import Pipeline, adapted, check_named, models_of, together
 from fxpeft.model.wrappers import unwrap
 from fxpeft.serving.prepare import prepare_hotswap
 from fxpeft.serving.release import remove
@@ -30,8 +29,7 @@ def delete_adapters(pipe: Pipeline, names: str | Sequence[str]) -> None:
     wanted = [names] if isinstance(names, str) else list(names)
     models = models_of(pipe)
     states = adapted(models)
-    if missing := [n for n in wanted if not any(n in state.adapters for state in states.values())]:
-        raise AdapterError(f"no component has an adapter named {', '.join(missing)}")
+    check_named(states, wanted)
     with together([models[component] for component in states]):
         for component, state in states.items():
             for name in wanted:
@@ -88,8 +86,7 @@ def fuse(model: nn.Module, state: ModelState, scale: float, safe: bool, names: S
         return
     if scale != 1:
         for name in wanted:
-            adapter = state.get(name)
-            set_scale(model, name, {site: adapter.strength_at(site) * scale for site in adapter.values.sites})
+            set_scale(model, name, state.get(name).stronger(scale))
     if inside:
         refold(model, [*inside, *wanted], safe=safe)
     else:
