@@ -111,10 +111,11 @@ def load_adapter(
             source, allow_pickle=allow_pickle, revision=revision, subfolder=subfolder, token=token,
             local_files_only=local_files_only, strict=strict, weight_name=weight_name, component=component,
         )  # fmt: skip
-        found.config.inference_mode = not trainable
         with changing(model):
-            agreement.step(found, last=not is_prepared(model))
             modules, misfit = Modules(model), checkpoint.Misfit() if ignore_mismatched_sizes else None
+            found = checkpoint.for_model(modules, found)
+            found.config.inference_mode = not trainable
+            agreement.step(found, last=not is_prepared(model))
             plan, values = load(
                 modules, found, key_mapping=key_mapping, check_finite=check_finite, misfit=misfit, partial=partial
             )

@@ -20,7 +20,7 @@ from fxpeft.methods.ia3 import IA3Config
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.model.modules import Modules
 from fxpeft.outside import dense
-from fxpeft.passes.targets.names import NameSelector, Selection
+from fxpeft.passes.targets.names import NameSelector, Selection, pattern_value
 from fxpeft.targets.resolve import spelled
 
 _LORA = {"lora_A", "lora_B", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
@@ -81,12 +81,15 @@ def with_sites(config: AdapterConfig, tensors: Mapping[str, Tensor], modules: Mo
             "beside the tensors and call load_adapter"
         )
     parts = _parts(tensors)
-    targets = _targets(list(parts), modules)
     own = config.target_modules
     if isinstance(own, str | list) and own != "all-linear":
-        _compare(config.selector().select(modules), list(parts))
+        said = config.selector().select(modules)
+        if _says(config, said, tensors, parts):
+            return config.changed()
+        _compare(said, list(parts))
     changes: dict[str, Any] = {
-        "target_modules": targets, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
+        "target_modules": _targets(list(parts), modules), "exclude_modules": None, "layers_to_transform": None,
+        "layers_pattern": None,
     }  # fmt: skip
     saved = [*(config.modules_to_save or ()), *_saved(tensors, parts)]
     changes["modules_to_save"] = list(dict.fromkeys(saved)) or None
@@ -99,6 +102,19 @@ def with_sites(config: AdapterConfig, tensors: Mapping[str, Tensor], modules: Mo
         changes |= {"target_modules": sorted(parts), "feedforward_modules": inner}
     settable = {f.name for f in fields(config) if f.init}
     return replace(config, **{name: value for name, value in changes.items() if name in settable})
+
+
+def _says(
+    config: AdapterConfig, said: list[str], tensors: Mapping[str, Tensor], parts: Mapping[str, Mapping[str, Tensor]]
+) -> bool:
+    """Whether a config that selects these sites says what its tensors do, as that of a LoRA which was saved whole."""
+    if not isinstance(config, LoraConfig) or {*said} != {*parts} or _saved(tensors, parts):
+        return False
+    ranks = {site: len(own["lora_A"]) for site, own in parts.items() if "lora_A" in own}
+    pattern = config.rank_pattern
+    return len(ranks) == len(parts) and all(
+        rank == (pattern_value(pattern, site, config.r) if pattern else config.r) for site, rank in ranks.items()
+    )
 
 
 def _inferred(tensors: Mapping[str, Tensor], modules: Modules | None, alpha: float | None) -> AdapterConfig:

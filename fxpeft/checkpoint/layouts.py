@@ -51,6 +51,16 @@ class Key:
 
 
 @matching()
+def for_model(modules: Modules, found: Checkpoint) -> Checkpoint:
+    """A file's adapter for a model: of a pipeline's file the one of the component that the model is.
+
+    Raises:
+        CheckpointError: no component's sites are the model's, or several's are.
+    """
+    return found.of(modules) if isinstance(found, PipelineFile) else found
+
+
+@matching()
 def in_layout_of(
     model: nn.Module | Modules,
     found: Checkpoint,
@@ -69,8 +79,7 @@ def in_layout_of(
         CheckpointError: two keys mean one place, or an expert's tensors don't fit.
     """
     modules = Modules.of(model)
-    if isinstance(found, PipelineFile):
-        found = found.of(modules)
+    found = for_model(modules, found)
     model, method = modules.model, method_of(found.config)
     if not method.targeted:
         named = method.stored_keys(below_module(model, found.tensors, method.prefix))

@@ -68,8 +68,9 @@ def hotswap(
             state = state_of(model)
             old = _replaced(state, name)
             found = given or checkpoint.Checkpoint("the state_dict", config or old.config, dict(source))  # type: ignore[arg-type]
-            agreement.step(found)
             modules = Modules(model)
+            found = checkpoint.for_model(modules, found)
+            agreement.step(found)
             plan, values = load(modules, found, key_mapping=key_mapping, check_finite=check_finite, partial=partial)
             new = Adapter(old.name, plan, values, old.strength)
             serving_of(state).replace(model, state, new, owned=given is not None)

@@ -10,7 +10,7 @@ from torch import nn
 from fxpeft.adapters.change import changing, ordinary
 from fxpeft.adapters.loading import load
 from fxpeft.adapters.state import Adapter, state_of
-from fxpeft.checkpoint import Checkpoint
+from fxpeft.checkpoint import Checkpoint, for_model
 from fxpeft.errors import AdapterError, listing
 from fxpeft.model.modules import Modules
 from fxpeft.serving.board import Named, check_rows_take
@@ -28,8 +28,10 @@ def build(model: nn.Module, name: str, found: Checkpoint) -> Adapter:
         AdapterError: it doesn't fit, or brings what rows can't have each of their own.
     """
     serving = serving_of(state_of(model))
+    modules = Modules(model)
+    found = for_model(modules, found)
     found.config.inference_mode = True
-    plan, values = load(Modules(model), found)
+    plan, values = load(modules, found)
     adapter = Adapter(name, plan, values)
     check_rows_take(adapter)
     return settle(lower(model, serving, adapter), serving.slots)

@@ -22,6 +22,7 @@ from transformers import CLIPTextModel
 import fxpeft
 from fxpeft.checkpoint import read
 from fxpeft.checkpoint.adapter_file import site_scale, site_tensors
+from fxpeft.checkpoint.formats import choosing
 from fxpeft.errors import AdapterError, CheckpointError
 
 NAMES = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in", "ff.net.2"]
@@ -276,6 +277,30 @@ def test_header_is_no_code_and_no_config_of_another_kind(folder: Path, tmp_path:
         save_file(load_file(source), tmp_path / "x.safetensors", metadata={LORA_ADAPTER_METADATA_KEY: written})
         with pytest.raises(AdapterError, match=match):
             fxpeft.load_adapter(unet(), tmp_path / "x.safetensors", component="unet")
+
+
+def test_a_components_config_is_made_once_and_the_others_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    wrapped = choosing._checkpoint
+    monkeypatch.setattr(choosing, "_checkpoint", lambda *given: made.append(given) or wrapped(*given))
+    found = read(folder, component="unet")
+    assert not made
+    model = unet()
+    fxpeft.load_adapter(model, folder, component="unet")
+    assert len(made) == 1
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "lora" in n)  # frozen, as any other loaded
+    fxpeft.prepare_hotswap(model, 8)
+    fxpeft.hotswap(model, folder, component="unet")
+    assert len(made) == 2
+    assert found.config is found.config  # of both, made when it is asked for
+    assert len(made) == 5
+
+
+def test_a_left_out_components_alphas_have_to_be_of_sites(tmp_path: Path) -> None:
+    _, tensors = trained_by_diffusers()
+    save_file(kohya(tensors, alpha_of) | {"lora_te_elsewhere.alpha": torch.tensor(1.0)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="alphas of sites that have no factors:\n  elsewhere"):
+        fxpeft.load_adapter(unet(), tmp_path / "x.safetensors", component="unet")
 
 
 def test_read_without_a_model(folder: Path) -> None:

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -19,28 +19,51 @@ from fxpeft.checkpoint.inferred import infer_config, with_sites
 from fxpeft.checkpoint.reading import Checkpoint
 from fxpeft.errors import AdapterError, CheckpointError, listing
 from fxpeft.methods.base import Method
+from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.model.modules import Modules
 from fxpeft.model.walk import base_values
+from fxpeft.outside import dense
 from fxpeft.targets.saved import saved_modules
 
 FORMATS: tuple[CheckpointFormat, ...] = (Kohya(), Diffusers())
+LATER: Any = object()
+
+
+def _later() -> Any:
+    return LATER
 
 
 @dataclass
 class PipelineFile(Checkpoint):
     """A file of adapters of a pipeline's components, under the names that it has; :meth:`of` makes one a model's.
 
-    Its own config and tensors are those of all components together, for who asks without a model.
+    Its own config and tensors are those of all components together, for who asks without a model: made when they are
+    asked for.
 
     Args:
         parts: component -> its adapter. wanted: the component that the user named, or ``None``.
         written: the tensors under the keys that the file has.
     """
 
+    config: AdapterConfig = field(default_factory=_later)
+    tensors: dict[str, Tensor] = field(default_factory=_later)
     parts: dict[str, Part] = field(default_factory=dict)
     wanted: str | None = None
     written: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.config is LATER:
+            del self.config, self.tensors
+        else:
+            super().__post_init__()
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("config", "tensors"):
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        self.config, self.tensors = _checkpoint(_together(self.parts, self.source), self.source, None)
+        super().__post_init__()
+        return vars(self)[name]
 
     def of(self, modules: Modules) -> Checkpoint:
         """The adapter of the component that a model is, in the model's names.
@@ -76,7 +99,9 @@ class PipelineFile(Checkpoint):
         """
         if component not in self.parts:
             raise CheckpointError(f"{self.source}: component={component!r}: the file has {_listed(self.parts)}")
-        return replace(self, parts={component: self.parts[component]})
+        return PipelineFile(
+            self.source, parts={component: self.parts[component]}, wanted=self.wanted, written=self.written
+        )
 
     def component(self, component: str, modules: Modules, names: Mapping[str, str] | None = None) -> Checkpoint:
         """A component's adapter in a model's names.
@@ -115,14 +140,23 @@ def read_file(
             f"{source}: expected an adapter's file of {' or '.join(f.name for f in FORMATS)}, found these keys:\n"
             f"{listing(tensors)}"
         )
+    tensors = dense(tensors, source)
     parts = chosen.read(tensors, metadata, source)
-    several = len(parts) > 1
+    for part in parts.values():
+        sites = {*part.sites()}
+        if missing := [site for site in part.alphas if site not in sites]:
+            raise CheckpointError(f"{source}: alphas of sites that have no factors:\n{listing(missing)}")
+    return PipelineFile(source, parts=parts, wanted=component, written=tensors)
+
+
+def _together(parts: Mapping[str, Part], source: str) -> Part:
+    """All components' tensors and alphas, the components' names before the sites' where there are several."""
     together = Part()
     for name, part in parts.items():
-        before = f"{name}." if several and name else ""
+        before = f"{name}." if len(parts) > 1 and name else ""
         together.tensors |= {f"{before}{key}": tensor for key, tensor in part.tensors.items()}
         together.alphas |= {f"{before}{site}": alpha for site, alpha in _alphas(part, source).items()}
-    return PipelineFile(source, *_checkpoint(together, source, None), parts=parts, wanted=component, written=tensors)
+    return together
 
 
 def _alphas(part: Part, source: str) -> dict[str, float]:
@@ -141,12 +175,9 @@ def _checkpoint(part: Part, source: str, modules: Modules | None) -> tuple[LoraC
         CheckpointError: what the keys and the settings say is no LoRA, or none of the model's.
     """
     tensors = {f"{Method.prefix}{key}": tensor for key, tensor in part.tensors.items()}
-    sites = part.sites()
-    if missing := [site for site in part.alphas if site not in set(sites)]:
-        raise CheckpointError(f"{source}: alphas of sites that have no factors:\n{listing(missing)}")
     try:
         if part.settings is None:
-            return _inferred(part, sites, cast(LoraConfig, infer_config(tensors, modules))), tensors
+            return _inferred(part, part.sites(), cast(LoraConfig, infer_config(tensors, modules))), tensors
         settings = {"peft_type": "LORA", **part.settings}
         config = LoraConfig.from_dict(settings, source=source, loading=True)
         if modules is not None:

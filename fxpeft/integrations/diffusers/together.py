@@ -26,8 +26,9 @@ class Pipeline(Protocol):
 
 def models_of(pipe: Pipeline) -> dict[str, nn.Module]:
     """Component -> model, those first that diffusers loads LoRAs into, in its order."""
-    first = [name for name in getattr(pipe, "_lora_loadable_modules", ()) if name in pipe.components]
-    found = {name: pipe.components[name] for name in (*first, *pipe.components)}
+    components = pipe.components  # a property that looks for all of them each time
+    first = [name for name in getattr(pipe, "_lora_loadable_modules", ()) if name in components]
+    found = {name: components[name] for name in (*first, *components)}
     return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
 
 
