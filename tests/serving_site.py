@@ -32,12 +32,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write(root: Path, count: int) -> None:
-    """``root/model``, and ``root/adapters/a0``, ``a1``, ..., of ranks 1 to 5 at different targets."""
+    """``root/model``, and ``root/adapters/a0``, ``a1``, ..., of ranks 1 to 5 at different targets; a7 with a head."""
     base().save_pretrained(root / "model")
     tokenizer().save_pretrained(root / "model")
     for number in range(count):
         targets = [["q_proj", "down_proj"], ["v_proj", "up_proj", "o_proj"], ["k_proj", "gate_proj"]][number % 3]
-        config = fxpeft.LoraConfig(r=1 + number % 5, lora_alpha=64, target_modules=targets, use_rslora=number % 2 == 1)
+        config = fxpeft.LoraConfig(
+            r=1 + number % 5, lora_alpha=64, target_modules=targets, use_rslora=number % 2 == 1,
+            modules_to_save=["lm_head"] if number == 7 else None,
+        )  # fmt: skip
         save(base(), config, root / "adapters" / f"a{number}", seed=number)
 
 

@@ -11,6 +11,7 @@ from fxpeft.model.progress import progress
 from fxpeft.model.walk import base_value, base_values, output_head
 from fxpeft.model.wrappers import submodule
 from fxpeft.passes.live import Container, bare_copy, replace_module, rewrite_module, unbind
+from fxpeft.passes.live.lane_modules import LaneModules
 from fxpeft.passes.live.parameters import read_module, slot_rewrite
 from fxpeft.passes.slots.lanes import lane_rewrite
 from fxpeft.passes.slots.parted import parted_rewrite
@@ -30,15 +31,7 @@ def bind_slots(model: nn.Module, serving: Serving) -> None:
         site, _, leaf = path.rpartition(".")
         redirects.setdefault(site, {})[leaf] = (leaf, base_value(model, path).detach().clone())
     for path in serving.saved:
-        module = submodule(model, path)
-        unbind(module)
-        copied = bare_copy(module)
-        copied.load_state_dict({k: v.detach().clone() for k, v in base_values(module).items()}, assign=True)
-        serving.copies[path] = _transient(copied)
-        holder = Container()
-        holder.add_module("module", serving.copies[path])
-        module.add_module("slot", holder)
-        replace_module(module, "slot.module")
+        _bind_copies(model, serving, path)
     _make_slots(model, serving)
     _bind_parameters(model, serving)
     modules = (s for s, kind in serving.kinds.items() if not kind.leaf)
@@ -62,6 +55,28 @@ def bind_slots(model: nn.Module, serving: Serving) -> None:
         rewrite_module(module, rewrites, name=site, redirects=redirects.get(site), container="slot", alone=alone)
     for module in fused_above(model, serving.hosts()).values():
         switch_off(module)
+
+
+def _bind_copies(model: nn.Module, serving: Serving, path: str) -> None:
+    """A replaceable copy of a module answers for it; where rows have their own, one for each lane and none."""
+    module, board = submodule(model, path), serving.board
+    unbind(module)
+    serving.copies[path] = _copy(module)
+    holder = Container()
+    if board is not None and path not in board.for_all:
+        own = [_copy(module) for _ in range(board.lanes.count + 1)]
+        holder = board.modules[path] = LaneModules(serving.copies[path], own, board.lanes, path)
+    else:
+        holder.add_module("module", serving.copies[path])
+    module.add_module("slot", holder)
+    replace_module(module, "slot.module", called="slot" if path in getattr(board, "modules", ()) else "")
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A module that computes with values of its own, which are no parameters; now those of the base."""
+    copied = bare_copy(module)
+    copied.load_state_dict({k: v.detach().clone() for k, v in base_values(module).items()}, assign=True)
+    return _transient(copied)
 
 
 def _make_slots(model: nn.Module, serving: Serving) -> None:

@@ -14,12 +14,18 @@ from torch import Tensor
 from fxpeft.adapters.lock import SwapLock
 from fxpeft.adapters.state import Adapter
 from fxpeft.errors import AdapterError
-from fxpeft.methods.base import SlotValues
-from fxpeft.passes.slots.copies import Copies
+from fxpeft.passes.base import attribute
+from fxpeft.passes.live.lane_modules import LaneModules
 from fxpeft.passes.slots.lanes import Lanes, RowTensors
 from fxpeft.passes.slots.slot import LANE, LEAST, NEUTRAL, Slot
-from fxpeft.passes.torch_private import skip_frame, zero_each
+from fxpeft.passes.slots.tokens import TokenSlot
+from fxpeft.passes.torch_private import skip_frame
+from fxpeft.serving import tokens as tokens_serving
+from fxpeft.serving.brought import Holds
+from fxpeft.serving.places import Place, clear_windows, lane_copies
 from fxpeft.serving.staging import StreamOrder
+
+TOKENS, MODULE = "tokens", "module"  # what a lane may hold beside features
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,28 +51,6 @@ class Named:
 _named: ContextVar[Mapping[Lanes, Named]] = ContextVar("fxpeft_rows")
 
 
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Where an adapter is: in which lane, from which rank on, over how many, the same at every site.
-
-    Args:
-        alone: it is the first of those that a call without rows computes with. gains: :func:`has_gains`.
-    """
-
-    adapter: Adapter
-    lane: int
-    start: int
-    width: int
-    alone: bool
-    gains: bool
-
-    def same(self, other: Place | None) -> bool:
-        """Whether the other has the same in the same place."""
-        if other is None or self.adapter is not other.adapter:
-            return False
-        return (self.lane, self.start, self.width, self.alone) == (other.lane, other.start, other.width, other.alone)
-
-
 @dataclass
 class Board:
     """The residents of a prepared model's slots: the active adapters, and ``beside`` them those that rows name.
@@ -75,7 +59,10 @@ class Board:
         placed: name -> place of each that is in the slots now.
         pins: of each open ``with`` block the names that it has. used: resident -> when it was last named, by ``clock``.
         version: counts what changes places.
-        held: slot and lane with a feature other than neutral.
+        held: slot and lane with a feature, rows of an embedding or a module of its own, other than neutral.
+        modules: those of which each lane has a copy, and token_slots: with rows for each lane.
+        for_all: module that an adapter may bring -> why rows can't have it each of their own.
+        holds: of which values of the base the lanes' copies for no adapter are.
     """
 
     lanes: Lanes
@@ -86,11 +73,18 @@ class Board:
     clock: int = 0
     version: int = 0
     held: set[tuple[str, str, int]] = field(default_factory=set)
+    modules: dict[str, LaneModules] = field(default_factory=dict)
+    token_slots: Mapping[str, TokenSlot] = field(default_factory=dict)
+    for_all: Mapping[str, str] = field(default_factory=dict)
+    holds: Holds = field(default_factory=dict)
     device: torch.device | None = None
     order: StreamOrder | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "pins": {}, "used": {}, "order": None}  # nobody has named rows of a copy
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({"modules": {}, "token_slots": {}, "for_all": {}, "holds": {}, **state})  # older pickles
 
     # --- who is resident ---
 
@@ -151,7 +145,7 @@ class Board:
         if (problem := self.problem(active, self.beside, max_rank)) is not None:
             raise AdapterError(problem)
         for adapter in active if self.pins else ():
-            check_rows_take(adapter)
+            self.check_rows_take(adapter)
 
     def problem(self, active: Sequence[Adapter], beside: Sequence[Adapter], max_rank: int) -> str | None:
         """Why these don't go into the slots together, or ``None``."""
@@ -162,6 +156,20 @@ class Board:
         if end > max_rank:
             return f"{end} ranks side by side of {names}, more than max_rank {max_rank}: {_MORE}"
         return None
+
+    def check_rows_take(self, adapter: Adapter) -> None:
+        """Refuse an adapter that brings what only all rows of a call can have.
+
+        Raises:
+            AdapterError: it does.
+        """
+        brings = [f"{path} ({self.for_all[path]})" for path in adapter.values.saved if path not in self.modules]
+        brings += [*adapter.values.tensors, *(["a prompt"] if adapter.prompt is not None else [])]
+        if brings:
+            raise AdapterError(
+                f"adapter {adapter.name!r} brings {', '.join(brings)}, which rows of one call can't have each of their "
+                "own: set it active, and call the model without naming rows"
+            )
 
     # --- how they get there ---
 
@@ -181,16 +189,17 @@ class Board:
         places, end = self._layout(active), self._end(active, ())
         new = [place for name, place in places.items() if not place.same(self.placed.get(name))]
         self.placed = {}  # until all is written
-        copies = [_copies(slots, place, memory) for place in new]
+        copies = [lane_copies(slots, place, memory) for place in new]
         if ready is not None:
             for each in copies:
                 each.stage()
             ready()
-        _clear(slots, [*((p.start, p.width) for p in new), *([(end, LEAST - end)] if end < LEAST else [])])
+        clear_windows(slots, [*((p.start, p.width) for p in new), *([(end, LEAST - end)] if end < LEAST else [])])
         for each in copies:
             each.run()
         for place in new:
             self._show_features(slots, place)
+            self._show_own(place)
         self.placed, self.version = places, self.version + 1
         self.used = {name: self.used.get(name, 0) for name in places}
         self.device = next((slot.a.device for slot in slots.values()), None)
@@ -226,23 +235,37 @@ class Board:
         for site, slot in slots.items():
             value = place.adapter.lowered.get(site)
             for name in slot.features:
-                own, key = None if value is None else getattr(value, name), (site, name, place.lane)
-                if own is not None:
-                    getattr(slot, LANE + name)[place.lane].copy_(own)
-                    self.held.add(key)
-                elif key in self.held:
-                    getattr(slot, LANE + name)[place.lane].fill_(NEUTRAL[name])
-                    self.held.discard(key)
+                own = None if value is None else getattr(value, name)
+                if self._holds(site, name, place.lane, own is not None):
+                    lane = getattr(slot, LANE + name)[place.lane]
+                    lane.fill_(NEUTRAL[name]) if own is None else lane.copy_(own)
+
+    @torch.no_grad()
+    def _show_own(self, place: Place) -> None:
+        """Rows of embeddings, and whole modules, in their lane, or nothing."""
+        lane, adapter = place.lane, place.adapter
+        for name, slot in self.token_slots.items():
+            if self._holds(name, TOKENS, lane, name in adapter.plan.tokens):
+                tokens_serving.hold(slot, name, adapter, lane)
+        for path, module in self.modules.items():
+            own = adapter.values.saved.get(path)
+            if self._holds(path, MODULE, lane, own is not None):
+                module.brings[lane] = own is not None
+            for key, tensor in (own or {}).items():
+                attribute(module.copies[lane], key).copy_(tensor.detach())
+
+    def _holds(self, site: str, name: str, lane: int, given: bool) -> bool:
+        """Note that a lane gets something, or nothing; returns whether there is something to write."""
+        writes = given or (site, name, lane) in self.held
+        (self.held.add if given else self.held.discard)((site, name, lane))
+        return writes
 
     def forget(self, slots: Mapping[str, Slot]) -> None:
         """Take it that anything may be in the slots."""
-        self.placed = {}
-        self.held = {
-            (site, name, lane)
-            for site, slot in slots.items()
-            for name in slot.features
-            for lane in range(self.lanes.count)
-        }
+        self.placed, self.holds = {}, {}
+        parts = [(site, name) for site, slot in slots.items() for name in slot.features]
+        parts += [*((name, TOKENS) for name in self.token_slots), *((path, MODULE) for path in self.modules)]
+        self.held = {(site, name, lane) for site, name in parts for lane in range(self.lanes.count)}
 
     # --- what rows are named for ---
 
@@ -309,59 +332,6 @@ skip_frame(Board.before_read, deep=True)  # Dynamo begins behind it
 _MORE = "name fewer at a time, or prepare the model for more (release_hotswap, then prepare_hotswap before compiling)"
 
 
-def check_rows_take(adapter: Adapter) -> None:
-    """Refuse an adapter that brings more than a slot's values, which only all rows of a call can have.
-
-    Raises:
-        AdapterError: it does.
-    """
-    brings = [*adapter.values.saved, *adapter.values.tensors, *(["a prompt"] if adapter.prompt is not None else [])]
-    if brings:
-        raise AdapterError(
-            f"adapter {adapter.name!r} brings {', '.join(brings)}, which rows of one call can't have each of their "
-            "own: set it active, and call the model without naming rows"
-        )
-
-
 def has_gains(adapter: Adapter) -> bool:
     """Whether an adapter has a gain at some site, or rows of an embedding: what a row of a batch has of one alone."""
     return bool(adapter.plan.tokens) or any(v.g_in is not None or v.g_out is not None for v in adapter.lowered.values())
-
-
-def _copies(slots: Mapping[str, Slot], place: Place, memory: list[int]) -> Copies:
-    """The copies of an adapter to its place, kept while it comes to the same one."""
-    adapter, where = place.adapter, {"start": place.start, "alone": int(place.alone)}
-    if adapter.copies is not None and adapter.copies[0] is memory and adapter.copies[2] == where:
-        return adapter.copies[1]
-    pairs: list[tuple[Tensor, Tensor]] = []
-    written: list[Tensor] = []
-    for site, value in adapter.lowered.items():
-        slot = slots[site]
-        if rank := value.d.numel():
-            pairs += zip(slot.window(place.start, rank), value[:3], strict=True)
-            written += (slot.a, slot.b, slot.d)
-        if place.alone:
-            for name, own in value.features().items():
-                pairs.append((slot.beside(name), own))
-                written.append(getattr(slot, name))
-    copies = Copies(pairs, written, join=adapter.settled)
-    if adapter.settled:
-        adapter.copies = (memory, copies, where)
-    return copies
-
-
-def _clear(slots: Mapping[str, Slot], ranges: Sequence[tuple[int, int]]) -> None:
-    """Switch ranks off at all sites; what A and B hold there stays, and is finite: see :func:`check_finite`."""
-    stale = [slot.window(start, count)[2] for start, count in ranges if count for slot in slots.values()]
-    if stale:
-        zero_each(stale)
-        torch.autograd.graph.increment_version([s.d for s in slots.values() if not s.d.is_inference()])
-
-
-def check_finite(lowered: Mapping[str, SlotValues]) -> list[str]:
-    """Where an adapter holds NaN or infinity, which other rows would get too: sums over ranks go over all lanes."""
-    return [
-        f"{site}: holds NaN or infinity, which beside other lanes would reach their rows; prepare without lanes for it"
-        for site, value in lowered.items()
-        if not all(bool(torch.isfinite(t).all()) for t in value if t is not None)
-    ]

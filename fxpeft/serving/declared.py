@@ -8,6 +8,8 @@ from torch import nn
 
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import METHODS, slot_needs
+from fxpeft.methods.prompt_inputs import cache_argument
+from fxpeft.methods.prompts import forward_arguments
 from fxpeft.model.batch_rows import other_rows
 from fxpeft.model.placement import parted
 from fxpeft.model.wrappers import submodule
@@ -47,20 +49,35 @@ def check_slots(methods: Sequence[str], max_rank: int, rank: str, *, at_targets:
     return frozenset[str]().union(*(known[m] for m in methods))
 
 
-def check_lanes(model: nn.Module, kinds: Mapping[str, Kind]) -> None:
+def check_lanes(model: nn.Module, kinds: Mapping[str, Kind], saved: Iterable[str]) -> dict[str, str]:
     """Check that rows can have adapters of their own at each of the sites.
 
+    Args:
+        saved: modules that adapters may bring whole. Where one can't be of some rows, it still can be of all.
+
+    Returns:
+        Those of ``saved`` that can't be of some rows -> why.
+
     Raises:
-        AdapterError: those where they can't, and what is there in the place of the batch's rows.
+        AdapterError: sites where rows can't have their own, and what is there in the place of the batch's rows.
     """
     wrong = {site: f"a {kind.name} is the same for all rows" for site, kind in kinds.items() if not kind.takes_lanes}
-    wrong |= other_rows(model, [site for site in kinds if site not in wrong])
+    keep = {path: "it takes a cache, which every copy would fill" for path in saved if _takes_cache(model, path)}
+    asked = [*(site for site in kinds if site not in wrong), *(path for path in saved if path not in keep)]
+    found = other_rows(model, asked)
+    keep |= {path: what for path, what in found.items() if path not in kinds}
+    wrong |= {site: what for site, what in found.items() if site in kinds}
     if wrong:
         raise AdapterError(
             "lanes: these targets don't see the rows of a batch one by one and in their order:\n"
             f"{listing(f'{site}: {what}' for site, what in wrong.items())}\n"
             "leave them out of targets, or prepare with lanes=1"
         )
+    return keep
+
+
+def _takes_cache(model: nn.Module, path: str) -> bool:
+    return any(cache_argument(forward_arguments(part)) for part in submodule(model, path).modules())
 
 
 def check_parted(model: nn.Module, hosts: Iterable[str], methods: Sequence[str], lanes: int) -> None:

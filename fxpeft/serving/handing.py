@@ -13,7 +13,7 @@ from fxpeft.adapters.state import Adapter, state_of
 from fxpeft.checkpoint import Checkpoint, for_model
 from fxpeft.errors import AdapterError, listing
 from fxpeft.model.modules import Modules
-from fxpeft.serving.board import Named, check_rows_take
+from fxpeft.serving.board import Named
 from fxpeft.serving.packing import settle
 from fxpeft.serving.rows import check_named
 from fxpeft.serving.swap import lower, serving_of
@@ -32,9 +32,10 @@ def build(model: nn.Module, name: str, found: Checkpoint) -> Adapter:
     found = for_model(modules, found)
     found.config.inference_mode = True
     plan, values = load(modules, found)
-    adapter = Adapter(name, plan, values)
-    check_rows_take(adapter)
-    return settle(lower(model, serving, adapter), serving.slots)
+    adapter = lower(model, serving, Adapter(name, plan, values))
+    if serving.board is not None:
+        serving.board.check_rows_take(adapter)
+    return settle(adapter, serving.slots)
 
 
 def hand_over(model: nn.Module, new: Iterable[Adapter], gone: Iterable[Adapter]) -> None:
@@ -65,7 +66,9 @@ def check_lane(model: nn.Module, lane: Mapping[str, float], adapters: Sequence[A
     Raises:
         AdapterError: a weight or a mixture that can't be, or more ranks than all lanes have.
     """
-    check_named(state_of(model), Named([lane], torch.tensor([0])))
+    state = state_of(model)
+    if (board := serving_of(state).board) is not None:
+        check_named(state, board, Named([lane], torch.tensor([0])))
     if not fit(model, adapters):
         names = listing(f"{adapter.name}: r={adapter.config.to_dict().get('r')}" for adapter in adapters)
         raise AdapterError(f"these don't go into the slots together, having too many ranks or lanes:\n{names}")

@@ -115,8 +115,10 @@ def prepare_hotswap(
         serving.prompts = prompts_serving.PromptSlot.of(model, *prompts)
     own_lanes = None if serving.board is None else serving.board.lanes
     serving.token_slots.update(tokens_serving.declare(model, methods, max_tokens, token_modules, adapters, own_lanes))
-    if lanes > 1:
-        check_lanes(model, {**serving.kinds, **{name: slot.kind for name, slot in serving.token_slots.items()}})
+    if serving.board is not None:
+        rowed = {**serving.kinds, **{name: slot.kind for name, slot in serving.token_slots.items()}}
+        serving.board.for_all = check_lanes(model, rowed, sorted(serving.saved))
+        serving.board.token_slots = serving.token_slots
     if both := sorted(serving.token_slots.keys() & serving.saved):
         raise AdapterError(f"{', '.join(both)}: declared for tokens and in modules_to_save; declare one of the two")
     # everything that can be refused is refused on copies, before the model is touched

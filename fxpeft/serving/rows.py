@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from fxpeft.adapters.attach import check_together
 from fxpeft.adapters.calls import RowsOfCalls
 from fxpeft.adapters.change import changing
 from fxpeft.adapters.state import ModelState, find_state, state_of
@@ -20,7 +21,7 @@ from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import PassError
 from fxpeft.passes.torch_private import skip_frame
 from fxpeft.serving.apart import repeats_of, rows_apart
-from fxpeft.serving.board import Board, Named, check_rows_take, has_gains
+from fxpeft.serving.board import Board, Named, has_gains
 from fxpeft.serving.guard import ModelLock
 from fxpeft.serving.packing import settle
 from fxpeft.serving.swap import Serving, reshow, serving_of, watch_reads
@@ -134,7 +135,7 @@ def _naming(model: nn.Module, board: Board, named: Named) -> Iterator[None]:
     serving = serving_of(state_of(model))
     try:
         with serving.lock.read():  # no swap looks at the pins meanwhile
-            check_named(state_of(model), named)
+            check_named(state_of(model), board, named)
             board.pins[block] = names
             missing = [name for name in names if name not in board.placed]
         if missing:
@@ -195,7 +196,7 @@ def _apart(model: nn.Module, names: Sequence[Lane]) -> AbstractContextManager[No
 RowsOfCalls.naming = staticmethod(_apart)
 
 
-def check_named(state: ModelState, named: Named) -> None:
+def check_named(state: ModelState, board: Board, named: Named) -> None:
     """Refuse what rows can't have.
 
     Raises:
@@ -203,12 +204,13 @@ def check_named(state: ModelState, named: Named) -> None:
     """
     names = named.names()
     for name in names:
-        check_rows_take(state.get(name))
+        board.check_rows_take(state.get(name))
     state.check_unfolded(names, "rows can't name it")
     for adapter in state.running():
-        check_rows_take(adapter)
+        board.check_rows_take(adapter)
     for mixture in named.mixtures:
         together = [state.get(name) for name in mixture]
+        check_together(together)
         check_gains(together)
         check_alone(together)
         if any(a.plan.tokens for a in together) and sum(map(has_gains, together)) > 1:

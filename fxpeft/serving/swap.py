@@ -26,10 +26,11 @@ from fxpeft.passes.slots.tokens import TokenSlot
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.serving import prompts as prompts_serving
 from fxpeft.serving import tokens as tokens_serving
-from fxpeft.serving.board import Board, check_finite
+from fxpeft.serving.board import Board
 from fxpeft.serving.brought import show_copies, show_features
 from fxpeft.serving.guard import ModelLock
 from fxpeft.serving.packing import settle
+from fxpeft.serving.places import check_finite
 from fxpeft.serving.ranks import clear_ranks
 from fxpeft.serving.staging import ACCELERATORS, StreamOrder
 from fxpeft.serving.together import check_gains, check_ranks
@@ -90,18 +91,8 @@ class Serving(Host):
         return {**vars(self), "places": [], "held": [], "order": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(
-            {
-                "places": [],
-                "held": [],
-                "order": None,
-                "torn": False,
-                "used": None,
-                "board": None,
-                "token_slots": {},
-                **state,
-            }
-        )
+        older: dict[str, Any] = {"torn": False, "used": None, "board": None, "token_slots": {}}
+        vars(self).update({**older, "places": [], "held": [], "order": None, **state})
         self.plans = Recent(state["plans"].items(), limit=64)  # a plain dict in older pickles
         self.__post_init__()
 
@@ -337,9 +328,12 @@ def _show_lanes(model: nn.Module, serving: Serving, board: Board, adapters: list
             show_features(serving.slots, serving.featured, adapters)
         show_copies(model, serving.copies, serving.tensors, serving.holds, adapters)
         prompts_serving.show(model, serving.prompts, adapters)
-        tokens_serving.show(serving.token_slots, adapters, {p.lane: p.adapter for p in board.placed.values()})
+        tokens_serving.show(serving.token_slots, adapters)
+        show_copies(model, {path: m.copies[-1] for path, m in board.modules.items()}, (), board.holds, [])
+    used = {site for place in board.placed.values() for site in place.adapter.lowered}
     for site, slot in serving.slots.items():
-        slot.idle = not any(site in place.adapter.lowered for place in board.placed.values())
+        if slot.idle is (site in used):
+            slot.idle = site not in used
     if serving.rank is not None:
         serving.rank.set(active)
 

@@ -85,21 +85,14 @@ def check_alone(adapters: Sequence[Adapter]) -> None:
         )
 
 
-def show(
-    slots: Mapping[str, TokenSlot], adapters: Sequence[Adapter], residents: Mapping[int, Adapter] | None = None
-) -> None:
-    """Put the rows among ``adapters`` into the slots; where there are none a module is the base's.
-
-    Args:
-        residents: lane -> who is there, in slots with lanes.
-    """
+def show(slots: Mapping[str, TokenSlot], adapters: Sequence[Adapter]) -> None:
+    """Put the rows among ``adapters`` into the slots; where there are none a module is the base's."""
     for name, slot in slots.items():
-        _hold(slot, name, next((a for a in adapters if name in a.plan.tokens), None))
-        for lane in range(0 if slot.lanes is None or residents is None else slot.lanes.count):
-            _hold(slot, name, (residents or {}).get(lane), lane)
+        hold(slot, name, next((a for a in adapters if name in a.plan.tokens), None))
 
 
-def _hold(slot: TokenSlot, name: str, owner: Adapter | None, lane: int | None = None) -> None:
+def hold(slot: TokenSlot, name: str, owner: Adapter | None, lane: int | None = None) -> None:
+    """Put an adapter's rows into a module's slot, or into one of its lanes; without any nothing is there."""
     rows = None if owner is None else owner.plan.tokens.get(name)
     if owner is None or rows is None:
         slot.hold((), None, lane)

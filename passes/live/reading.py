@@ -40,13 +40,41 @@ def elsewhere(name: str, read: Callable[[nn.Module], Any]) -> property:
     """An attribute that another answers for; who manages the module's own tensors sees and sets those."""
 
     def get(self: nn.Module) -> Any:
-        state = vars(self)
-        managed = (FSDP in state or "_hf_hook" in state) and not torch.compiler.is_compiling()
-        if managed and _module_of(sys._getframe(1)).startswith(_MANAGERS):
+        managed = not torch.compiler.is_compiling() and _is_managed(self, sys._getframe(1))
+        return _own(self, name) if managed else read(self)
+
+    return property(get, *_setting(name))
+
+
+def of_no_row(name: str, read: Callable[[nn.Module], Any]) -> property:
+    """The same, of a module of which rows of a batch may have copies of their own.
+
+    Raises, when it is read:
+        AdapterError: while they have, by code that takes it past the module's forward: there is no copy for all rows.
+    """
+
+    def get(self: nn.Module) -> Any:
+        if torch.compiler.is_compiling():
+            return read(self)
+        reader = sys._getframe(1)
+        slot: Any = _slot(self)
+        if _is_managed(self, reader):
             return _own(self, name)
+        if slot is not None and slot.lanes.named.mask.shape[0] and _takes(reader, self):
+            raise AdapterError(
+                f"{slot.site}: {reader.f_code.co_name} ({_module_of(reader)}, line {reader.f_lineno}) computes with "
+                f"its {name} without calling it, and rows of the batch have copies of their own: name no rows, or "
+                f"leave {slot.site} out of modules_to_save"
+            )
         return read(self)
 
     return property(get, *_setting(name))
+
+
+def _is_managed(module: nn.Module, reader: FrameType) -> bool:
+    """Whether a frame reads a module's own tensors to fetch or to part them."""
+    state = vars(module)
+    return (FSDP in state or "_hf_hook" in state) and _module_of(reader).startswith(_MANAGERS)
 
 
 def past(name: str, site: str) -> property:

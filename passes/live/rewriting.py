@@ -81,19 +81,24 @@ def _read_in_place(graph: Graph) -> Graph:
     return graph
 
 
-def replace_module(module: nn.Module, path: str) -> None:
+def replace_module(module: nn.Module, path: str, *, called: str = "") -> None:
     """Let another module, reachable at ``path`` from ``module``, answer for it.
 
     It answers all calls, and reads of the module's parameters, buffers and children: code that reads a head's
     ``weight`` without calling the head gets the weight that a call computes with. Lists of parameters, as
     ``state_dict`` and ``named_modules`` make them, stay the module's own, and so does what accelerate's hooks and FSDP
     read to fetch the module's own weights.
+
+    Args:
+        called: where another one is that answers the calls, since rows of a batch have copies of their own; reads
+            past it are refused while they have.
     """
-    access = _access(path)
+    access, calls = _access(path), _access(called or path)
     held = (*module._parameters.items(), *module._buffers.items(), *module._modules.items())
     names = [key for key, value in held if value is not None and not isinstance(value, Container)]
-    source = f"def forward(self, *args, **kwargs):\n    return {access}(*args, **kwargs)\n"
-    bind_source(module, _members(source, {name: _elsewhere(name, f"getattr({access}, {name!r})") for name in names}))
+    source = f"def forward(self, *args, **kwargs):\n    return {calls}(*args, **kwargs)\n"
+    make = _of_no_row if called else _elsewhere
+    bind_source(module, _members(source, {name: make(name, f"getattr({access}, {name!r})") for name in names}))
 
 
 def _access(path: str) -> str:
@@ -107,6 +112,11 @@ def _access(path: str) -> str:
 def _elsewhere(name: str, code: str) -> str:
     """Code that makes an attribute which another answers for, from the code that reads it there."""
     return f"elsewhere({name!r}, lambda self: {code})"
+
+
+def _of_no_row(name: str, code: str) -> str:
+    """The same, of a module of which rows of a batch may have copies of their own."""
+    return f"of_no_row({name!r}, lambda self: {code})"
 
 
 def _members(source: str, attributes: Mapping[str, str]) -> str:

@@ -171,17 +171,35 @@ def _repeated(slot: Any, x: Tensor, values: Tensor) -> Tensor:
     Raises:
         AdapterError: the site's rows are not those that were named.
     """
-    lanes = slot.lanes
-    named, found = lanes.named.mask.shape[:-1], slot.kind.leading(x)
+    return for_rows(slot.lanes, slot.site, values, slot.kind.leading(x), x.shape)
+
+
+def for_rows(lanes: Lanes, site: str, values: Tensor, leading: torch.Size, shape: torch.Size) -> Tensor:
+    """Values of the named rows, ``[..., n]``, for as many rows as the ``leading`` sizes of a ``shape`` say.
+
+    Raises:
+        AdapterError: those are not the rows that were named.
+    """
+    named, repeats = lanes.named.mask.shape[:-1], lanes.repeats
     values = values.reshape(*named, values.shape[-1])
-    if len(named) == 1 and len(found) > 0 and lanes.repeats > 1 and found[0] == named[0] * lanes.repeats:
-        return values.repeat_interleave(lanes.repeats, 0)
-    if len(found) < len(named) or any(n != f for n, f in zip(named, found, strict=False)):
+    if len(named) == 1 and len(leading) > 0 and repeats > 1 and leading[0] == named[0] * repeats:
+        return values.repeat_interleave(repeats, 0)
+    if len(leading) < len(named) or any(n != f for n, f in zip(named, leading, strict=False)):
         raise AdapterError(
-            f"{slot.site}: expected {_told(named)}, as rows or tokens were named, found an input of {list(x.shape)}: "
+            f"{site}: expected {_told(named)}, as rows or tokens were named, found an input of {list(shape)}: "
             "name as many as the batch has"
         )
     return values
+
+
+def owners(lanes: Lanes, brings: Tensor) -> Tensor:
+    """For each named row, or token, which of its lanes brings something, ``[...]``; ``lanes.count``, where none does.
+
+    Args:
+        brings: ``[lanes]``, whether each does. Of a row's lanes one at most may.
+    """
+    own = (lanes.named.weights != 0).to(brings.device) & brings
+    return torch.where(own.any(-1), own.int().argmax(-1), lanes.count)
 
 
 def _flat(picks: Tensor, x: Tensor) -> Tensor:

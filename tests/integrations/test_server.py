@@ -77,7 +77,8 @@ def server(site: Site, request: pytest.FixtureRequest, tmp_path_factory: pytest.
     process = start(
         "-m", "fxpeft", "serve", site.model, "--adapters", site.adapters, "--name", "base", "--port", port,
         "--api-key", "secret", "--lanes", 6, "--max-rank", 24, "--cache-tokens", 2048, "--batch-tokens", 64,
-        "--queue", 32, "--adapter-bytes", 30_000, log=log, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        "--queue", 32, "--adapter-bytes", 30_000, "--module-to-save", "lm_head",
+        log=log, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     http = httpx.Client(base_url=url, headers={"Authorization": "Bearer secret"}, timeout=30)

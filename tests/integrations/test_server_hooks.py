@@ -72,6 +72,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     serving_site.write(folder, 6)
     head = fxpeft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"])
     save(serving_site.base(), head, folder / "adapters" / "head", seed=11)
+    whole = fxpeft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    save(serving_site.base(), whole, folder / "adapters" / "whole", seed=12)
     return folder
 
 
@@ -80,10 +82,12 @@ def run(root: Path) -> Iterator[Callable[..., AdapterBatching]]:
     """One batching for all that ask for the same one."""
     made: dict[str, AdapterBatching] = {}
 
-    def begin(targets: str | list[str] = "all-linear", compiled: bool = False) -> AdapterBatching:
-        if (key := f"{targets} {compiled}") not in made:
+    def begin(
+        targets: str | list[str] = "all-linear", compiled: bool = False, saved: tuple[str, ...] = ()
+    ) -> AdapterBatching:
+        if (key := f"{targets} {compiled} {saved}") not in made:
             model = serving_site.base()
-            fxpeft.prepare_hotswap(model, 12, targets=targets, lanes=3, hold_generate=False)
+            fxpeft.prepare_hotswap(model, 12, targets=targets, lanes=3, hold_generate=False, modules_to_save=saved)
             store = fxpeft.AdapterStore(model, root / "adapters")
             made[key] = start(model, store, tokens=512, batch_tokens=32, requests=8, compiled=compiled)
         return made[key]
@@ -151,15 +155,19 @@ def test_requests_of_different_adapters_run_in_one_forward(
     assert max(map(len, forwards)) == 3
 
 
-def test_an_adapter_of_the_output_head(run: Callable[..., AdapterBatching], root: Path) -> None:
-    """A head sees the last token of each request alone, where Transformers lets it; a site sees all tokens."""
-    batching = run(targets=["lm_head", "q_proj", "down_proj"])
+@pytest.mark.parametrize("name", ["head", "whole"])
+def test_an_adapter_of_the_output_head(run: Callable[..., AdapterBatching], root: Path, name: str) -> None:
+    """A head sees the last token of each request alone, where Transformers lets it; a site, and a copy, see all."""
+    if name == "head":
+        batching = run(targets=["lm_head", "q_proj", "down_proj"])
+    else:
+        batching = run(targets=["q_proj", "down_proj"], saved=("lm_head",))
     ids = [5, 6, 7, 8]
 
     async def both() -> list[list[int]]:
-        return await asyncio.gather(ask(batching, "head", ids), ask(batching, "a0", ids), ask(batching, None, ids))
+        return await asyncio.gather(ask(batching, name, ids), ask(batching, "a0", ids), ask(batching, None, ids))
 
-    expected = [serving_site.alone(n and root / "adapters" / n, ids, 4) for n in ("head", "a0", None)]
+    expected = [serving_site.alone(n and root / "adapters" / n, ids, 4) for n in (name, "a0", None)]
     assert asyncio.run(both()) == expected
 
 

@@ -16,6 +16,7 @@ from tiny import VOCABULARY, logits, randomise, tiny_llama
 from torch import Tensor, nn
 
 import fxpeft
+from fxpeft.passes.slots.tokens import TokenSlot
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.tensor([[1, 7, 9, 3, 7, 22], [5, 39, 0, 9, 2, 11]])
@@ -204,6 +205,41 @@ def test_rows_of_a_batch_have_tokens_each_of_their_own_in_one_graph() -> None:
     ):
         with pytest.raises(fxpeft.AdapterError, match=message), fxpeft.rows(model, [mixture] * 4):
             pass
+
+
+@pytest.mark.parametrize("lanes", [3, 9])
+def test_a_change_of_residents_writes_the_lanes_that_changed(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int | None] = []
+    model, ids = lane_net(), torch.tensor([[1, 7, 9], [7, 7, 3]])
+    fxpeft.prepare_hotswap(
+        model, 16, targets=["1"], methods=("lora", "dora", "trainable_tokens"), lanes=lanes, max_tokens=4,
+        token_modules=["0"],
+    )  # fmt: skip
+    live: dict[str, nn.Module] = {}
+    for number, indices in enumerate(([7, 9], [1], None, [3, 7])):
+        name = "abcd"[number]
+        config = fxpeft.LoraConfig(
+            r=2, target_modules=["1"], use_dora=indices is None, trainable_token_indices=indices and {"0": indices}
+        )
+        live[name] = lane_net()
+        tensors = add(live[name], config, seed=number)
+        fxpeft.add_adapter(model, config, name)
+        fxpeft.load_adapter_state_dict(model, {key: value.clone() for key, value in tensors.items()}, name)
+    fxpeft.set_adapter(model, [])
+    hold = TokenSlot.hold
+
+    def counted(self: TokenSlot, tokens: Any, rows: Any, lane: int | None = None) -> None:
+        written.append(lane)
+        hold(self, tokens, rows, lane)
+
+    monkeypatch.setattr(TokenSlot, "hold", counted)
+    for names, count in ((["a", "b"], 2), (["b", "a"], 0), (["a", "d"], 1), (["d", "c"], 0 if lanes > 3 else 1)):
+        written.clear()
+        with torch.no_grad(), fxpeft.rows(model, names):
+            found = model(ids)
+        assert sum(lane is not None for lane in written) == count
+        for row, name in enumerate(names):  # c has a gain, and nothing of the rows that were in its lane
+            assert_close(found[row], live[name](ids)[row])
 
 
 def test_beams_of_a_row_have_its_tokens() -> None:

@@ -218,17 +218,19 @@ def test_wrong_names_change_nothing(names: Any, message: str, case: Case, model:
     refused(model, names, message)
 
 
-def test_modules_of_an_adapters_own_are_for_all_rows() -> None:
+def test_biases_of_an_adapters_own_are_for_all_rows() -> None:
     model = lane_net.net()
-    fxpeft.prepare_hotswap(model, 8, targets=["up"], modules_to_save=["down"], lanes=3)
-    for name, saved in (("plain", []), ("head", ["down"])):
-        config = fxpeft.LoraConfig(r=2, target_modules=["up"], modules_to_save=saved, init_lora_weights=False)
+    fxpeft.prepare_hotswap(model, 8, targets=["up"], bias="lora_only", lanes=3)
+    for name, bias in (("plain", "none"), ("bias", "lora_only")):
+        config = fxpeft.LoraConfig(r=2, target_modules=["up"], bias=bias, init_lora_weights=False)  # type: ignore[arg-type]
         fxpeft.add_adapter(model, config, name)
-    refused(model, ["head"] * 8, "adapter 'head' brings down, which rows")
-    refused(model, ["plain"] * 8, "adapter 'head' brings down, which rows")  # the active one's would be every row's
+    refused(model, ["bias"] * 8, r"adapter 'bias' brings up\.bias, which rows")
+    refused(
+        model, ["plain"] * 8, r"adapter 'bias' brings up\.bias, which rows"
+    )  # the active one's would be every row's
     fxpeft.set_adapter(model, "plain")
-    with fxpeft.rows(model, ["plain"] * 8), pytest.raises(AdapterError, match="adapter 'head' brings down"):
-        fxpeft.set_adapter(model, "head")
+    with fxpeft.rows(model, ["plain"] * 8), pytest.raises(AdapterError, match="adapter 'bias' brings up"):
+        fxpeft.set_adapter(model, "bias")
 
 
 def refused(model: Net, names: Any, message: str) -> None:

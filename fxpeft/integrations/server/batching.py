@@ -177,7 +177,7 @@ class AdapterBatching(ContinuousBatchingManager):
         scheduler: Any = processor.scheduler
         scheduler.batching = self
         head = output_head(self.model)
-        sites = serving_of(state_of(self.model)).kinds
+        sites = serving_of(state_of(self.model)).hosts()
         if any(submodule(self.model, site) is head for site in sites):  # which has to see every token, as all sites do
             processor.model_runner._model_supports_logits_to_keep = False
         return processor
