@@ -24,6 +24,7 @@ from fxpeft.passes.live import Container, bare_copy, feed_module, replace_module
 from fxpeft.passes.live.parameters import read_module
 from fxpeft.passes.rewrite.feed import Feed
 from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.slots.reach import Reach, ReachAt
 from fxpeft.targets.parameters import ONE_REWRITE
 
 
@@ -40,6 +41,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
     """
     adapter.values = values = alike(model, adapter.values)
     method, parameters = method_of(adapter.config), adapter.parameter_sites()
+    adapter.reach = Reach() if method.invocation(adapter.config) else None
     shared = SharedPart(values.shared, method.shared_trained(adapter.config)) if values.shared else None
 
     def part_of(site: str, host: nn.Module) -> SiteAdapter:
@@ -50,6 +52,8 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
         )
         if cut:
             made.parted = True
+        if adapter.reach is not None:
+            made.reach = ReachAt(adapter.reach, site)
         if shared is not None:
             made.share(shared, hold=site == next(iter(values.sites)))
         return made
@@ -85,7 +89,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
 def detach(model: nn.Module, adapter: Adapter) -> None:
     """The inverse of :func:`attach`; the modules have to be rebound before they are called again."""
     adapter.values = adapter.current()
-    adapter.parts = {}
+    adapter.parts, adapter.reach = {}, None
     for module in hosts(model, [adapter]).values():
         container = module._modules.get("adapters")
         if isinstance(container, Container):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from fxpeft.adapters.invocation import call_of
 from fxpeft.errors import AdapterError
 from fxpeft.methods import method_of
 from fxpeft.methods.parts import SiteAdapter
@@ -50,6 +51,10 @@ def check_call(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -
         kwargs = dict(kwargs)
         scale = take_scale(name, kwargs)
         set_factor(module, 1.0 if scale is None else scale)
+    state = vars(module).get(STATE)
+    if state is not None and state.reaches():
+        state.enter(call_of(args, kwargs))
+        _end_by_hook(module)
     return None if kwargs is given_kwargs else (tuple(args), kwargs)
 
 
@@ -70,9 +75,13 @@ def _without_rows(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     block = RowsOfCalls.naming(module, kwargs["adapter_names"])
     block.__enter__()
     vars(module)[_OPEN] = block
+    _end_by_hook(module)
+    return {name: value for name, value in kwargs.items() if name != "adapter_names"}
+
+
+def _end_by_hook(module: nn.Module) -> None:
     if end_call not in module._forward_hooks.values():
         module.register_forward_hook(end_call, always_call=True)
-    return {name: value for name, value in kwargs.items() if name != "adapter_names"}
 
 
 def _end_rows(module: nn.Module) -> None:
@@ -111,6 +120,9 @@ def end_call(module: nn.Module, args: Any, output: Any) -> None:
     by itself next has its own scale. A backward needs that of its forward: then it stays until the next call.
     """
     _end_rows(module)
+    state = vars(module).get(STATE)
+    if state is not None and state.reaches():
+        state.leave(output)
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         set_factor(module, 1.0)
 

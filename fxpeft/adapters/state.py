@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from fxpeft.adapters.calls import STATE, unwatch_calls, watch_calls
+from fxpeft.adapters.invocation import Call, cache_in, mark, mask_of
 from fxpeft.adapters.lock import SwapLock
 from fxpeft.adapters.name import check_adapter_name
 from fxpeft.errors import AdapterError
+from fxpeft.methods import method_of
 from fxpeft.methods.base import SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.values import Values
@@ -22,6 +25,7 @@ from fxpeft.model.wrappers import faces, unwrap
 from fxpeft.passes.base import attribute, join
 from fxpeft.passes.recent import Recent
 from fxpeft.passes.slots.copies import Copies
+from fxpeft.passes.slots.reach import Reach, nowhere
 from fxpeft.passes.slots.room import Room, Span
 from fxpeft.targets.sites import AdapterPlan
 
@@ -49,6 +53,7 @@ class Adapter:
             rank of each site that has one, or in slots with lanes its place.
         trained: what :func:`fxpeft.set_requires_grad` said since the active adapters were last chosen.
         stale: the slot values follow from weights that the base no longer has: lowered anew before they are shown.
+        reach: while attached, of one that has an invocation: which tokens of a call it acts on.
     """
 
     name: str
@@ -63,6 +68,7 @@ class Adapter:
     copies: tuple[list[int], Copies, dict[str, int]] | None = field(default=None, compare=False)
     trained: bool | None = None
     stale: bool = False
+    reach: Reach | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         check_adapter_name(self.name)  # whatever entry it came in by
@@ -140,11 +146,13 @@ class Host(ABC):
     Attributes:
         lock: holds forwards off while the adapters change. saved: modules that an adapter may bring.
         plans: config -> plan, of the last ones, so that adapters of one config share the search for their sites.
+        reach: finds which tokens of a call its adapters act on, where such with an invocation were declared.
     """
 
     lock: SwapLock
     saved: frozenset[str]
     plans: Recent[str, AdapterPlan]
+    reach: Any
 
     @abstractmethod
     def install(self, model: nn.Module, state: ModelState, adapter: Adapter) -> None:
@@ -229,6 +237,38 @@ class ModelState:
     def running(self) -> list[Adapter]:
         """The adapters that take part in the forward now."""
         return [self.adapters[name] for name in self.active] if self.enabled else []
+
+    def reaches(self) -> bool:
+        """Whether the tokens of calls matter to an adapter."""
+        if self.serving is not None:
+            return self.serving.reach is not None
+        return any(adapter.reach is not None for adapter in self.running())
+
+    def enter(self, call: Call) -> None:
+        """A call of the model begins: find which of its tokens the adapters act on."""
+        if self.serving is not None:
+            self.serving.reach.enter(call)
+            return
+        for reach, tokens in self._invoked():
+            reach.mask, seen = mask_of(call, tokens)
+            mark(call.cache, tokens, seen)
+            reach.seen = seen if call.cache is None else None
+
+    def leave(self, output: Any) -> None:
+        """The call has ended. What was found stays for its backward, if it may have one."""
+        if self.serving is not None:
+            self.serving.reach.leave(output)
+            return
+        for reach, tokens in self._invoked():
+            mark(cache_in(output), tokens, reach.seen)
+            reach.seen = None
+            if not torch.is_grad_enabled():
+                reach.mask = nowhere()
+
+    def _invoked(self) -> Iterator[tuple[Reach, tuple[int, ...]]]:
+        for adapter in self.running():
+            if adapter.reach is not None:
+                yield adapter.reach, method_of(adapter.config).invocation(adapter.config)
 
     def chosen(self, name: str | None) -> Adapter:
         """The adapter of that name; ``None``: the one that is active."""

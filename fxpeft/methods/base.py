@@ -300,6 +300,14 @@ class Method(abc.ABC, Generic[C]):
         """Probability of dropping an input of the training subgraph."""
         return 0.0
 
+    def unmerged(self, config: C) -> str:
+        """What an adapter does that no change of the weights does, or nothing: then it isn't folded or converted."""
+        return self.unlowered
+
+    def invocation(self, config: C) -> tuple[int, ...]:
+        """The tokens from the last occurrence of which on an adapter acts in a row; none: it acts on every token."""
+        return ()
+
     def bias(self, config: C) -> str:
         """``none``, ``all`` or ``own`` (the sites'): whose bias the adapter trains."""
         value: Any = getattr(config, "bias", "none")

@@ -64,6 +64,8 @@ class LoraConfig(RankConfig):
         trainable_token_indices: tokens whose rows of the input embeddings are trained too; or module -> its tokens.
             A head that has the embeddings' weight follows them. See :mod:`fxpeft.methods.tokens`.
         ensure_weight_tying: refuse other tokens for modules that have one weight.
+        alora_invocation_tokens: act from the last occurrence of these tokens in a row on; see
+            :mod:`fxpeft.methods.alora`.
     """
 
     lora_dropout: float = 0.0
@@ -77,18 +79,18 @@ class LoraConfig(RankConfig):
     eva_config: EvaConfig | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
+    alora_invocation_tokens: list[int] | None = None
 
     peft_type: ClassVar[str] = "LORA"
     selecting: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "target_parameters")
     unsupported: ClassVar[Mapping[str, Any]] = {
-        "alora_invocation_tokens": None, "arrow_config": None, "corda_config": None,
+        "arrow_config": None, "corda_config": None,
         "kasa_config": None, "layer_replication": None, "lora_ga_config": None, "megatron_config": None,
         "megatron_core": "megatron.core", "monteclora_config": None, "qalora_group_size": 16,
         "use_bdlora": None, "use_qalora": False, "velora_config": None,
     }  # fmt: skip
 
     reasons: ClassVar[Mapping[str, str]] = {
-        "alora_invocation_tokens": "the update acts from these tokens on, and no site knows its tokens' numbers",
         "arrow_config": "a router mixes adapters by the input",
         "corda_config": "the start needs statistics of a data set; what PEFT converts to a plain LoRA loads",
         "kasa_config": "the base's own weight is cut to a lower rank",
@@ -103,6 +105,7 @@ class LoraConfig(RankConfig):
     #: PEFT 0.17 and 0.18 read A and B of a stack ``[experts, out, in]`` the other way round
     since: ClassVar[Mapping[str, str]] = {
         "target_parameters": "0.19.0", "trainable_token_indices": "0.17.0", "ensure_weight_tying": "0.18.0",
+        "alora_invocation_tokens": "0.18.0",
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -138,6 +141,8 @@ class LoraConfig(RankConfig):
             raise AdapterError("lora_bias=True needs init_lora_weights True or False, as in PEFT")
         if self.lora_bias and self.use_dora:
             raise AdapterError("lora_bias=True is not supported with use_dora=True, as in PEFT")
+        if self.alora_invocation_tokens is not None:
+            self.check_invocation(self.alora_invocation_tokens)
         if self.target_parameters:
             self.check_parameters()
         indices = self.trainable_token_indices
@@ -147,6 +152,19 @@ class LoraConfig(RankConfig):
             named = indices.items() if isinstance(indices, dict) else (("", indices),)
             for key, tokens in named:
                 check_tokens(f"trainable_token_indices{f'[{short(key)}]' if key else ''}", tokens)
+
+    def check_invocation(self, tokens: list[int]) -> None:
+        """Refuse what an update that acts on some tokens can't have."""
+        if not tokens or min(tokens) < 0:
+            raise AdapterError(f"alora_invocation_tokens: expected tokens, at least one, found {short(tokens)}")
+        plain = {"use_dora": (False,), "lora_bias": (False,), "init_lora_weights": PLAIN_STARTS}
+        found = [f"{name}={value!r}" for name, own in plain.items() if (value := getattr(self, name)) not in own]
+        found += ["target_parameters"] if self.target_parameters else []
+        if found:
+            raise AdapterError(
+                f"alora_invocation_tokens: {', '.join(found)} can't be with them, since what that adds or takes off is "
+                "the same at every token; leave it at its default"
+            )
 
     def check_parameters(self) -> None:
         """Refuse what the update of a parameter can't have, since it is added to the weight whatever the input."""

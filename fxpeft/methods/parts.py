@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxpeft.errors import AdapterError
 from fxpeft.passes.base import join
+from fxpeft.passes.slots.reach import ReachAt
 from fxpeft.passes.targets.kinds import Kind
 
 
@@ -68,6 +69,7 @@ class SiteAdapter(nn.Module):
 
     ``shared`` is what the adapter's sites share, where its method has such. It is a child of the first site's part, and
     no child of the others, so that it is trained, moved and listed once. ``parted``: along with the site's module.
+    ``reach``: which tokens it acts on, where it has an invocation.
 
     ``scaling`` stays float32 whatever dtype the model is cast to: alpha / rank rounded to bfloat16
     would be off by up to 0.4%. ``running`` says whether the site's forward computes with it, for whoever prints it.
@@ -75,6 +77,7 @@ class SiteAdapter(nn.Module):
 
     scaling: Tensor
     shared: SharedPart
+    reach: ReachAt
     running, parted, factor = False, False, 1.0
 
     def __init__(

@@ -6,6 +6,7 @@ from typing import Any
 
 from fxpeft.errors import AdapterError
 from fxpeft.methods.adalora import AdaLora
+from fxpeft.methods.alora import Alora
 from fxpeft.methods.base import Method
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.delora import Delora
@@ -24,8 +25,8 @@ from fxpeft.methods.vblora import VBLoRA
 from fxpeft.methods.vera import Vera
 
 METHODS: list[Method[Any]] = [
-    Dora(), TrainableTokens(), LnTuning(), LoHa(), LoKr(), Vera(), Miss(), VBLoRA(), Delora(), AdaLora(), Lora(), Ia3(),
-    PromptTuning(), PTuning(), PrefixTuning(),
+    Dora(), Alora(), TrainableTokens(), LnTuning(), LoHa(), LoKr(), Vera(), Miss(), VBLoRA(), Delora(), AdaLora(),
+    Lora(), Ia3(), PromptTuning(), PTuning(), PrefixTuning(),
 ]  # fmt: skip
 
 

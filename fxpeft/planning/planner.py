@@ -207,6 +207,8 @@ def _told(
         f"{name}: {f'the rows of {own.tied}, whose weight it is' if own.tied else f'{len(own.tokens)} rows of its own'}"
         for name, own in found.tokens.items()
     ]
+    if tokens := method.invocation(config):
+        notes.append(f"acts from the last occurrence of the tokens {list(tokens)} on")
     notes += _beside([name for name in modules if name in hosts], modules)
     return skipped, notes + (_unused(config, subjects) if subjects else [])
 

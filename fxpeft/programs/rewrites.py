@@ -134,6 +134,10 @@ def _plan(
             f"{method.name} prepares the inputs of a model's forward, and a program has none: add the adapter to the "
             "live model, then capture it"
         )
+    if method.invocation(config):
+        raise AdapterError(
+            "alora_invocation_tokens: a program isn't told which tokens of a call follow them: use the live model"
+        )
     if getattr(config, "trainable_token_indices", None) or not method.targeted:
         raise AdapterError(
             f"{'trainable_token_indices' if method.targeted else method.name}: a program has no place for what an "

@@ -15,6 +15,7 @@ from fxpeft.passes.live.lane_modules import LaneModules
 from fxpeft.passes.live.parameters import read_module, slot_rewrite
 from fxpeft.passes.slots.lanes import lane_rewrite
 from fxpeft.passes.slots.parted import parted_rewrite
+from fxpeft.passes.slots.reach import ReachAt
 from fxpeft.passes.slots.room import lay_out
 from fxpeft.passes.slots.slot import EXACT, Slot
 from fxpeft.serving import prompts as prompts_serving
@@ -99,8 +100,9 @@ def _make_slots(model: nn.Module, serving: Serving) -> None:
         own = {name: tensor for name in ("a", "b", *EXACT) if (tensor := memory.get((site, name))) is not None}
         features = () if kind.leaf else serving.features
         serving.slots[site] = Slot(
-            kind, serving.max_rank, serving.rank, features=features, memory=(room, own), lanes=lanes, site=site
-        )
+            kind, serving.max_rank, serving.rank, features=features, memory=(room, own), lanes=lanes, site=site,
+            reach=ReachAt(serving.reach.calls, site) if serving.reach is not None and kind.is_linear else None,
+        )  # fmt: skip
 
 
 def _bind_parameters(model: nn.Module, serving: Serving) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import METHODS, slot_needs
+from fxpeft.methods.alora import Alora
 from fxpeft.methods.prompt_inputs import cache_argument
 from fxpeft.methods.prompts import forward_arguments
 from fxpeft.model.batch_rows import other_rows
@@ -23,7 +24,7 @@ def servable(*, at_targets: bool = False) -> dict[str, frozenset[str]]:
     served = () if at_targets else prompt_methods()
     unserved = {method.name for method in METHODS if method.unlowered and method.name not in served}
     if at_targets:
-        unserved |= {method.name for method in METHODS if not method.targeted}
+        unserved |= {method.name for method in METHODS if not method.targeted} | {Alora.name}
     return {name: needs for name, needs in slot_needs().items() if name not in unserved}
 
 
@@ -86,7 +87,10 @@ def check_parted(model: nn.Module, hosts: Iterable[str], methods: Sequence[str],
     Raises:
         AdapterError: something else was declared; the parted modules are named.
     """
-    given = [*(f"methods={m!r}" for m in methods if slot_needs().get(m)), *([f"lanes={lanes}"] if lanes > 1 else [])]
+    given = [
+        *(f"methods={m!r}" for m in methods if slot_needs().get(m) or m == Alora.name),
+        *([f"lanes={lanes}"] if lanes > 1 else []),
+    ]
     cut = sorted(name for name in hosts if parted(submodule(model, name))) if given else []
     if cut:
         raise AdapterError(

@@ -16,6 +16,7 @@ from fxpeft.adapters.restore import restoring
 from fxpeft.adapters.state import Adapter, ensure_state, find_state, is_prepared
 from fxpeft.errors import AdapterError
 from fxpeft.methods import METHODS, method_of
+from fxpeft.methods.alora import Alora
 from fxpeft.methods.ln_tuning import LnTuning, LNTuningConfig
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import PassError
@@ -31,6 +32,7 @@ from fxpeft.serving.board import Board
 from fxpeft.serving.declared import check_lanes, check_parted, check_slots
 from fxpeft.serving.guard import ModelLock, drain, guard_forwards
 from fxpeft.serving.packing import settle
+from fxpeft.serving.reach import SlotReach, check_invocations
 from fxpeft.serving.swap import Serving, lower, watch_reads
 from fxpeft.serving.together import check_gains, check_ranks
 from fxpeft.targets.parameters import check_hosts
@@ -71,7 +73,8 @@ def prepare_hotswap(
             ``"ia3"``, ``"adalora"``, ``"trainable_tokens"`` (of adapters of any method, and alone),
             ``"ln_tuning"`` (of the modules in ``modules_to_save``, or the architecture's norms),
             ``"prompt_tuning"`` and ``"p_tuning"`` or ``"prefix_tuning"``, ``"loha"``, ``"lokr"``, ``"vera"``,
-            ``"miss"``, ``"vblora"``, ``"delora"``. Where only LoRA is declared, the graph holds no gain and no shift.
+            ``"miss"``, ``"vblora"``, ``"delora"``, ``"alora"``. Where only LoRA is declared, the graph holds no gain
+            and no shift.
         target_parameters: as in :class:`~fxpeft.LoraConfig`, for adapters of experts and other parameters.
         num_virtual_tokens: length of every prompt to come, for the prompt methods.
         modules_to_save, bias: as in :class:`~fxpeft.LoraConfig`, for adapters that bring them.
@@ -108,6 +111,13 @@ def prepare_hotswap(
         lock=ModelLock(lock_timeout, hold_generate, lanes > 1),
     )  # fmt: skip
     check_parted(model, serving.hosts(), methods, lanes)
+    if Alora.name in methods:
+        if lanes > 1:
+            raise AdapterError(
+                f"lanes={lanes}: expected 1 with {Alora.name!r} among the methods: in lanes fxpeft.tokens names which "
+                "tokens have which adapter"
+            )
+        serving.reach = SlotReach(serving)
     if lanes > 1:
         serving.board = Board(Lanes(lanes, max_rank, rank == "dynamic"))
     prompts = prompts_serving.declare(model, methods, num_virtual_tokens, adapters)
@@ -126,6 +136,7 @@ def prepare_hotswap(
     active = existing.active if existing is not None else []
     check_ranks([a for a in trial if a.name in active], max_rank)
     check_gains([a for a in trial if a.name in active])
+    check_invocations([a for a in trial if a.name in active])
     tokens_serving.check_alone([a for a in trial if a.name in active])
     if serving.board is not None:
         serving.board.check([a for a in trial if a.name in active], max_rank)

@@ -32,6 +32,7 @@ from fxpeft.serving.guard import ModelLock
 from fxpeft.serving.packing import settle
 from fxpeft.serving.places import check_finite
 from fxpeft.serving.ranks import clear_ranks
+from fxpeft.serving.reach import SlotReach, check_invocations
 from fxpeft.serving.staging import ACCELERATORS, StreamOrder
 from fxpeft.serving.together import check_gains, check_ranks
 from fxpeft.targets.sites import AdapterPlan
@@ -58,6 +59,7 @@ class Serving(Host):
         order: of reads and writes on accelerators, where slots are on such.
         torn: a swap began to write and did not come to its end.
         board: who is where, in slots with lanes.
+        reach: which tokens of a call the adapters act on, where ``alora`` was declared.
     """
 
     max_rank: int
@@ -81,6 +83,7 @@ class Serving(Host):
     torn: bool = False
     board: Board | None = None
     token_slots: dict[str, TokenSlot] = field(default_factory=dict)
+    reach: SlotReach | None = None
     lock: ModelLock = field(default_factory=ModelLock)
     rescaling: ClassVar[Callable[..., None]]  # fxpeft.serving.call_scale has it
 
@@ -135,6 +138,7 @@ class Serving(Host):
         check_ranks(adapters, self.max_rank)
         check_gains(adapters)
         tokens_serving.check_alone(adapters)
+        check_invocations(adapters)
         if self.board is not None:
             self.board.keep(adapters)
             self.board.check(adapters, self.max_rank)
@@ -315,9 +319,11 @@ def _show(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
 
 
 def watch_reads(serving: Serving) -> None:
-    """Let every forward of slots with lanes have the rows that are named where it is called."""
+    """Let every forward have the rows that are named, or the tokens that are reached, where it is called."""
     if serving.board is not None:
         serving.board.order, serving.lock.before_read = serving.order, serving.board.before_read
+    elif serving.reach is not None:
+        serving.lock.before_read = serving.reach.before_read
 
 
 def _show_lanes(model: nn.Module, serving: Serving, board: Board, adapters: list[Adapter]) -> None:

@@ -48,7 +48,7 @@ def convert(
     new_name = f"{name}_lora" if new_name is None else new_name
     check_name(model, new_name)
     state.check_unfolded([name], "it can't be converted")
-    if unlowered := method_of(adapter.config).unlowered:
+    if unlowered := method_of(adapter.config).unmerged(adapter.config):
         raise AdapterError(f"adapter {name!r}: {unlowered}, which no LoRA does")
     if to != "lora":
         raise AdapterError(f"to: expected 'lora', found {to!r}")

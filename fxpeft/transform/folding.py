@@ -285,7 +285,7 @@ def _check_enabled(state: ModelState) -> None:
 def _compute(model: nn.Module, adapters: list[Adapter], bare: Mapping[str, Tensor], keep: str | None) -> _Work:
     """Everything that a fold writes. ``bare`` has the values of the bare model where others are there now."""
     check_together(adapters)
-    unlowered = [f"{a.name}: {what}" for a in adapters if (what := method_of(a.config).unlowered)]
+    unlowered = [f"{a.name}: {what}" for a in adapters if (what := method_of(a.config).unmerged(a.config))]
     if unlowered:
         raise AdapterError(f"{', '.join(unlowered)} and changes no weight, so it can't be folded")
     name_of = first_name(model)

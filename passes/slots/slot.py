@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fxpeft.passes.container import Container
 from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.slots.reach import ReachAt, reached
 from fxpeft.passes.slots.room import Room, Span
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.one_node import one_node
@@ -75,6 +76,7 @@ class Slot(Container):
         memory: its tensors by name, of zeros, and the room where they lie. Default: memory of its own.
         lanes: a ``Lanes``, of a model whose rows may have adapters of their own; see :mod:`fxpeft.passes.slots.lanes`.
         site: the site's name, for messages.
+        reach: of a model that was declared for adapters which act on some tokens of a call.
 
     ``idle`` says that it holds nothing, so that a graph without it may run; whoever writes slots keeps it true.
     """
@@ -89,6 +91,7 @@ class Slot(Container):
     lane_g_out: Tensor
     lane_shift: Tensor
     lanes: Any
+    reach: ReachAt | None
 
     def __init__(
         self,
@@ -102,10 +105,11 @@ class Slot(Container):
         memory: tuple[Room, Mapping[str, Tensor]] | None = None,
         lanes: Any = None,
         site: str = "",
+        reach: ReachAt | None = None,
     ) -> None:
         super().__init__()
         self.kind, self.rank, self.idle = kind, rank, False
-        self.lanes, self.site = lanes, site
+        self.lanes, self.site, self.reach = lanes, site, reach
         self.windows: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         self.stacks: tuple[Any, ...] = ()  # what compiled code reads in the place of several slots' A's
         self.kept: Kept | None = None  # what a call that is not compiled reads
@@ -160,7 +164,9 @@ class Slot(Container):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         held = {name: b.tensor(apart=True) if isinstance(b, Span) else b for name, b in state["_buffers"].items()}
-        super().__setstate__({"room": None, "kept": None, "lanes": None, "site": "", **state, "_buffers": held})  # type: ignore[no-untyped-call]
+        super().__setstate__(
+            {"room": None, "kept": None, "lanes": None, "site": "", "reach": None, **state, "_buffers": held}
+        )  # type: ignore[no-untyped-call]
         self._announce()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
@@ -211,6 +217,8 @@ class Slot(Container):
         """The site's rewrite in a live module, which holds the slot as ``slot``."""
         operands: dict[str, Any] = {"": self, **{name: self._buffers[name] for name in self.features}}
         function: Callable[..., Tensor] = live_slot_of_all_ranks if self.rank is None else live_slot
+        if self.reach is not None:
+            function = live_reached
         return Rewrite("slot", function, operands, container="slot")
 
 
@@ -285,6 +293,20 @@ def live_slot_of_all_ranks(
 ) -> Tensor:
     """The same in static mode."""
     return _live(kind, base, x, slot, narrowed=False, **gains)
+
+
+def live_reached(kind: Kind, base: Callable[[Tensor], Tensor], x: Tensor, *, slot: Slot, **gains: Tensor) -> Tensor:
+    """The same of a slot whose ranks may act on some tokens of a call alone, in either mode."""
+    ranks = in_use(slot)
+    a, b, d = ranks[0], ranks[1], reached_of(slot, x, ranks[2])
+    return _served(kind, base, x, lambda x: kind.update_ranks(x, a, b, d, narrowed=True), **gains)
+
+
+@one_node
+def reached_of(slot: Slot, x: Tensor, d: Tensor) -> Tensor:
+    """A slot's scales at the tokens that are reached."""
+    assert slot.reach is not None
+    return reached(slot.reach, x, d)
 
 
 def _live(

@@ -28,11 +28,14 @@ def _lora(**values: Any) -> AdapterConfig:
     return fxpeft.LoraConfig(**{**LORA, **values})
 
 
+INVOCATION = torch.randint(1, 256, (2, 24), generator=torch.Generator().manual_seed(1))[0, 5:7].tolist()
+
 # what the slots are declared for -> a config of it
 CASES: dict[str, Callable[[], AdapterConfig]] = {
     "lora": partial(_lora, use_rslora=True),
     "lora_bias": partial(_lora, lora_bias=True),
     "dora": partial(_lora, use_dora=True),
+    "alora": partial(_lora, alora_invocation_tokens=INVOCATION),
     "adalora": lambda: fxpeft.AdaLoraConfig(init_r=6, lora_alpha=9, total_step=9, target_modules=TARGETS),
     "ia3": lambda: fxpeft.IA3Config(
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]

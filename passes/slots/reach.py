@@ -1,0 +1,98 @@
+"""Reach: the tokens of a call that an adapter acts on, for one that acts from some tokens on (aLoRA).
+
+The scale of an update is zero at the tokens that the adapter doesn't reach. Which those are is data of the call, in the
+shape of its tokens: adapters come and go, and invocations lie elsewhere in each prompt, in one compiled graph.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxpeft.errors import AdapterError
+from fxpeft.passes.targets.one_node import one_node
+
+
+def everywhere(*sizes: int, device: torch.device | None = None) -> Tensor:
+    """All tokens; without sizes those of a call whose tokens nobody told."""
+    return torch.ones(sizes or (0, 0), dtype=torch.bool, device=device)
+
+
+def nowhere() -> Tensor:
+    """No token of a call."""
+    return torch.ones(0, 1, dtype=torch.bool)
+
+
+class Reach:
+    """Of an adapter's calls without slots: it is the last one's, so that the backward of that has it.
+
+    ``mask``: ``[rows, tokens]``, or :func:`everywhere` or :func:`nowhere` of a call whose tokens aren't known.
+    ``seen``: what its owner is to remember of it.
+    """
+
+    def __init__(self) -> None:
+        self.mask, self.seen = nowhere(), None  # type: Tensor, Any
+
+
+class ThreadReach(threading.local):
+    """Of a prepared model's calls, each thread's own.
+
+    Its attributes are set anew for each thread: see :class:`fxpeft.passes.slots.lanes.Lanes`.
+
+    ``told``: what its owner knows of the call that is under way. ``tokens``: for what invocation the mask was found,
+    and ``seen``: what is to be remembered of it.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """No call is under way."""
+        self.mask: Tensor = everywhere()
+        self.told: Any = None
+        self.tokens: Any = None
+        self.seen: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ThreadReach, ()
+
+
+@dataclass(frozen=True, eq=False)
+class ReachAt:
+    """The reach of the calls of one site.
+
+    Args:
+        site: its name, for messages.
+    """
+
+    calls: Reach | ThreadReach
+    site: str
+
+
+@one_node
+def reached(at: ReachAt, x: Tensor, scale: Tensor) -> Tensor:
+    """A scale, one or one for each rank, at the tokens of an input ``[rows, tokens, in]`` that are reached, else zero.
+
+    Returns:
+        ``[rows, tokens, 1 or rank]``; of an input whose rows and tokens are one dimension ``[rows * tokens, ...]``.
+
+    Raises:
+        AdapterError: the site doesn't see the call's tokens.
+    """
+    mask = at.calls.mask
+    if mask.shape[0] == 0:
+        return scale if mask.shape[1] == 0 else torch.zeros_like(scale)
+    leading = x.shape[:-1]
+    if len(leading) == 1 and leading[0] == mask.shape[0] * mask.shape[1]:
+        mask = mask.reshape(-1)
+    elif len(leading) < 2 or leading[0] != mask.shape[0] or leading[1] != mask.shape[1]:
+        raise AdapterError(
+            f"{at.site}: an adapter with alora_invocation_tokens acts on some of the call's {mask.shape[0]} x "
+            f"{mask.shape[1]} tokens, and an input of {list(x.shape)} has others: leave the site out"
+        )
+    mask = mask.view(*mask.shape, *(1 for _ in leading[2:]), 1)
+    return torch.where(mask.to(x.device), scale, 0)
