@@ -9,6 +9,7 @@ from torch import nn
 
 from fxpeft.adapters.state import Adapter, ModelState
 from fxpeft.adapters.tensor_parallel import alike, parted_values
+from fxpeft.adapters.values import tie
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.base import SharedPart, SiteAdapter
@@ -40,6 +41,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
     Where tensor parallelism has parted a module, they are parted with it, by all processes.
     """
     adapter.values = values = alike(model, adapter.values)
+    tie(values, adapter.plan)
     method, parameters = method_of(adapter.config), adapter.parameter_sites()
     adapter.reach = Reach() if method.invocation(adapter.config) else None
     shared = SharedPart(values.shared, method.shared_trained(adapter.config)) if values.shared else None
@@ -78,6 +80,9 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
     for name, own in adapter.plan.tokens.items():
         if own.tied:
             adapter.parts[name].share(adapter.parts[own.tied])  # type: ignore[operator]
+    for name, first in adapter.plan.tied.items():
+        if name in values.saved:
+            adapter.parts[name].weight = adapter.parts[first].weight
     for path, tensor in values.tensors.items():
         owner, _, leaf = path.rpartition(".")
         if leaf == "bias":

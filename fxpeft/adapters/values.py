@@ -46,6 +46,7 @@ def fresh_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Valu
             values.sites[site] = method.fresh(config, site_plan, base, device=device, dtype=dtype)
         except PassError as error:
             raise AdapterError(f"{site}: the base's weight gives no first values: {error}") from None
+    tie(values, plan)
     return values
 
 
@@ -59,6 +60,15 @@ def _fresh_rows(model: nn.Module, name: str, plan: AdapterPlan, autocast: bool) 
     except PassError as error:
         raise AdapterError(f"{name}: the base's weight gives no first rows: {error}") from None
     return rows.to(device=device, dtype=dtype)
+
+
+def tie(values: Values, plan: AdapterPlan) -> None:
+    """Let sites that follow another have its factors: views of them, so that what trains the one trains the other."""
+    for name, first in plan.tied.items():
+        if name in values.sites and first in values.sites:
+            looked_up = values.sites[first]
+            factors = {"lora_A": looked_up["lora_B"].t(), "lora_B": looked_up["lora_A"].t()}
+            values.sites[name] = {**values.sites[name], **factors}
 
 
 def complete(values: Values, fresh: Values) -> None:

@@ -63,7 +63,8 @@ class LoraConfig(RankConfig):
         fan_in_fan_out: accepted for PEFT's sake; the layout of a weight is read off the graph.
         trainable_token_indices: tokens whose rows of the input embeddings are trained too; or module -> its tokens.
             A head that has the embeddings' weight follows them. See :mod:`fxpeft.methods.tokens`.
-        ensure_weight_tying: refuse other tokens for modules that have one weight.
+        ensure_weight_tying: what has one weight with the input embeddings follows them: refuse other tokens there, and
+            adapt, or bring whole, both alike; see :mod:`fxpeft.targets.tying`.
         alora_invocation_tokens: act from the last occurrence of these tokens in a row on; see
             :mod:`fxpeft.methods.alora`.
     """

@@ -207,6 +207,7 @@ def _told(
         f"{name}: {f'the rows of {own.tied}, whose weight it is' if own.tied else f'{len(own.tokens)} rows of its own'}"
         for name, own in found.tokens.items()
     ]
+    notes += [f"{name}: the update, or the copy, of {first}, whose weight it has" for name, first in found.tied.items()]
     if tokens := method.invocation(config):
         notes.append(f"acts from the last occurrence of the tokens {list(tokens)} on")
     notes += _beside([name for name in modules if name in hosts], modules)

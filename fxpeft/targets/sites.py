@@ -39,7 +39,8 @@ from fxpeft.targets.resolve import (
     with_site_names,
 )
 from fxpeft.targets.saved import passed_over, with_heads, with_saved
-from fxpeft.targets.tokens import with_tokens
+from fxpeft.targets.tokens import one_weight, with_tokens
+from fxpeft.targets.tying import check_tied, with_tied_saved, with_tied_targets
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Targets:
     Args:
         config: with its defaults filled in as PEFT does, and names in the place of patterns.
         kinds: site -> its kind; modules first, then parameters. wrapped: of the latter, see :class:`SitePlan`.
-        saved, tensors, left_out: as in :class:`AdapterPlan`.
+        saved, tensors, left_out, tied: as in :class:`AdapterPlan`.
     """
 
     config: AdapterConfig
@@ -58,6 +59,7 @@ class Targets:
     saved: Sequence[str]
     tensors: Sequence[str]
     left_out: Mapping[str, str]
+    tied: Mapping[str, str]
 
 
 @dataclass
@@ -72,6 +74,7 @@ class AdapterPlan:
         weights: the same, of weights that follow from the base's and are in no checkpoint.
         left_out: module -> why a file's tensors for it are left out: nothing would read them, or ``exclude_modules``.
         tokens: module -> the rows of its weight that the adapter brings.
+        tied: of the sites and of ``saved``, which has the factors, or the weight, of another: its name.
     """
 
     config: AdapterConfig
@@ -81,9 +84,10 @@ class AdapterPlan:
     weights: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, TokenRows] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({"tokens": {}, **state})  # older pickles have none
+        vars(self).update({"tokens": {}, "tied": {}, **state})  # older pickles have none
 
 
 @matching()
@@ -121,11 +125,13 @@ def make_plan(
     config = found.config
     sites = {site: method.plan(config, site, kind) for site, kind in found.kinds.items()}
     sites |= {site: replace(sites[site], wrapped=count) for site, count in found.wrapped.items()}
+    sites |= {n: replace(sites[n], rank=sites[first].rank) for n, first in found.tied.items() if n in sites}
     _check_patterns(config, sites, of_file)
     weights = [join(site, "weight") for site in sites] if method.brings_weight(config) else []
     config, tokens = with_tokens(config, modules, {*sites, *found.saved})
     left_out = dict(found.left_out)
-    return AdapterPlan(config, sites, list(found.saved), list(found.tensors), weights, left_out, tokens)
+    lists = list(found.saved), list(found.tensors)
+    return AdapterPlan(config, sites, *lists, weights, left_out, tokens, dict(found.tied))
 
 
 @matching()
@@ -178,6 +184,7 @@ def find_targets(
     targets, left_out = [name for name, why in why_not.items() if why is None], dict[str, str]()
     if of_file:
         config, targets, left_out = _without_idle(config, targets, why_not, modules)
+    config, targets, followers = with_tied_targets(config, targets, modules)
     if patterns:
         chosen = set(targets)
         sites = [s for s in subjects if s.name in chosen]
@@ -187,15 +194,21 @@ def find_targets(
         config = with_site_names(config, patterns, sites)
     config = method.resolve(config, modules.model)
 
-    kinds: dict[str, Kind] = {name: _site_kind(name, modules, method, config) for name in targets}
+    kinds: dict[str, Kind] = {name: _site_kind(name, modules, method, config) for name in [*targets, *followers]}
+    if followers:
+        check_tied(kinds, targets[0], followers)
+    config, beside = with_tied_saved(config, modules)
     config, saved = with_saved(config, modules, of_file)
+    saved += [name for name in beside if name not in saved]
     inner = parameter_sites(config, modules, kinds, saved)
     kinds |= {site: each.kind for site, each in inner.items()}
     if not kinds:
         raise AdapterError(_nothing_found(config, why_not))
     tensors = _bias_names(modules, method.bias(config), kinds, saved)
     _check_whole(modules, [*inner, *tensors], saved)
-    return Targets(config, kinds, {site: each.wrapped for site, each in inner.items()}, saved, tensors, left_out)
+    wrapped = {site: each.wrapped for site, each in inner.items()}
+    tied = dict.fromkeys([*followers, *beside], one_weight(modules)[0] if followers or beside else "")
+    return Targets(config, kinds, wrapped, saved, tensors, left_out, tied)
 
 
 def _without_idle(

@@ -34,8 +34,6 @@ def with_tokens(
         AdapterError: a module of no name here, one of another kind, a token that it has no row for.
     """
     indices: Any = getattr(config, "trainable_token_indices", None)
-    if getattr(config, "ensure_weight_tying", False):
-        _check_tying(modules, taken)
     own: Mapping[str, Sequence[int]]
     if isinstance(config, TrainableTokensConfig):
         if config.target_modules is None:
@@ -150,20 +148,6 @@ def _tied(
             "whole too, which can't be both, as in PEFT; take it out of target_modules and modules_to_save"
         )
     return {**rows, **{name: TokenRows(_kind(name, modules), rows[first].tokens, first) for name in tied}}
-
-
-def _check_tying(modules: Modules, taken: Collection[str]) -> None:
-    """Refuse ``ensure_weight_tying`` of more than rows.
-
-    Raises:
-        AdapterError: a module of a tied weight is adapted, or brought as a whole.
-    """
-    names = one_weight(modules) if isinstance(modules.model, PreTrainedModel) else []
-    if len(names) > 1 and (found := [name for name in names if name in taken]):
-        raise AdapterError(
-            f"ensure_weight_tying: {' and '.join(names)} have one weight, and {', '.join(found)} is adapted or brought "
-            "whole: only trainable_token_indices are tied here. Take it out of target_modules and modules_to_save"
-        )
 
 
 def one_weight(modules: Modules) -> list[str]:

@@ -32,6 +32,7 @@ from fxpeft.adapters.state import Adapter, ModelState, state_of
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.base import Base, SlotValues
+from fxpeft.methods.lora import Lora
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import PassError, attribute, join
 from fxpeft.passes.live.product import Product
@@ -303,8 +304,9 @@ def _compute(model: nn.Module, adapters: list[Adapter], bare: Mapping[str, Tenso
     writes.update({join(path, key): value for path, parts in whole.items() for key, value in parts.items()})
     steps: dict[str, list[SlotValues]] = {}
     subtracted, problems = set(), []
+    followers = _followers(adapters)
     for site in dict.fromkeys(s for values in held.values() for s in values.sites):
-        if f"{site}.".startswith(covered):
+        if f"{site}.".startswith(covered) or site in followers:
             continue
         try:
             module, product, weight_path = product_at(model, site)
@@ -329,12 +331,31 @@ def _compute(model: nn.Module, adapters: list[Adapter], bare: Mapping[str, Tenso
             writes[weight_path] = product.view(new)
         if shift is not None and shift is not bias:
             writes[bias_path] = shift
+    writes.update(
+        {join(n, "weight"): writes[path] for n, at in followers.items() if (path := join(at, "weight")) in writes}
+    )
     problems += fold_rows(model, adapters, held, writes, base)
     if problems:
         names = ", ".join(a.name for a in adapters)
         raise AdapterError(f"{names} can't be folded into the weights; nothing was changed.\n{listing(problems)}")
     cast = {path: _like(attribute(model, path), value) for path, value in writes.items()}
     return _Work(settle_shared(model, cast), steps, frozenset(subtracted))
+
+
+def _followers(adapters: list[Adapter]) -> dict[str, str]:
+    """The sites whose weight is that of another, with the same update by all adapters, which is folded once."""
+    found: dict[str, str] = {}
+    for adapter in adapters:
+        for name, first in adapter.plan.tied.items():
+            touching = [a for a in adapters if name in a.plan.sites or first in a.plan.sites]
+            if all(_follows(a, name, first) for a in touching) and touching:
+                found[name] = first
+    return found
+
+
+def _follows(adapter: Adapter, name: str, first: str) -> bool:
+    same = adapter.plan.tied.get(name) == first and method_of(adapter.config).name == Lora.name
+    return same and adapter.site_plan(name).scaling == adapter.site_plan(first).scaling
 
 
 def _lowered(adapter: Adapter, parameters: Mapping[str, Tensor], site: str, base: Base) -> SlotValues:

@@ -367,7 +367,6 @@ def test_the_state_dict_puts_them_back_and_peft_is_taken_over(tmp_path: Path) ->
             {"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}, "ensure_weight_tying": True},
             "ensure_weight_tying: .*embed_tokens and lm_head have one weight, and other tokens",
         ),
-        ({"ensure_weight_tying": True, "modules_to_save": ["lm_head"]}, "ensure_weight_tying: .*only trainable_token"),
     ],
 )
 def test_what_is_refused_is_named(changes: dict[str, Any], message: str) -> None:
