@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -55,6 +56,7 @@ def _python(arguments: list[str], cwd: Path, env: dict[str, str], files: list[Pa
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    gc.freeze()  # what was imported before the fork is no garbage
     match arguments:
         case ["-m", module, *rest]:
             sys.path[0], sys.argv = str(cwd), [module, *rest]

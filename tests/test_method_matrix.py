@@ -69,7 +69,12 @@ class Case:
         return {"methods": (self.declared,), "max_rank": 16, "targets": ["first", "second"]}
 
     def bare(self) -> Any:
-        return tiny_llama() if self.whole else KINDS["Linear"].net()
+        if not self.whole:
+            return KINDS["Linear"].net()
+        model = tiny_llama()
+        model.model.layers = model.model.layers[:1]
+        model.config.num_hidden_layers = 1
+        return model
 
     def adapted(self, seed: int = 0, model: Any = None, name: str = "default") -> Any:
         """A model with an adapter whose every number is random, and which is the active one."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from calls import calls_of
+from calls import calls_by_function
 from tiny import randomise
 from torch import Tensor, nn
 
@@ -55,12 +56,12 @@ CONFIGS: dict[str, Callable[[int], AdapterConfig]] = {
 }
 
 
-def of_verbs(layers: int, config: str, folder: Path) -> dict[str, int]:
-    """Verb -> its calls."""
+def of_verbs(layers: int, config: str, folder: Path) -> dict[str, Counter[str]]:
+    """Verb -> its calls, by function."""
     made, found, model = CONFIGS[config](layers), {}, stack(layers)
 
     def count(name: str, work: Callable[[], Any]) -> None:
-        found[name] = calls_of(work)
+        found[name] = calls_by_function(work)
 
     count("plan", lambda: fxpeft.plan(model, made, roles=False))
     count("add", lambda: fxpeft.add_adapter(model, made))
@@ -96,15 +97,28 @@ def curvature(counts: Sequence[int]) -> float:
     return (second - first) / max(first, 100)
 
 
+def curved(config: str, folder: Path) -> dict[str, tuple[float, list[str]]]:
+    """Verb -> the curvature of its calls, where that is too much, and the functions whose calls are most of it."""
+    counts, found = [of_verbs(layers, config, folder / str(layers)) for layers in SIZES], {}
+    for verb in counts[0]:
+        sizes = [each[verb] for each in counts]
+        if (curve := curvature([each.total() for each in sizes])) > MOST:
+            bent = {key: sizes[2][key] - 2 * sizes[1][key] + sizes[0][key] for key in sizes[2]}
+            found[verb] = round(curve, 2), sorted(bent, key=lambda key: -bent[key])[:5]  # noqa: B023
+    return found
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.filterwarnings("ignore")
 def test_calls_grow_with_the_sites(config: str, tmp_path: Path) -> None:
     of_verbs(1, config, tmp_path / "first")  # what is done once for each class
     alive = stack(1)  # which holds the classes that are made for a prepared model's modules
     fxpeft.prepare_hotswap(alive, 8, targets=["up", "down"])
-    counts = [of_verbs(layers, config, tmp_path / str(layers)) for layers in SIZES]
-    curved = {verb: curvature([each[verb] for each in counts]) for verb in counts[0]}
-    assert {verb: round(curve, 2) for verb, curve in curved.items() if curve > MOST} == {}
+    found = curved(config, tmp_path / "once")
+    if found:  # a cache of the process that was full, or was emptied, on the way: not so the next time
+        again = curved(config, tmp_path / "again")
+        found = {verb: again[verb] for verb in found.keys() & again.keys()}
+    assert found == {}
 
 
 def test_what_looks_at_all_for_each_is_seen() -> None:
@@ -112,4 +126,5 @@ def test_what_looks_at_all_for_each_is_seen() -> None:
         assert not any(name.endswith(f".{other}.") for name in names for other in names)
 
     names = [[name for name, _ in stack(layers).named_modules()] for layers in SIZES]
-    assert curvature([calls_of(lambda: each_at_all(each)) for each in names]) > 10 * MOST  # noqa: B023
+    counts = [calls_by_function(lambda: each_at_all(each)).total() for each in names]  # noqa: B023
+    assert curvature(counts) > 10 * MOST

@@ -74,6 +74,8 @@ def inputs(batch: int = 2, more: int = 0, dtype: torch.dtype = torch.float32) ->
 NAMES = list(net().layers)
 # every way in which a slot computes a convolution: shifts, patches, products; each dimension, groups, strides, dilation
 WAYS = ("line_grouped", "plane_strided", "plane_few", "plane_product_strided", "plane_dilated", "space")
+SORTS = (*WAYS, "plane", "plane_same", "plane_circular", "space_strided")  # padding, in each of its modes, too
+FEW = ("line_grouped", "plane_strided", "plane_few", "space")
 PLAIN = [name for name in NAMES if getattr(net().layers[name], "groups", 1) == 1]
 ADAPTERS: dict[str, dict[str, Any]] = {
     **{f"rank_{r}": {"r": r, "lora_alpha": 3, "target_modules": PLAIN} for r in range(1, MAX_RANK + 1)},
@@ -124,10 +126,16 @@ def prepared(
     return model
 
 
-def walk(model: Convolutions, compiled: Any, models: dict[str, nn.Module], given: tuple[Tensor, ...]) -> None:
-    """Through all adapters and none; after each the outputs of every site are those of a model of its own."""
+def walk(
+    model: Convolutions,
+    compiled: Any,
+    models: dict[str, nn.Module],
+    given: tuple[Tensor, ...],
+    names: Sequence[str] = (*ADAPTERS, "off", *reversed(ADAPTERS)),
+) -> None:
+    """Through adapters and none; after each the outputs of every site are those of a model of its own."""
     bare = outputs(models["off"], given)
-    for name in (*ADAPTERS, "off", *reversed(ADAPTERS)):
+    for name in names:
         fxpeft.disable_adapters(model) if name == "off" else fxpeft.enable_adapters(model)
         if name != "off":
             fxpeft.set_adapter(model, name)
@@ -144,7 +152,7 @@ def walk(model: Convolutions, compiled: Any, models: dict[str, nn.Module], given
 @pytest.mark.slow
 def test_every_rank_in_one_graph(folders: dict[str, Path], models: dict[str, nn.Module]) -> None:
     """By fxpeft's backend: Inductor behind its passes, of which none but that of an idle graph is about these."""
-    model, given = prepared(folders), inputs()
+    model, given = prepared(folders, called=SORTS), inputs()
     compiled = torch.compile(model, backend="fxpeft", fullgraph=True)
     with no_recompiles() as counted:
         walk(model, compiled, models, given)
@@ -153,19 +161,19 @@ def test_every_rank_in_one_graph(folders: dict[str, Path], models: dict[str, nn.
 
 @pytest.mark.slow
 def test_any_batch_and_any_size_of_image(folders: dict[str, Path], models: dict[str, nn.Module]) -> None:
-    model = prepared(folders, called=WAYS)
+    model = prepared(folders, called=FEW)
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     walk(model, compiled, models, inputs(7, 8))  # no two alike: those share a symbol, in bare models too
     with no_recompiles(warm=True):
         for batch, more in ((2, 3), (5, 1), (6, 2)):  # sizes that equal a rank among them
-            walk(model, compiled, models, inputs(batch, more))
+            walk(model, compiled, models, inputs(batch, more), ("rank_1", "off", "grouped_too", "rank_6", "rank_3"))
 
 
 @pytest.mark.slow
 def test_half_precision_of_one_row_whose_channels_come_last(
     folders: dict[str, Path], models: dict[str, nn.Module]
 ) -> None:
-    model, (line, plane, space) = prepared(folders, torch.bfloat16, WAYS), inputs(1, dtype=torch.bfloat16)
+    model, (line, plane, space) = prepared(folders, torch.bfloat16, FEW), inputs(1, dtype=torch.bfloat16)
     given = (
         line.transpose(1, 2).contiguous().transpose(1, 2),
         plane.to(memory_format=torch.channels_last),

@@ -1,4 +1,4 @@
-"""2,000 mutated adapter folders, seeded: each loads, or is refused by an error that left everything as it was."""
+"""1,200 mutated adapter folders, seeded: each loads, or is refused by an error that left everything as it was."""
 
 from __future__ import annotations
 
@@ -374,13 +374,13 @@ SELDOM = [("check", 7), ("fold", 2), ("to_lora", 1)]  # each makes or loads a mo
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", range(6))
 def test_mutated_files(root: Path, tmp_path: Path, part: int) -> None:
-    """250 in each part."""
+    """200 in each part."""
     source, asked, refused, slow = random.Random(part), Asked(root), 0, []
     names = [name for name, _ in OFTEN + SELDOM]
     weights = [weight for _, weight in OFTEN + SELDOM]
-    for number in range(250):
+    for number in range(200):
         what = source.choices(names, weights)[0]
         folder = tmp_path / f"{number}"
         shutil.copytree(root / ("net" if what in dict(OFTEN) else "llama"), folder)
@@ -399,7 +399,7 @@ def test_mutated_files(root: Path, tmp_path: Path, part: int) -> None:
             slow.append((number, mutation.__name__, what, took))
         asked.unchanged()
     assert not slow
-    assert 100 < refused < 240
+    assert 80 < refused < 192
 
 
 @pytest.mark.slow
