@@ -104,7 +104,7 @@ def curved(config: str, folder: Path) -> dict[str, tuple[float, list[str]]]:
         sizes = [each[verb] for each in counts]
         if (curve := curvature([each.total() for each in sizes])) > MOST:
             bent = {key: sizes[2][key] - 2 * sizes[1][key] + sizes[0][key] for key in sizes[2]}
-            found[verb] = round(curve, 2), sorted(bent, key=lambda key: -bent[key])[:5]  # noqa: B023
+            found[verb] = round(curve, 2), sorted(bent, key=lambda key: -bent[key])[:5]
     return found
 
 
