@@ -133,10 +133,16 @@ from fxpeft.methods import (
     AdaLoraConfig as AdaLoraConfig,
 )
 from fxpeft.methods import (
+    BOFTConfig as BOFTConfig,
+)
+from fxpeft.methods import (
     DeloraConfig as DeloraConfig,
 )
 from fxpeft.methods import (
     EvaConfig as EvaConfig,
+)
+from fxpeft.methods import (
+    HRAConfig as HRAConfig,
 )
 from fxpeft.methods import (
     IA3Config as IA3Config,
@@ -158,6 +164,9 @@ from fxpeft.methods import (
 )
 from fxpeft.methods import (
     MissConfig as MissConfig,
+)
+from fxpeft.methods import (
+    OFTConfig as OFTConfig,
 )
 from fxpeft.methods import (
     PrefixTuningConfig as PrefixTuningConfig,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fxpeft
 
-METHODS = ("lora", "lora_bias", "dora", "ia3", "adalora")
+METHODS = ("lora", "lora_bias", "dora", "ia3", "adalora", "oft")
 TARGETS = ("embed", "conv", "up", "down")
 IDS = torch.randint(0, 17, (8, 5), generator=torch.Generator().manual_seed(1))
 CONFIGS: dict[str, Any] = {
@@ -21,6 +21,7 @@ CONFIGS: dict[str, Any] = {
     "dora": fxpeft.LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=["conv", "up", "embed"]),
     "ia3": fxpeft.IA3Config(target_modules=["conv", "up", "down"], feedforward_modules=["down"]),
     "bias": fxpeft.LoraConfig(r=1, lora_alpha=4, lora_bias=True, target_modules=["conv", "down"]),
+    "oft": fxpeft.OFTConfig(oft_block_size=3, target_modules=["down"]),
     "adalora": fxpeft.AdaLoraConfig(init_r=4, total_step=10, target_modules=["up", "down"]),
 }
 

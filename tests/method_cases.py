@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import torch
 from adapter_files import add
+from closeness import assert_close
 from tiny import randomise
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -100,6 +101,10 @@ METHODS = {
     "MiSS": MethodCase(
         fxpeft.MissConfig, peft.MissConfig, {"r": 4}, "miss", refused=LINEAR, alone=("Conv1D",), other={"r": 3},
     ),
+    "MiSS with `bat`": MethodCase(
+        fxpeft.MissConfig, peft.MissConfig, {"r": 1, "init_weights": "bat"}, "miss_bat", refused=LINEAR,
+        alone=("Conv1D",), other={},
+    ),
     "VB-LoRA": MethodCase(
         fxpeft.VBLoRAConfig, peft.VBLoRAConfig, {"r": 3, "num_vectors": 7, "vector_length": 1}, "vblora",
         refused=LINEAR, other={"r": 5},
@@ -107,6 +112,18 @@ METHODS = {
     "DeLoRA": MethodCase(
         fxpeft.DeloraConfig, peft.DeloraConfig, {"r": 4, "rank_pattern": {"second": 3}, "lambda_pattern": {"first": 4}},
         "delora", refused=LINEAR, alone=("Conv1D",), other=OTHER,
+    ),
+    "HRA": MethodCase(
+        fxpeft.HRAConfig, peft.HRAConfig, {"r": 5}, "hra", refused=("Embedding", "Conv1d", "Conv3d"),
+        alone=("Conv1D", "Conv2d"), other={"r": 4, "apply_GS": True},
+    ),
+    "OFT": MethodCase(
+        fxpeft.OFTConfig, peft.OFTConfig, {"oft_block_size": 6}, "oft", refused=LINEAR, alone=("Conv1D",),
+        other={"r": 2, "oft_block_size": 0, "use_cayley_neumann": False},
+    ),
+    "BOFT": MethodCase(
+        fxpeft.BOFTConfig, peft.BOFTConfig, {"boft_block_size": 3}, "boft", refused=LINEAR, alone=("Conv1D",),
+        other={"boft_block_size": 0, "boft_block_num": 1},
     ),
 }  # fmt: skip
 
@@ -133,3 +150,18 @@ def served(kind: KindCase, name: str) -> Net:
     net = kind.net()
     fxpeft.prepare_hotswap(net, MAX_RANK, targets=["first", "second"], methods=tuple(methods))
     return net
+
+
+def grads_of(peer: Any, model: Any, loss: Any) -> None:
+    """The same gradients for everything that a file holds of both."""
+    for each in (peer, model):
+        each.zero_grad()
+        loss(each).backward()
+    theirs = {n.replace(".default", ""): p.grad for n, p in peer.named_parameters() if p.grad is not None}
+    parameters = {p.data_ptr(): p for p in model.parameters()}
+    held = {k: parameters[t.data_ptr()].grad for k, t in fxpeft.adapter_state_dict(model).items()}
+    assert held.keys() == theirs.keys()
+    for key, grad in held.items():
+        assert grad is not None
+        assert theirs[key].abs().max() > 0
+        assert_close(grad, theirs[key], size=float(theirs[key].abs().max()) + 0.1)

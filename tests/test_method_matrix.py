@@ -127,6 +127,9 @@ CASES = {
     "MiSS": of("MiSS"),
     "VB-LoRA": of("VB-LoRA"),
     "DeLoRA": of("DeLoRA"),
+    "HRA": of("HRA"),
+    "OFT": of("OFT"),
+    "BOFT": of("BOFT"),
     "LN tuning": Case(fxpeft.LNTuningConfig, "ln_tuning", True),
     "trainable tokens": Case(
         lambda seed=0: fxpeft.TrainableTokensConfig(token_indices=[[3, 17, 22], [21, 5]][seed % 2]), "trainable_tokens",

@@ -64,9 +64,11 @@ def product_at(model: nn.Module, site: str) -> tuple[nn.Module, Product, str]:
 
 
 def fold_weight(kind: Kind, weight: Tensor, values: SlotValues) -> Tensor:
-    """``g_out * (W + B^T diag(d) A) * g_in`` of a weight ``[out, in, ...]``, in the weight's dtype."""
+    """``g_out * (W + B^T diag(d) A) (I + R)^T * g_in`` of a weight ``[out, in, ...]``, in the weight's dtype."""
     if values.d.numel():
         weight = weight + _delta(kind, weight, values)
+    if values.rotation is not None:
+        weight = _times(weight, _whole(weight, values.rotation).transpose(1, 2))
     gain = _gain(kind, weight, values)
     return weight if gain is None else weight * gain
 
@@ -76,12 +78,24 @@ def unfold_weight(kind: Kind, weight: Tensor, values: SlotValues) -> Tensor:
     gain = _gain(kind, weight, values)
     if gain is not None:
         weight = weight / gain
+    if values.rotation is not None:
+        weight = _times(weight, torch.linalg.inv(_whole(weight, values.rotation)).transpose(1, 2))
     return weight - _delta(kind, weight, values) if values.d.numel() else weight
 
 
 def _delta(kind: Kind, weight: Tensor, values: SlotValues) -> Tensor:
     a, b, d = (t.to(weight) for t in (values.a, values.b, values.d))
     return kind.delta(a * d.view(-1, *(1 for _ in a.shape[1:])), b)
+
+
+def _whole(weight: Tensor, rotation: Tensor) -> Tensor:
+    return torch.eye(rotation.shape[1]).to(weight) + rotation.to(weight)
+
+
+def _times(weight: Tensor, blocks: Tensor) -> Tensor:
+    """A weight ``[out, in, ones]`` whose blocks of inputs are multiplied with ``[blocks, size, size]``."""
+    parts = weight.reshape(len(weight), len(blocks), -1).transpose(0, 1)
+    return torch.bmm(parts, blocks).transpose(0, 1).reshape(weight.shape)
 
 
 def _gain(kind: Kind, weight: Tensor, values: SlotValues) -> Tensor | None:

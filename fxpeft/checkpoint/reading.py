@@ -19,7 +19,7 @@ from torch import Tensor
 from fxpeft.checkpoint.keys import file_keys
 from fxpeft.errors import AdapterError, CheckpointError, clipped, listing, short
 from fxpeft.files import unfinished
-from fxpeft.methods import config_class
+from fxpeft.methods import config_class, method_of
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.model.fingerprint import KEY
 from fxpeft.outside import dense, read_json
@@ -47,7 +47,11 @@ class Checkpoint:
     release: str | None = None
 
     def __post_init__(self) -> None:
-        self.tensors = file_keys(dense(self.tensors, self.source), self.source)
+        tensors = file_keys(dense(self.tensors, self.source), self.source)
+        try:
+            self.config, self.tensors = method_of(self.config).read(self.config, tensors)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.source}: {error}") from None
 
 
 def read_pickle(path: Path, *, weights_only: bool) -> dict[str, Tensor]:

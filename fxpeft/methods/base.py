@@ -30,7 +30,8 @@ class SlotValues(NamedTuple):
     """A site's adapter in the form that every slot takes, ranks first.
 
     ``a``: [rank, in, ...], ``b``: [rank, out], ``d``: [rank] float32; ``g_in``: [in], ``g_out``: [out],
-    ``shift``: [out], float32, or ``None`` where the adapter has none. A method without ranks gives
+    ``shift``: [out], float32, ``rotation``: [blocks, size, size] of the inputs, less the identity, or ``None`` where
+    the adapter has none. A method without ranks gives
     rank 0: ``SlotValues.without_ranks``.
     """
 
@@ -40,17 +41,22 @@ class SlotValues(NamedTuple):
     g_in: Tensor | None = None
     g_out: Tensor | None = None
     shift: Tensor | None = None
+    rotation: Tensor | None = None
 
     @classmethod
     def without_ranks(cls, kind: Kind, **features: Tensor) -> SlotValues:
-        """Gains and shift alone."""
+        """Gains, shift and rotation alone."""
         like = next(iter(features.values()))
         a, b = like.new_empty(kind.a_shape(0)), like.new_empty(0, kind.out_features)
         return cls(a, b, like.new_empty(0), **features)
 
     def features(self) -> dict[str, Tensor]:
-        """Name -> value of the gains and the shift that the adapter has."""
+        """Name -> value of the gains, the shift and the rotation that the adapter has."""
         return {name: value for name in FEATURES if (value := getattr(self, name)) is not None}
+
+    def multiplies(self) -> list[str]:
+        """Names of those that multiply what the base computes, or what it is given."""
+        return [name for name in self.features() if name != "shift"]
 
 
 class Kept(NamedTuple):
@@ -140,6 +146,8 @@ class Method(abc.ABC, Generic[C]):
     unlowered: ClassVar[str] = ""
     #: an adapter's rows at an embedding (:mod:`fxpeft.methods.tokens`), below the module's name in PEFT's files
     tokens_key: ClassVar[str] = "token_adapter.trainable_tokens_delta"
+    #: whether :meth:`lower` reads the base's weights, so that it is done anew where these are others
+    follows_base: ClassVar[bool] = False
     #: what of its kind only one can be active at a time, of all methods that say the same word: ``prompt``
     alone: ClassVar[str] = ""
 
@@ -273,6 +281,14 @@ class Method(abc.ABC, Generic[C]):
     def stored_keys(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A file's tensors under the keys of today; of a method that isn't ``targeted``: whose keys name no modules."""
         return tensors
+
+    def read(self, config: C, tensors: dict[str, Tensor]) -> tuple[C, dict[str, Tensor]]:
+        """A file's config and tensors as the rest is written for, where files may say them in another way.
+
+        Raises:
+            CheckpointError: the tensors can't be read so.
+        """
+        return config, tensors
 
     def unfinished(self, sites: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """What training goes on from and no checkpoint holds, since a checkpoint has what comes out of it."""

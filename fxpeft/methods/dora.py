@@ -79,6 +79,7 @@ class Dora(Lora):
 
     name = "dora"
     needs: ClassVar = {"dora": ("g_out", "shift")}
+    follows_base = True
 
     def takes(self, config: AdapterConfig) -> bool:
         return isinstance(config, LoraConfig) and config.use_dora

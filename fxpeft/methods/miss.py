@@ -2,7 +2,8 @@
 
     y = base(x) + D^T sum_blocks(dropout(x)),    D [r, out]
 
-which is a LoRA whose A is ones in a pattern. ``mini``: D is narrower, and repeats over the outputs.
+which is a LoRA whose A is ones in a pattern. ``mini``: D is narrower, and repeats over the outputs. ``bat`` multiplies
+the base's weight, in blocks ``[r, r]``, with a block for each r outputs, ``W' = W + W D_i + D_i``: of full rank.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxpeft.errors import AdapterError
-from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
+from fxpeft.methods.base import Base, Kept, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig
+from fxpeft.methods.lycoris import applied, full_rank
 from fxpeft.methods.parts import check_linear
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
@@ -33,7 +35,9 @@ class MissConfig(AdapterConfig):
 
     Args:
         r: how many sums, the rank. miss_dropout: on the update's input while training.
-        init_weights: ``True``: zeros; ``False``: at random; ``"mini"``: zeros, ``mini_r`` columns that repeat.
+        init_weights: ``True``: zeros; ``False``: at random; ``"mini"``: zeros, ``mini_r`` columns that repeat;
+            ``"bat"``: zeros, blocks ``[r, r]`` that multiply the base's weight (:class:`Bat`); PEFT
+            drops nothing there.
         bias: ``"MiSS_only"`` or ``"all"``, as in :class:`~fxpeft.LoraConfig`.
     """
 
@@ -47,11 +51,6 @@ class MissConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init_weights == "bat":
-            raise AdapterError(
-                "init_weights='bat': its update is a product with the base's weight of full rank, which no slot holds; "
-                "True, False and 'mini' are low-rank"
-            )
         self.check_positive("r", "mini_r")
         self.check_probability("miss_dropout")
 
@@ -120,3 +119,53 @@ class Miss(Method[MissConfig]):
 
     def scales(self, config: MissConfig) -> bool:
         return False
+
+
+def bat(kind: Kind, base: Callable[[Tensor], Tensor], x: Tensor, *, miss_block: Tensor, weight: Tensor) -> Tensor:
+    """The training subgraph of ``bat``."""
+    return applied(kind, base, x, products(miss_block, weight.detach().type_as(miss_block)), None)
+
+
+@one_node
+def products(blocks: Tensor, weight: Tensor) -> Tensor:
+    """The update ``[out, in]``; ``blocks``: ``[out / r, r, r]``."""
+    r = blocks.shape[2]
+    parts = weight.unflatten(0, (-1, r)).unflatten(2, (-1, r)).transpose(1, 2)  # type: ignore[no-untyped-call]
+    made: Tensor = (parts @ blocks.unsqueeze(1) + blocks.unsqueeze(1)).transpose(1, 2).reshape(weight.shape)
+    return made
+
+
+class Bat(Miss):
+    """The parameter ``miss_block``, [out / r, r, r]."""
+
+    name = "miss_bat"
+    follows_base = True
+    alone = "MiSS adapter with 'bat'"  # PEFT's second one multiplies what the first one made
+
+    def takes(self, config: AdapterConfig) -> bool:
+        return isinstance(config, MissConfig) and config.init_weights == "bat"
+
+    def plan(self, config: MissConfig, site: str, kind: Kind) -> SitePlan:
+        plan = super().plan(config, site, kind)
+        if kind.in_features % config.r or kind.out_features % config.r:
+            raise AdapterError(
+                f"{site}: init_weights='bat': expected an r that divides its {kind.in_features} inputs and "
+                f"{kind.out_features} outputs, found {config.r}"
+            )
+        return plan
+
+    def shapes(self, config: MissConfig, plan: SitePlan) -> dict[str, tuple[int, ...]]:
+        return {BLOCK: (plan.kind.out_features // plan.rank, plan.rank, plan.rank)}
+
+    def dropout(self, config: MissConfig, kind: Kind) -> float:
+        return 0.0
+
+    def rewrite(self, name: str, config: MissConfig, site: SiteAdapter) -> Rewrite:
+        return Rewrite(f"miss_bat:{name}", bat, site.operands(name, (BLOCK,)), reads=("weight",))
+
+    def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
+        block = parameters[BLOCK].to(torch.promote_types(parameters[BLOCK].dtype, torch.float32))
+        return full_rank(products(block, base.weight().to(block)), 1.0)
+
+    def kept(self, config: MissConfig, plan: SitePlan) -> Kept:
+        return Kept()

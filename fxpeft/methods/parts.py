@@ -29,6 +29,11 @@ class SitePlan:
     scaling: float
     wrapped: int = field(default=0, kw_only=True)
 
+    @property
+    def block(self) -> int:
+        """How many inputs are rotated together, of a method that does so."""
+        return 0
+
     def scaled(self, strength: float) -> SitePlan:
         """The same with its scale multiplied."""
         return self if strength == 1 else replace(self, scaling=self.scaling * strength)

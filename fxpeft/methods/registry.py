@@ -8,15 +8,18 @@ from fxpeft.errors import AdapterError
 from fxpeft.methods.adalora import AdaLora
 from fxpeft.methods.alora import Alora
 from fxpeft.methods.base import Method
+from fxpeft.methods.boft import Boft
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.delora import Delora
 from fxpeft.methods.dora import Dora
+from fxpeft.methods.hra import Hra
 from fxpeft.methods.ia3 import Ia3
 from fxpeft.methods.ln_tuning import LnTuning
 from fxpeft.methods.loha import LoHa
 from fxpeft.methods.lokr import LoKr
 from fxpeft.methods.lora import Lora
-from fxpeft.methods.miss import Miss
+from fxpeft.methods.miss import Bat, Miss
+from fxpeft.methods.oft import Oft
 from fxpeft.methods.p_tuning import PTuning
 from fxpeft.methods.prefix_tuning import PrefixTuning
 from fxpeft.methods.prompt_tuning import PromptTuning
@@ -25,8 +28,8 @@ from fxpeft.methods.vblora import VBLoRA
 from fxpeft.methods.vera import Vera
 
 METHODS: list[Method[Any]] = [
-    Dora(), Alora(), TrainableTokens(), LnTuning(), LoHa(), LoKr(), Vera(), Miss(), VBLoRA(), Delora(), AdaLora(),
-    Lora(), Ia3(), PromptTuning(), PTuning(), PrefixTuning(),
+    Dora(), Alora(), TrainableTokens(), LnTuning(), LoHa(), LoKr(), Vera(), Bat(), Miss(), VBLoRA(), Delora(), Hra(),
+    Oft(), Boft(), AdaLora(), Lora(), Ia3(), PromptTuning(), PTuning(), PrefixTuning(),
 ]  # fmt: skip
 
 
@@ -59,3 +62,8 @@ def config_class(peft_type: object, source: str) -> type[AdapterConfig]:
 def slot_needs() -> dict[str, frozenset[str]]:
     """What ``prepare_hotswap(methods=...)`` may declare -> the slot features that it takes."""
     return {name: frozenset(needs) for m in reversed(METHODS) for name, needs in (m.needs or {m.name: ()}).items()}
+
+
+def following() -> frozenset[str]:
+    """Names of the methods whose slot values follow from the base's weights."""
+    return frozenset(m.name for m in METHODS if m.follows_base)

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fxpeft.errors import AdapterError
+from fxpeft.errors import AdapterError, CheckpointError
 from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.parts import check_linear
@@ -24,7 +24,9 @@ from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.one_node import one_node
 
+OUT, LEAST = -1e4, 1e-37  # the logit of a vector that a file doesn't name, and the least weight of one that it does
 BANK, LOGITS = "vblora_vector_bank", ("vblora_logits_A", "vblora_logits_B")
+PICKED = ("_topk_indices", "_topk_weights")
 
 
 @dataclass
@@ -35,7 +37,8 @@ class VBLoRAConfig(AdapterConfig):
         r: rank. num_vectors, vector_length: size of the bank; the length divides each site's inputs and outputs.
         topk: how many vectors a part is mixed of. vblora_dropout: on the update's input while training.
         init_vector_bank_bound: the bank starts uniform within. init_logits_std: deviation of the logits at the start.
-        save_only_topk_weights: not here: such files hold no logits to train on.
+        save_only_topk_weights: write the vectors that are mixed, and their weights, and no logits. Read again, the
+            others' logits are so low that they stay out of the mixture.
         bias: ``"vblora_only"`` or ``"all"``, as in :class:`~fxpeft.LoraConfig`.
         fan_in_fan_out: accepted for PEFT's sake; the layout of a weight is read off the graph.
     """
@@ -58,11 +61,6 @@ class VBLoRAConfig(AdapterConfig):
         self.check_positive("r", "num_vectors", "vector_length", "topk")
         if self.topk > self.num_vectors:
             raise AdapterError(f"topk: expected at most num_vectors {self.num_vectors}, found {self.topk}")
-        if self.save_only_topk_weights:
-            raise AdapterError(
-                "save_only_topk_weights=True: expected False: fxpeft reads and writes logits; save it again from PEFT "
-                "with config.save_only_topk_weights = False"
-            )
         self.check_probability("vblora_dropout")
 
 
@@ -112,6 +110,31 @@ def _of_topk(topk: int) -> Callable[..., Tensor]:
     return functools.partial(vblora, topk=topk)
 
 
+def picked(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Which vectors are mixed, and the weights of all but the last, as files hold them."""
+    best = logits.topk(topk, -1)
+    kinds = {2**8: torch.uint8, 2**15: torch.int16, 2**31: torch.int32}  # the least that PEFT takes
+    dtype = next((kind for most, kind in kinds.items() if logits.shape[-1] < most), torch.int64)
+    return best.indices.to(dtype), torch.softmax(best.values, -1)[..., :-1]
+
+
+def logits_of(key: str, places: Tensor, weights: Tensor | None, vectors: int) -> Tensor:
+    """Logits whose :func:`picked` is this.
+
+    Raises:
+        CheckpointError: the tensors are of other shapes, or name vectors that there are none of.
+    """
+    expected = None if places.ndim != 3 else [*places.shape[:-1], places.shape[-1] - 1]
+    if weights is None or expected is None or list(weights.shape) != expected or not weights.is_floating_point():
+        found = "none" if weights is None else f"{weights.dtype} {list(weights.shape)}"
+        raise CheckpointError(f"{key}: {list(places.shape)}: expected weights beside it, {expected}, found {found}")
+    if places.is_floating_point() or places.is_complex() or not bool(((places >= 0) & (places < vectors)).all()):
+        raise CheckpointError(f"{key}: expected numbers of vectors below num_vectors {vectors}, found others")
+    whole = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], -1)
+    logits = weights.new_full((*places.shape[:-1], vectors), OUT)
+    return logits.scatter(-1, places.long(), whole.clamp(min=LEAST).log())
+
+
 class VBLoRA(Method[VBLoRAConfig]):
     """Parameters ``vblora_logits_A`` [r, in / length, vectors] and ``vblora_logits_B`` [out / length, r, vectors]."""
 
@@ -156,6 +179,27 @@ class VBLoRA(Method[VBLoRAConfig]):
         bank = {f"{name}.shared.{BANK}": getattr(site.shared, BANK)}
         held = {**site.operands(name, (*LOGITS, "dropout")), **bank}
         return Rewrite(f"vblora:{name}", _of_topk(config.topk), held, shared=tuple(bank))
+
+    def stored(
+        self, config: VBLoRAConfig, site: str, plan: SitePlan, parameters: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        if not config.save_only_topk_weights:
+            return dict(parameters)
+        both = {name: picked(logits.detach(), config.topk) for name, logits in parameters.items()}
+        return {f"{name}{end}": t for name, pair in both.items() for end, t in zip(PICKED, pair, strict=True)}
+
+    def key(self, site: str, plan: SitePlan, name: str) -> str:
+        own = next(logits for logits in LOGITS if name.startswith(logits))
+        return super().key(site, plan, own) + name.removeprefix(own)
+
+    def read(self, config: VBLoRAConfig, tensors: dict[str, Tensor]) -> tuple[VBLoRAConfig, dict[str, Tensor]]:
+        if not config.save_only_topk_weights:
+            return config, tensors
+        left = dict(tensors)
+        for key in [key for key in left if key.endswith(PICKED[0])]:
+            own, places = key.removesuffix(PICKED[0]), left.pop(key)
+            left[own] = logits_of(key, places, left.pop(own + PICKED[1], None), config.num_vectors)
+        return config, left
 
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
         assert isinstance(plan, VBLoRAPlan)

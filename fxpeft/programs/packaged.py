@@ -24,6 +24,7 @@ from fxpeft.adapters.change import ordinary
 from fxpeft.adapters.state import state_of
 from fxpeft.errors import AdapterError, CheckpointError
 from fxpeft.files import replace_files
+from fxpeft.methods import following
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.model.skeleton import Outline, kind_from_json, skeleton
 from fxpeft.passes.slots.slot import FEATURES
@@ -48,7 +49,7 @@ class Package:
         self.manifest, self._runner = _load(self.path, num_runners)
         modules = self.manifest["modules"]
         device, source = self.manifest["device"], f"{self.path}: {MANIFEST}"
-        weights = _weights(self.path, self.manifest) if "dora" in self.manifest["methods"] else {}
+        weights = _weights(self.path, self.manifest) if following() & {*self.manifest["methods"]} else {}
         outlines = {
             name: Outline(
                 kind_from_json(m, source), weights.get(f"{name}.weight"), weights.get(f"{name}.bias"),

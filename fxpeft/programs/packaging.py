@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from fxpeft.adapters.state import find_state
 from fxpeft.errors import AdapterError, listing
 from fxpeft.files import make_folder, replacing
+from fxpeft.methods import following
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.model.fingerprint import fingerprint
 from fxpeft.model.placement import placement
@@ -38,7 +39,9 @@ from fxpeft.serving.declared import check_slots
 from fxpeft.targets.sites import find_sites, make_plan
 
 MANIFEST = "fxpeft.json"
-WEIGHTS = "fxpeft/weights.safetensors"  # in the archive, below its root: the sites' weights and biases, for DoRA
+WEIGHTS = (
+    "fxpeft/weights.safetensors"  # in the archive, below its root: the sites' weights and biases, for DoRA and HRA
+)
 VERSION = 1
 
 
@@ -63,7 +66,7 @@ def package(
         example_inputs: positional or keyword arguments of a forward: tensors with the devices, dtypes and order in
             memory (such as ``channels_last``) to come, and flags with the only values to come.
         targets: as in :func:`fxpeft.prepare_hotswap`, or a config whose targets are taken.
-        methods: any of those of ``prepare_hotswap`` but prompts. With ``dora``, whose gains are computed from the
+        methods: any of those of ``prepare_hotswap`` but prompts. With ``dora`` or ``hra``, which are computed from the
             base's weights, the file holds those of the sites twice: compiled, and to be read.
         rank: ``"dynamic"``: a step pays for the rank in use; ``"static"``: for ``max_rank``.
         dynamic_shapes: as in ``torch.export.export``.
@@ -94,7 +97,7 @@ def package(
         symbols += [symbol for symbol in _symbols(slotted) if symbol.ranks is not None]
         content = manifest(model, sites, max_rank, methods, rank)
         content |= {**describe(program), "outputs": _outputs(program)}
-        weights = _weights(model, sites) if "dora" in methods else {}
+        weights = _weights(model, sites) if following() & {*methods} else {}
         _write(path, slotted, content, weights, symbols, dict(options or {}))
     return path
 
@@ -153,7 +156,9 @@ def _weights(model: nn.Module, sites: Collection[str]) -> dict[str, Tensor]:
         try:
             tensors[f"{site}.weight"] = base_weight(module).cpu().clone(memory_format=torch.contiguous_format)
         except PassError as error:
-            raise AdapterError(f"{site}: it can't serve dora, whose gains need its weight: {error}") from None
+            raise AdapterError(
+                f"{site}: it can't serve {', '.join(sorted(following()))}, which need its weight: {error}"
+            ) from None
         if isinstance(bias := getattr(module, "bias", None), Tensor):
             tensors[f"{site}.bias"] = bias.detach().cpu().clone()
     return tensors

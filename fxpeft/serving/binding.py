@@ -17,7 +17,7 @@ from fxpeft.passes.slots.lanes import lane_rewrite
 from fxpeft.passes.slots.parted import parted_rewrite
 from fxpeft.passes.slots.reach import ReachAt
 from fxpeft.passes.slots.room import lay_out
-from fxpeft.passes.slots.slot import EXACT, Slot
+from fxpeft.passes.slots.slot import EXACT, NEUTRAL, Slot
 from fxpeft.serving import prompts as prompts_serving
 from fxpeft.serving.swap import Serving
 
@@ -91,17 +91,20 @@ def _make_slots(model: nn.Module, serving: Serving) -> None:
         module = submodule(model, kind.host(site))
         device, dtype = placement(module, model, autocast=False, leaf=kind.leaf)
         features = () if kind.leaf else serving.features
-        for name, shape in Slot.shapes(kind, serving.max_rank, features, lanes.count if lanes else 1).items():
+        for name, shape in Slot.shapes(
+            kind, serving.max_rank, features, lanes.count if lanes else 1, serving.block
+        ).items():
             wanted[site, name] = shape, torch.float32 if name in EXACT else dtype, device
     order = sorted(wanted, key=lambda key: (key[1], key[0].rpartition(".")[2]))
     room, made = lay_out((wanted[key] for key in order), apart=True)
     memory = dict(zip(order, made, strict=True))
     for site, kind in serving.kinds.items():
-        own = {name: tensor for name in ("a", "b", *EXACT) if (tensor := memory.get((site, name))) is not None}
+        own = {name: memory[site, name] for name in ("a", "b", *NEUTRAL) if (site, name) in memory}
         features = () if kind.leaf else serving.features
         serving.slots[site] = Slot(
             kind, serving.max_rank, serving.rank, features=features, memory=(room, own), lanes=lanes, site=site,
             reach=ReachAt(serving.reach.calls, site) if serving.reach is not None and kind.is_linear else None,
+            block=serving.block,
         )  # fmt: skip
 
 

@@ -334,4 +334,4 @@ _MORE = "name fewer at a time, or prepare the model for more (release_hotswap, t
 
 def has_gains(adapter: Adapter) -> bool:
     """Whether an adapter has a gain at some site, or rows of an embedding: what a row of a batch has of one alone."""
-    return bool(adapter.plan.tokens) or any(v.g_in is not None or v.g_out is not None for v in adapter.lowered.values())
+    return bool(adapter.plan.tokens) or any(v.multiplies() for v in adapter.lowered.values())

@@ -31,7 +31,7 @@ def show_features(slots: Mapping[str, Slot], featured: set[tuple[str, str]], ada
                     getattr(slot, name).copy_(given[0] if len(given) == 1 else torch.stack(given).sum(0))
                 featured.add((site, name))
             elif (site, name) in featured:
-                getattr(slot, name).fill_(FEATURES[name][1])
+                getattr(slot, name).fill_(FEATURES[name])
                 featured.discard((site, name))
 
 

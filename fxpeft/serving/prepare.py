@@ -21,6 +21,7 @@ from fxpeft.methods.ln_tuning import LnTuning, LNTuningConfig
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import PassError
 from fxpeft.passes.slots.lanes import Lanes
+from fxpeft.passes.slots.rotation import BLOCK
 from fxpeft.passes.slots.slot import ActiveRank
 from fxpeft.passes.targets.terms import Pattern
 from fxpeft.passes.torch_private import constants_setting
@@ -58,6 +59,7 @@ def prepare_hotswap(
     lanes: int = 1,
     max_tokens: int | None = None,
     token_modules: Sequence[str] | None = None,
+    max_block: int | None = None,
 ) -> None:
     """Give every target a slot. From then on loading, swapping, mixing and switching off are copies.
 
@@ -73,8 +75,8 @@ def prepare_hotswap(
             ``"ia3"``, ``"adalora"``, ``"trainable_tokens"`` (of adapters of any method, and alone),
             ``"ln_tuning"`` (of the modules in ``modules_to_save``, or the architecture's norms),
             ``"prompt_tuning"`` and ``"p_tuning"`` or ``"prefix_tuning"``, ``"loha"``, ``"lokr"``, ``"vera"``,
-            ``"miss"``, ``"vblora"``, ``"delora"``, ``"alora"``. Where only LoRA is declared, the graph holds no gain
-            and no shift.
+            ``"miss"``, ``"miss_bat"``, ``"vblora"``, ``"delora"``, ``"alora"``, ``"hra"``, ``"oft"``, ``"boft"``. Where
+            only LoRA is declared, the graph holds no gain, shift or rotation.
         target_parameters: as in :class:`~fxpeft.LoraConfig`, for adapters of experts and other parameters.
         num_virtual_tokens: length of every prompt to come, for the prompt methods.
         modules_to_save, bias: as in :class:`~fxpeft.LoraConfig`, for adapters that bring them.
@@ -88,6 +90,9 @@ def prepare_hotswap(
         max_tokens: for ``"trainable_tokens"``: how many an adapter can have; 64 by default.
         token_modules: names of the embeddings and heads that have them; the input embeddings by default, and what has
             one weight with these.
+        max_block: for ``"oft"`` and ``"boft"``: how many inputs are rotated together at most; 32 by default, or what
+            the model's adapters have. A site holds blocks of that size, or of the nearest that divides its inputs, and
+            smaller ones whose size divides theirs.
 
     Raises:
         AdapterError: unknown targets or methods, or an adapter that doesn't fit; nothing was changed.
@@ -110,6 +115,7 @@ def prepare_hotswap(
         *_declare(model, adapters, targets, exclude, modules_to_save, bias, methods, target_parameters),
         lock=ModelLock(lock_timeout, hold_generate, lanes > 1),
     )  # fmt: skip
+    serving.block = _block(serving, adapters, max_block)
     check_parted(model, serving.hosts(), methods, lanes)
     if Alora.name in methods:
         if lanes > 1:
@@ -149,6 +155,16 @@ def prepare_hotswap(
                 _enter_slots(model, serving, adapters)
         except PassError as error:
             raise AdapterError(str(error)) from None
+
+
+def _block(serving: Serving, adapters: list[Adapter], wanted: int | None) -> int:
+    if wanted is None:
+        return max([BLOCK, *(plan.block for adapter in adapters for plan in adapter.plan.sites.values())])
+    if "rotation" not in serving.features:
+        raise AdapterError("max_block: only with 'oft' or 'boft' among the methods")
+    if isinstance(wanted, bool) or wanted < 2:
+        raise AdapterError(f"max_block: expected how many inputs are rotated together, at least 2, found {wanted!r}")
+    return wanted
 
 
 def _enter_slots(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:

@@ -21,6 +21,7 @@ from fxpeft.methods.values import Values
 from fxpeft.passes.base import PassError
 from fxpeft.passes.recent import Recent
 from fxpeft.passes.slots.copies import Copies
+from fxpeft.passes.slots.rotation import BLOCK, fitted
 from fxpeft.passes.slots.slot import LEAST, ActiveRank, Slot
 from fxpeft.passes.slots.tokens import TokenSlot
 from fxpeft.passes.targets.kinds import Kind
@@ -58,7 +59,7 @@ class Serving(Host):
         held: the slots' tensors, as views of the dicts that hold them, which follow where a slot gets others.
         order: of reads and writes on accelerators, where slots are on such.
         torn: a swap began to write and did not come to its end.
-        board: who is where, in slots with lanes.
+        board: who is where, in slots with lanes. block: how many inputs blocks of rotations have.
         reach: which tokens of a call the adapters act on, where ``alora`` was declared.
     """
 
@@ -84,6 +85,7 @@ class Serving(Host):
     board: Board | None = None
     token_slots: dict[str, TokenSlot] = field(default_factory=dict)
     reach: SlotReach | None = None
+    block: int = BLOCK
     lock: ModelLock = field(default_factory=ModelLock)
     rescaling: ClassVar[Callable[..., None]]  # fxpeft.serving.call_scale has it
 
@@ -229,10 +231,13 @@ def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
     for site, parameters in sites.items():
         base = Base(model, brings.get(site, {}), site, values.shared)
         slot = serving.slots.get(site)
-        if slot is not None and slot.features and slot.a.device.type in ACCELERATORS:  # gains follow from the base
+        if slot is not None and (slot.features or method.follows_base) and slot.a.device.type in ACCELERATORS:
             parameters = {name: value.to(slot.a.device) for name, value in parameters.items()}
         try:
-            lowered[site] = method.lower(adapter.site_plan(site), parameters, base)
+            value = method.lower(adapter.site_plan(site), parameters, base)
+            if value.rotation is not None and site in serving.kinds:
+                value = value._replace(rotation=fitted(value.rotation, serving.kinds[site], serving.block))
+            lowered[site] = value
         except PassError as error:
             problems.append(f"{site}: {error}")
             continue
@@ -250,11 +255,11 @@ def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
 
 
 def lower_again(state: ModelState) -> None:
-    """Have adapters with gains or shifts lowered anew before they are shown next: those of DoRA follow from the base's
-    weights, which are others now."""
+    """The base has other weights: have adapters that follow from them lowered anew before they are shown next."""
     needs = slot_needs()
     for adapter in state.adapters.values():
-        adapter.stale = bool(needs.get(method_of(adapter.config).declared(adapter.config)))
+        method = method_of(adapter.config)
+        adapter.stale = method.follows_base or bool(needs.get(method.declared(adapter.config)))
 
 
 def reshow(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
@@ -356,12 +361,8 @@ def _find_places(serving: Serving) -> None:
         serving.places = places
         for slot in serving.slots.values():
             slot.windows.clear()
-        found = {
-            t.device
-            for t in itertools.chain(*serving.held, *(c.buffers() for c in serving.copies.values()))
-            if t is not None
-        }
-        devices = {device for device in found if device.type in ACCELERATORS}
+        tensors = itertools.chain(*serving.held, *(c.buffers() for c in serving.copies.values()))
+        devices = {t.device for t in tensors if t is not None and t.device.type in ACCELERATORS}
         if devices != set(serving.order.devices if serving.order else ()):
             serving.order = StreamOrder(devices) if devices else None
             serving.lock.before_read = serving.order.before_read if serving.order else None

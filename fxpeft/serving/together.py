@@ -34,10 +34,10 @@ def check_gains(adapters: list[Adapter]) -> None:
             others = [
                 a.name for a in adapters if a is not adapter and (site in a.lowered or brought in a.values.tensors)
             ]
-            if others and (value.g_in is not None or value.g_out is not None):
+            if others and value.multiplies():
                 clashes.append(f"{site}: {adapter.name} ({method_of(adapter.config).name}) and {', '.join(others)}")
     if clashes:
         raise AdapterError(
-            "these adapters can't share a slot, since a gain multiplies what the others add:\n"
+            "these adapters can't share a slot, since a gain or rotation multiplies what the others add:\n"
             f"{listing(clashes)}\nset one of them active, or release_hotswap(model) to run them one after the other"
         )

@@ -99,7 +99,7 @@ def _factors(
 ) -> tuple[Tensor, Tensor]:
     """A and B of scale 1, and the share of the update that they miss."""
     kind = plan.kind
-    gains = [name for name in ("g_in", "g_out") if getattr(lowered, name) is not None]
+    gains = lowered.multiplies()
     if gains and rank is None:
         raise PassError(
             "the method multiplies what the base computes, which no low-rank update does; fold takes it exactly, or "

@@ -1,7 +1,7 @@
 """Fold: adapters become part of the base's weights, in place, and come out again.
 
-Every method lowers to ``y = g_out * (base(g_in * x) + B d A (g_in * x)) + shift`` (see
-:class:`~fxpeft.methods.base.SlotValues`), so one rule folds all: ``W' = g_out * (W + B d A) * g_in`` and
+Every method lowers to ``y = g_out * (base(x') + B d A x') + shift``, ``x' = (g_in * x) (I + R)`` (see
+:class:`~fxpeft.methods.base.SlotValues`), so one rule folds all: ``W' = g_out * (W + B d A) (I + R)^T * g_in`` and
 ``bias' = g_out * bias + shift``. Of several adapters each takes the one before as its base, as in the
 forward. Weights keep their memory, so a compiled graph of the bare model goes on serving.
 """
@@ -274,7 +274,7 @@ def _check_order(state: ModelState, wanted: list[str]) -> None:
 
 def _gains(adapter: Adapter) -> bool:
     needs = slot_needs().get(method_of(adapter.config).declared(adapter.config), frozenset())
-    return not needs.isdisjoint(("g_in", "g_out"))
+    return not needs <= {"shift"}
 
 
 def _check_enabled(state: ModelState) -> None:

@@ -22,10 +22,10 @@ class SlotTensor:
     """A placeholder's tensor, which belongs to a slot.
 
     Args:
-        part: which of the slot's tensors it is: ``"a"``, ``"b"``, ``"d"``, ``"g_in"``, ``"g_out"``, ``"shift"``.
+        part: which of the slot's tensors it is: ``"a"``, ``"b"``, ``"d"``, or one of its features.
         site: the slot's site, as it is called in reports.
         tensor: the tensor itself, which later adapters are copied into.
-        features: which of ``g_in``, ``g_out`` and ``shift`` the slot has.
+        features: which of ``g_in``, ``g_out``, ``shift`` and ``rotation`` the slot has.
     """
 
     part: str

@@ -15,7 +15,7 @@ from fxpeft.passes.meta import FOLDED
 from fxpeft.passes.rewrite.subgraphs import Call, calls
 
 # of zeros they make zeros, and of ones, ones
-_SAME = {"type_as", "narrow", "view", "unsqueeze", "to", "t", "permute", "transpose", "flatten", "unflatten"}
+_SAME = {"type_as", "narrow", "view", "unsqueeze", "to", "t", "permute", "transpose", "flatten", "unflatten", "movedim"}
 _LINEAR = {F.linear, torch.matmul, F.conv1d, F.conv2d, F.conv3d}
 
 
@@ -92,7 +92,7 @@ def _simplify(node: Node, values: Mapping[Node, int]) -> tuple[int | None, Node 
     if node.target is torch.baddbmm and not node.kwargs:
         factors = {values.get(n) for arg in node.args[1:3] if (n := node_of(arg)) is not None}
         return None, first if 0 in factors else None
-    if node.target is torch.matmul and b == 0:
+    if node.target in (torch.matmul, torch.bmm) and b == 0:
         return 0, None
     if node.target in _LINEAR and a == 0:
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")

@@ -102,6 +102,8 @@ def _why_alone(factor: SlotTensor) -> str | None:
     """Why a slot's A can't be a part of a stack, whatever the graph does with it."""
     if "g_in" in factor.features:
         return "multiplies its input by a gain of its own"
+    if "rotation" in factor.features:
+        return "rotates its input"
     if factor.tensor.requires_grad:
         return "its A is trained"
     if factor.tensor.is_inference():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fxpeft.errors import AdapterError
 from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.slots.rotation import rotated, rotated_rows
 from fxpeft.passes.slots.slot import LEAST, Slot, live_slot, live_slot_of_all_ranks
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.one_node import one_node
@@ -89,13 +90,18 @@ def live_lanes(kind: Kind, base: Callable[[Tensor], Tensor], x: Tensor, *, slot:
 
 @one_node
 def gained(slot: Slot, x: Tensor) -> Tensor:
-    """The input of a target times its gains, those of each row where rows are named."""
+    """The input of a target times its gains and rotated, by those of each row where rows are named."""
     kind, lanes = slot.kind, slot.lanes
-    if "g_in" not in slot.features:
-        return x
-    if lanes.named.mask.shape[0] == 0:
-        return (x * kind.per_input(slot.g_in)).type_as(x)
-    return (x * of_rows(slot, x, slot.lane_g_in.index_select(0, _flat(lanes.named.picks, x)))).type_as(x)
+    named = lanes.named.mask.shape[0] > 0
+    if "g_in" in slot.features:
+        gains = slot.lane_g_in.index_select(0, _flat(lanes.named.picks, x)) if named else slot.g_in
+        x = (x * (of_rows(slot, x, gains) if named else kind.per_input(gains))).type_as(x)
+    if "rotation" in slot.features and named:
+        picks = _repeated(slot, x, lanes.named.picks.to(x.device).unsqueeze(-1)).squeeze(-1)
+        x = rotated_rows(x, slot.lane_rotation, picks, kind.feature_dimension)
+    elif "rotation" in slot.features:
+        x = rotated(x, slot.rotation, kind.feature_dimension)
+    return x
 
 
 @one_node
@@ -103,7 +109,7 @@ def adapted(slot: Slot, x: Tensor, y: Tensor) -> Tensor:
     """The output ``y`` of a target with what its slot adds and multiplies, those of each row where rows are named."""
     kind, lanes = slot.kind, slot.lanes
     if lanes.named.mask.shape[0] == 0:
-        features = {name: getattr(slot, name) for name in slot.features if name != "g_in"}
+        features = {name: getattr(slot, name) for name in slot.features if name not in ("g_in", "rotation")}
         plain = live_slot_of_all_ranks if slot.rank is None else live_slot
         return plain(kind, lambda x: y, x, slot=slot, **features)
     out = y + (gathered(slot, x) if gathers(slot, x) else packed(slot, x))

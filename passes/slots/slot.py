@@ -1,12 +1,13 @@
 """The universal slot: static placeholders at one site that any lowered adapter is copied into.
 
-    y = g_out * (base(g_in * x) + expand(reduce(g_in * x, A[:r]) * d[:r], B[:r])) + shift
+    y = g_out * (base(x') + expand(reduce(x', A[:r]) * d[:r], B[:r])) + shift,    x' = (g_in * x) (I + R)
 
-g_in, g_out and shift are there where the slot was made for methods that need them; without them the
-graph holds no trace of them. A, B and d hold ``max_rank`` ranks, rank first. In *dynamic* mode the
-subgraph narrows them to the rank in use, which it reads as the *size* of a carrier tensor: a size
-is symbolic in a compiled graph, so one graph serves every rank and does only that rank's work. In
-*static* mode all ranks are computed, and the unused ones are zero.
+g_in, g_out, shift and the rotation R of blocks (:mod:`fxpeft.passes.slots.rotation`) are there where
+the slot was made for methods that need them; without them the graph holds no trace of them. A, B and
+d hold ``max_rank`` ranks, rank first. In *dynamic* mode the subgraph narrows them to the rank in use,
+which it reads as the *size* of a carrier tensor: a size is symbolic in a compiled graph, so one graph
+serves every rank and does only that rank's work. In *static* mode all ranks are computed, and the
+unused ones are zero.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ from fxpeft.passes.container import Container
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.slots.reach import ReachAt, reached
 from fxpeft.passes.slots.room import Room, Span
+from fxpeft.passes.slots.rotation import BLOCK, block_of, rotated
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.one_node import one_node
 from fxpeft.passes.torch_private import is_recorded, mark_dynamic, version_of
 
 Ranks: TypeAlias = tuple[Tensor, Tensor, Tensor, bool]
-FEATURES = {"g_in": ("in_features", 1.0), "g_out": ("out_features", 1.0), "shift": ("out_features", 0.0)}
+#: name -> what is in a slot that holds nothing
+FEATURES = {"g_in": 1, "g_out": 1, "shift": 0, "rotation": 0}
 LANE = "lane_"  # begins the name of a feature of each lane
-NEUTRAL = {"d": 0, "shift": 0, "g_in": 1, "g_out": 1}  # what is in a slot that holds nothing
+NEUTRAL = {"d": 0, **FEATURES}
 NEUTRAL |= {LANE + name: NEUTRAL[name] for name in FEATURES}
 # float32 whatever the model's dtype: alpha / rank in bfloat16 would be off by up to 0.4%
-EXACT = ("d", *FEATURES, *(LANE + name for name in FEATURES))
+EXACT = tuple(name for name in NEUTRAL if not name.endswith("rotation"))
 CARRIER = ".carrier"  # where a program's slots read the active rank, in the place of an ActiveRank
 LEAST = 2  # Dynamo specialises sizes 0 and 1, so ranks start at 2; rank 1 is padded
 
@@ -72,11 +75,12 @@ class Slot(Container):
     Args:
         kind: the site's kind.
         rank: the model's active rank, or ``None`` for static mode.
-        features: which of ``g_in`` [in], ``g_out`` [out] and ``shift`` [out] the slot has.
+        features: which of ``g_in`` [in], ``g_out`` [out], ``shift`` [out] and ``rotation`` [blocks, size, size] it has.
         memory: its tensors by name, of zeros, and the room where they lie. Default: memory of its own.
         lanes: a ``Lanes``, of a model whose rows may have adapters of their own; see :mod:`fxpeft.passes.slots.lanes`.
         site: the site's name, for messages.
         reach: of a model that was declared for adapters which act on some tokens of a call.
+        block: how many inputs a block of the rotation has; where that doesn't divide them, the nearest that does.
 
     ``idle`` says that it holds nothing, so that a graph without it may run; whoever writes slots keeps it true.
     """
@@ -87,9 +91,11 @@ class Slot(Container):
     g_in: Tensor
     g_out: Tensor
     shift: Tensor
+    rotation: Tensor
     lane_g_in: Tensor  # with lanes: [lanes + 1, in], and so on
     lane_g_out: Tensor
     lane_shift: Tensor
+    lane_rotation: Tensor
     lanes: Any
     reach: ReachAt | None
 
@@ -106,6 +112,7 @@ class Slot(Container):
         lanes: Any = None,
         site: str = "",
         reach: ReachAt | None = None,
+        block: int = BLOCK,
     ) -> None:
         super().__init__()
         self.kind, self.rank, self.idle = kind, rank, False
@@ -115,7 +122,7 @@ class Slot(Container):
         self.kept: Kept | None = None  # what a call that is not compiled reads
         self.room: Room | None = memory[0] if memory else None
         given = memory[1] if memory else {}
-        shapes = self.shapes(kind, max_rank, features, 1 if lanes is None else lanes.count)
+        shapes = self.shapes(kind, max_rank, features, 1 if lanes is None else lanes.count, block)
         self.features = tuple(name for name in FEATURES if name in shapes)
         for name, shape in shapes.items():
             value = given.get(name)
@@ -127,12 +134,16 @@ class Slot(Container):
         self._announce()
 
     @staticmethod
-    def shapes(kind: Kind, max_rank: int, features: Collection[str] = (), lanes: int = 1) -> dict[str, tuple[int, ...]]:
+    def shapes(
+        kind: Kind, max_rank: int, features: Collection[str] = (), lanes: int = 1, block: int = BLOCK
+    ) -> dict[str, tuple[int, ...]]:
         """Name -> shape of a slot's placeholders; of several lanes' features a row each, and a neutral one."""
-        takes = {"g_in": kind.takes_gain, "g_out": True, "shift": kind.takes_bias}
+        takes = {"g_in": kind.takes_gain, "g_out": True, "shift": kind.takes_bias, "rotation": kind.takes_rotation}
+        into, out, size = kind.in_features, kind.out_features, block_of(kind.in_features, block)
+        sizes = {"g_in": (into,), "g_out": (out,), "shift": (out,), "rotation": (into // size, size, size)}
         a, b = kind.slot_shapes(max_rank)
         own = [name for name in FEATURES if name in features and takes[name]]
-        shapes = {"a": a, "b": b, "d": (max_rank,), **{name: (getattr(kind, FEATURES[name][0]),) for name in own}}
+        shapes = {"a": a, "b": b, "d": (max_rank,), **{name: sizes[name] for name in own}}
         return shapes if lanes == 1 else shapes | {LANE + name: (lanes + 1, *shapes[name]) for name in own}
 
     def window(self, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -342,9 +353,12 @@ def _served(
     g_in: Tensor | None = None,
     g_out: Tensor | None = None,
     shift: Tensor | None = None,
+    rotation: Tensor | None = None,
 ) -> Tensor:
     if g_in is not None:
         x = (x * kind.per_input(g_in)).type_as(x)
+    if rotation is not None:
+        x = rotated(x, rotation, kind.feature_dimension)
     y = base(x)
     out = y + update(x)
     if g_out is not None:

@@ -38,8 +38,10 @@ class Kind:
     looks_up = False  # whether its input is the numbers of columns of A
     takes_bias = True  # whether a term may be added per output feature, as lora_bias does
     takes_gain = True  # whether the input can be multiplied
+    takes_rotation = False  # whether blocks of the input's features can be rotated, and the weight's for them
     takes_lanes = False  # whether rows of its input may have adapters of their own
     gathers = False  # whether each row can be multiplied with factors of its own
+    feature_dimension = -1  # where its input has its features
     like_target = True  # whether A is applied in the way of the target's own weight
     leaf = ""  # of a target that is a parameter: its name in its module
     is_parameter = False  # whether targets are named by a parameter, not by its module

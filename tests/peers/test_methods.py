@@ -122,7 +122,7 @@ def reads(method: MethodCase, kind: KindCase, folder: Path) -> None:
         peer = peft.get_peft_model(kind.net(), method.theirs(**settings)).eval()
     else:
         peer = peft.PeftModel(kind.net(), method.theirs(**settings)).eval()
-    parts = ("lora_", "ia3_", "hada_", "lokr_", "vera_lambda", "miss_", "vblora_")
+    parts = ("lora_", "ia3_", "hada_", "lokr_", "vera_lambda", "miss_", "vblora_", "hra_", "oft_", "boft_")
     randomise((p for n, p in peer.named_parameters() if any(part in n for part in parts)), seed=3)
     peer.save_pretrained(str(folder))
     net, x = kind.net(), kind.input()

@@ -10,30 +10,16 @@ import pytest
 import torch
 from adapter_files import add, spread
 from closeness import assert_close
-from method_cases import KINDS, output
+from method_cases import KINDS, KindCase, grads_of, output
 from peft.tuners.lokr.layer import factorization
 from tiny import logits, randomise, tiny_gpt2, tiny_llama, token_ids
+from torch import nn
 
 import fxpeft
 from fxpeft.methods.lokr import two_factors
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 BOTH = ["first", "second"]
-
-
-def grads_of(peer: Any, model: Any, loss: Any) -> None:
-    """The same gradients for everything that a file holds of both."""
-    for each in (peer, model):
-        each.zero_grad()
-        loss(each).backward()
-    theirs = {n.replace(".default", ""): p.grad for n, p in peer.named_parameters() if p.grad is not None}
-    parameters = {p.data_ptr(): p for p in model.parameters()}
-    held = {k: parameters[t.data_ptr()].grad for k, t in fxpeft.adapter_state_dict(model).items()}
-    assert held.keys() == theirs.keys()
-    for key, grad in held.items():
-        assert grad is not None
-        assert theirs[key].abs().max() > 0
-        assert_close(grad, theirs[key], size=float(theirs[key].abs().max()) + 0.1)
 
 
 @pytest.mark.parametrize(
@@ -192,23 +178,29 @@ def test_a_head_beside_the_norms_keeps_its_own_key(tmp_path: Path) -> None:
     assert "base_model.model.lm_head.weight" in fxpeft.adapter_state_dict(model)
 
 
-def test_miss_of_few_columns(tmp_path: Path) -> None:
-    net, x = KINDS["Linear"].net(), KINDS["Linear"].input()
-    add(net, fxpeft.MissConfig(r=4, mini_r=5, init_weights="mini", target_modules=BOTH))
+@pytest.mark.parametrize(("settings", "declared"), [
+    ({"r": 4, "mini_r": 5, "init_weights": "mini"}, "miss"), ({"r": 1, "init_weights": "bat"}, "miss_bat"),
+    ({"r": 3, "init_weights": "bat"}, "miss_bat"),
+])  # fmt: skip
+def test_other_forms_of_miss(settings: dict[str, Any], declared: str, tmp_path: Path) -> None:
+    kind = KINDS["Linear"] if settings["r"] != 3 else KindCase(lambda: nn.Linear(6, 9), KINDS["Linear"].input)
+    net, x = kind.net(), kind.input()
+    add(net, fxpeft.MissConfig(**settings, target_modules=BOTH))
     fxpeft.save_adapter(net, tmp_path)
-    peer = peft.PeftModel.from_pretrained(KINDS["Linear"].net(), str(tmp_path), is_trainable=True).eval()
+    peer = peft.PeftModel.from_pretrained(kind.net(), str(tmp_path), is_trainable=True).eval()
     assert_close(output(peer, x), output(net, x))
     grads_of(peer, net, lambda each: each(x).square().mean())
     wanted = output(net, x)
-    fxpeft.prepare_hotswap(net, 8, methods=("miss",))
+    fxpeft.fold(net)
+    assert_close(output(net, x), wanted)
+    fxpeft.unfold(net)
+    fxpeft.prepare_hotswap(net, 8, methods=(declared,))
     assert_close(output(net, x), wanted)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: fxpeft.MissConfig(init_weights="bat"), "init_weights='bat': .*full rank"),
-        (lambda: fxpeft.VBLoRAConfig(save_only_topk_weights=True), "save_only_topk_weights=True: expected False"),
         (lambda: fxpeft.VBLoRAConfig(num_vectors=2, topk=3), "topk: expected at most num_vectors 2"),
         (lambda: fxpeft.LoHaConfig(r=0), "r: expected a positive integer"),
         (lambda: fxpeft.LoHaConfig(module_dropout=1.0), "module_dropout: expected a probability"),
@@ -225,6 +217,7 @@ def test_wrong_settings_are_named(make: Any, message: str) -> None:
 def test_sites_that_do_not_fit_are_named() -> None:
     for config, message in (
         (fxpeft.VBLoRAConfig(vector_length=5, target_modules=BOTH), "first: vector_length 5 doesn't divide its 6"),
+        (fxpeft.MissConfig(r=4, init_weights="bat", target_modules=BOTH), "first: init_weights='bat': .*found 4"),
         (fxpeft.MissConfig(r=7, target_modules=BOTH), "first: r: expected at most its 6 inputs, found 7"),
         (fxpeft.MissConfig(r=3, mini_r=2, init_weights="mini", target_modules=BOTH), "first: mini_r 2 doesn't divide"),
         (fxpeft.LNTuningConfig(target_modules=["norm"]), "no module of the model is named by target_modules"),
@@ -232,3 +225,31 @@ def test_sites_that_do_not_fit_are_named() -> None:
     ):  # fmt: skip
         with pytest.raises(fxpeft.AdapterError, match=message):
             fxpeft.add_adapter(KINDS["Linear"].net(), config)
+
+
+def test_vectors_without_their_logits(tmp_path: Path) -> None:
+    settings = {"r": 3, "num_vectors": 7, "vector_length": 1, "topk": 3, "target_modules": BOTH}
+    peer = peft.get_peft_model(KINDS["Linear"].net(), peft.VBLoRAConfig(**settings, save_only_topk_weights=True)).eval()
+    randomise((p for n, p in peer.named_parameters() if "vblora_" in n), seed=3)
+    peer.save_pretrained(str(tmp_path / "theirs"))
+    net, x = KINDS["Linear"].net(), KINDS["Linear"].input()
+    fxpeft.load_adapter(net, tmp_path / "theirs", trainable=True)
+    assert_close(output(net, x), output(peer, x))
+    fxpeft.save_adapter(net, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(KINDS["Linear"].net(), str(tmp_path / "ours")).eval()
+    assert_close(output(again, x), output(peer, x))
+    net(x).square().mean().backward()  # it trains on
+    optimiser = torch.optim.SGD((p for p in net.parameters() if p.requires_grad), lr=0.5)
+    optimiser.step()
+    assert output(net, x).isfinite().all()
+    tensors = fxpeft.adapter_state_dict(net)
+    key = next(key for key in tensors if key.endswith("A_topk_indices"))
+    assert tensors[key].dtype is torch.uint8
+    fxpeft.prepare_hotswap(net, 8, methods=("vblora",))
+    config = fxpeft.adapter_config(net)
+    for wrong, message in (
+        ({key: tensors[key] + 7}, "expected numbers of vectors below num_vectors 7"),
+        ({key.replace("indices", "weights"): torch.ones(2)}, "expected weights beside it"),
+    ):
+        with pytest.raises(fxpeft.CheckpointError, match=message):
+            fxpeft.inject(net, {**tensors, **wrong}, config, "b")

@@ -16,7 +16,8 @@ START, END = "<!-- types -->\n", "\n<!-- end types -->"
 COLUMNS = {  # in the README's table of what each method can do
     "LORA": "LoRA", "ADALORA": "AdaLoRA", "IA3": "IA3", "PROMPT_TUNING": "prompt tuning", "P_TUNING": "p-tuning",
     "PREFIX_TUNING": "prefix tuning", "LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA", "MISS": "MiSS",
-    "VBLORA": "VB-LoRA", "DELORA": "DeLoRA", "LN_TUNING": "LN tuning", "TRAINABLE_TOKENS": "trainable tokens",
+    "VBLORA": "VB-LoRA", "DELORA": "DeLoRA", "HRA": "HRA", "OFT": "OFT", "BOFT": "BOFT",
+    "LN_TUNING": "LN tuning", "TRAINABLE_TOKENS": "trainable tokens",
 }  # fmt: skip
 SLOT, FOLD, NOT = "not here; would be exact in a slot", "not here; would only fold", "not here; can't be static"
 REST = {
@@ -26,19 +27,16 @@ REST = {
     "CPT": (SLOT, "a prompt, trained under other constraints"),
     "DEFT": (SLOT, "`Q R - P P^T W`, of twice its rank, with the base's weight"),
     "GRALORA": (SLOT, "LoRAs of blocks, of their ranks together"),
-    "HRA": (SLOT, "r reflections of the input, of rank r with the base's weight"),
     "MULTITASK_PROMPT_TUNING": (SLOT, "a prompt for each task"),
     "PSOFT": (SLOT, "`B (R - I) A`"),
     "PVERA": (SLOT, "VeRA, where nothing is drawn at inference"),
     "TINYLORA": (SLOT, "`B R A` with the base's singular vectors"),
     "UNILORA": (SLOT, "a LoRA whose entries are picked from one vector"),
-    "BOFT": (FOLD, "a rotation of the input, of full rank"),
     "C3A": (FOLD, "circulant blocks, of full rank"),
     "FOURIERFT": (FOLD, "a sparse spectrum, of full rank"),
     "FROD": (FOLD, "the whole weight anew"),
     "GLORA": (FOLD, "a product with the base's weight, of full rank"),
     "HIRA": (FOLD, "the base's weight times `B A`, entry by entry"),
-    "OFT": (FOLD, "rotations of blocks of the input, of full rank"),
     "OSF": (FOLD, "a part of the base's decomposition, of most of its rank"),
     "PEANUT": (FOLD, "a small network of the base's weight"),
     "RANDLORA": (FOLD, "a sum of random factors, of full rank"),

@@ -84,7 +84,7 @@ def adapter(model: nn.Module, config: Any, name: str, seed: int = 0) -> None:
         randomise([value], seed)
         if "ia3" in key:
             value.data.add_(1)
-    fxpeft.set_scale(model, name, 1.0) if not isinstance(config, IA3Config) else None
+    fxpeft.set_scale(model, name, 1.0) if isinstance(config, LoraConfig) else None
     fxpeft.set_adapter(model, name)
 
 
@@ -94,7 +94,8 @@ def prepared(kind: str = "", **options: Any) -> Net:
     adapter(model, LORA, "a")
     adapter(model, LoraConfig(r=2, target_modules=["layers.1.down"]), "part", seed=1)
     adapter(model, IA3Config(target_modules=["up", "down"], feedforward_modules=["down"]), "gains", seed=2)
-    fxpeft.prepare_hotswap(model, 8, targets=TARGETS, methods=("lora", "lora_bias", "ia3"), **options)
+    adapter(model, fxpeft.OFTConfig(oft_block_size=3, target_modules=["up"]), "turned", seed=3)
+    fxpeft.prepare_hotswap(model, 8, targets=TARGETS, methods=("lora", "lora_bias", "ia3", "oft"), **options)
     return model
 
 
@@ -110,7 +111,7 @@ def test_idle_slots_run_a_graph_without_them(kind: str, rank: Any) -> None:
     model, bare, recorder = prepared(kind, rank=rank), eager(net()), Recorder()
     compiled = fxpeft.compile(model, inner=recorder)
     with no_recompiles(), torch.no_grad():
-        for name in ("a", "off", "gains", "part", "off", "a"):
+        for name in ("a", "off", "gains", "part", "off", "turned", "a"):
             fxpeft.disable_adapters(model) if name == "off" else fxpeft.enable_adapters(model)
             if name != "off":
                 fxpeft.set_adapter(model, name)

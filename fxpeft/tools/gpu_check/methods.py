@@ -49,6 +49,10 @@ CASES: dict[str, Callable[[], AdapterConfig]] = {
     "miss": lambda: fxpeft.MissConfig(r=6, target_modules=TARGETS),
     "vblora": lambda: fxpeft.VBLoRAConfig(r=4, num_vectors=9, vector_length=4, target_modules=TARGETS),
     "delora": lambda: fxpeft.DeloraConfig(r=6, target_modules=TARGETS),
+    "miss_bat": lambda: fxpeft.MissConfig(r=8, init_weights="bat", target_modules=["v_proj"]),
+    "hra": lambda: fxpeft.HRAConfig(r=6, target_modules=TARGETS),
+    "oft": lambda: fxpeft.OFTConfig(oft_block_size=16, target_modules=TARGETS),
+    "boft": lambda: fxpeft.BOFTConfig(boft_n_butterfly_factor=2, target_modules=TARGETS),
     "ln_tuning": fxpeft.LNTuningConfig,
     "trainable_tokens": lambda: fxpeft.TrainableTokensConfig(token_indices=[7, 10, 22]),
 }
@@ -59,7 +63,9 @@ WITHOUT_SITES = (*PROMPTS, "ln_tuning", "trainable_tokens")
 def prepared_for(name: str) -> dict[str, Any]:
     """Arguments of ``prepare_hotswap`` for a method."""
     targets = None if name in WITHOUT_SITES else ALL
-    return {"targets": targets, **({"num_virtual_tokens": VIRTUAL} if name in PROMPTS else {})}
+    own: dict[str, Any] = {"num_virtual_tokens": VIRTUAL} if name in PROMPTS else {}
+    own |= {"miss_bat": {"max_rank": 512}, "oft": {"max_block": 16}, "boft": {"max_block": 16}}.get(name, {})
+    return {"targets": targets, **own}
 
 
 def method(setting: Setting, name: str) -> dict[str, Any]:

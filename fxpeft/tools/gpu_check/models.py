@@ -169,7 +169,9 @@ def served(
             wanted[name] = logits(fresh, ids)
         model = make()
         dtype = wanted["off"].dtype
-        fxpeft.prepare_hotswap(model, MAX_RANK, rank=rank, methods=methods, **{"targets": ALL, **(prepare or {})})
+        fxpeft.prepare_hotswap(
+            model, rank=rank, methods=methods, **{"max_rank": MAX_RANK, "targets": ALL, **(prepare or {})}
+        )
         for name, folder in folders.items():
             fxpeft.load_adapter(model, folder, name)
         yield Served(model, folders, Outputs(wanted, tolerance or TOLERANCE[dtype]), ids)

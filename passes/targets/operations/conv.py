@@ -49,6 +49,16 @@ class Conv(Kind):
         """``conv1d``, ``conv2d`` or ``conv3d``."""
         return f"conv{len(self.kernel)}d"
 
+    @property
+    def takes_rotation(self) -> bool:  # type: ignore[override]
+        """Whether its kernel is of ones: in a wider one's weight features would rotate with positions."""
+        return self.groups == 1 and all(size == 1 for size in self.kernel)
+
+    @property
+    def feature_dimension(self) -> int:  # type: ignore[override]
+        """Before the sizes."""
+        return -1 - len(self.kernel)
+
     def settings(self) -> dict[str, Any]:
         return {k: getattr(self, k) for k in ("kernel", "stride", "padding", "dilation", "groups")}
 

@@ -55,6 +55,8 @@ def test_computes_the_formula(features: tuple[str, ...], dynamic: bool) -> None:
     made, base = filled(rank=rank, features=features), base_of(KIND)
     assert made.features == features
     gained = X * made.g_in if "g_in" in features else X
+    if "rotation" in features:
+        gained = gained + gained @ torch.block_diag(*made.rotation)
     wanted = base(gained) + ((gained @ made.a.T) * made.d) @ made.b
     wanted = wanted * made.g_out if "g_out" in features else wanted
     wanted = wanted + made.shift if "shift" in features else wanted
@@ -108,7 +110,7 @@ def test_a_dtype_reaches_the_factors_and_not_the_scales() -> None:
     values = {name: buffer.clone() for name, buffer in made.named_buffers()}
     made.to(torch.bfloat16)
     assert {name: b.dtype for name, b in made.named_buffers()} == {
-        name: torch.bfloat16 if name in ("a", "b") else torch.float32 for name in values
+        name: torch.bfloat16 if name in ("a", "b", "rotation") else torch.float32 for name in values
     }
     assert all(torch.equal(b, values[name].to(b.dtype)) for name, b in made.named_buffers())
     assert all(slot_of(b) is made for b in made.buffers())
