@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,40 @@ IGNORED = -100  # a label that no loss counts
 CACHES = ("cache", "past_key_values", "cache_params")
 
 
+class RowPrompts(NamedTuple):
+    """Prompts of a batch whose rows have each its own.
+
+    Args:
+        values: ``[named, rows, width]``, of each row that was named; zeros for one that has none.
+        there: ``[named, 1]``, whether it has one; ``None``: all have. A row without is masked where the others have
+            theirs.
+        repeats: how many rows of a call each may stand for, side by side.
+    """
+
+    values: Tensor
+    there: Tensor | None
+    repeats: int
+
+    def of(self, batch: int) -> RowPrompts:
+        """For so many rows.
+
+        Raises:
+            AdapterError: they are not those that were named.
+        """
+        named = self.values.shape[0]
+        if batch == named:
+            return self
+        if batch != named * self.repeats:
+            raise AdapterError(f"a prompt for each row: expected {named} rows, as they were named, found {batch}")
+        values, there = (None if t is None else t.repeat_interleave(self.repeats, 0) for t in self[:2])
+        assert values is not None
+        return RowPrompts(values, there, 1)
+
+
+#: one prompt ``[rows, width]`` for all rows of a batch, each row's own, or none
+Prompt: TypeAlias = Tensor | RowPrompts | None
+
+
 def cache_argument(arguments: Mapping[str, inspect.Parameter]) -> str:
     """The name under which a forward takes a ``Cache``, or ``""``."""
     for name in CACHES:
@@ -33,13 +67,13 @@ def cache_argument(arguments: Mapping[str, inspect.Parameter]) -> str:
 
 
 def embed_prompt(
-    inputs: dict[str, Any], *, prompt: Tensor, embed: nn.Module, virtual: int, task: str, cache: str
+    inputs: dict[str, Any], *, prompt: Prompt, embed: nn.Module, virtual: int, task: str, cache: str
 ) -> dict[str, Any]:
     """Prompt tuning and p-tuning: put virtual tokens before the embeddings.
 
     Args:
         inputs: the forward's arguments by name.
-        prompt: ``[rows, hidden]``; the first ``virtual`` rows are used.
+        prompt: ``[rows, hidden]``, the same for the whole batch or each row's own; the first ``virtual`` rows are used.
         embed: the model's input embeddings.
         task: PEFT's task type; it says what becomes of labels and token types.
         cache: the forward's name of its cache; see :func:`cache_argument`.
@@ -47,7 +81,7 @@ def embed_prompt(
     Returns:
         The arguments with ``inputs_embeds [batch, virtual + tokens, hidden]`` in place of ``input_ids``.
     """
-    if inputs.get("encoder_outputs") is not None:
+    if prompt is None or inputs.get("encoder_outputs") is not None:
         return inputs  # the encoder has seen the prompt, and generate has extended its mask
     inputs = _renamed(inputs, cache)
     out = dict(inputs)
@@ -59,17 +93,16 @@ def embed_prompt(
     mask = out.get("attention_mask")
     if task != "SEQ_2_SEQ_LM" and _is_filled(out.get(cache), mask):
         alone = _is_complete(mask) or _is_state(out[cache])
-        out["attention_mask"] = mask if alone else _extended(mask, virtual, 1)
+        out["attention_mask"] = mask if alone else _covered(mask, virtual, prompt, out, out[cache])
         return _known(out, inputs)
     _check_mask(mask)
-    out["attention_mask"] = _extended(mask, virtual, 1)
+    out["attention_mask"] = _covered(mask, virtual, prompt, out)
     if task in ("CAUSAL_LM", "TOKEN_CLS"):
         out["labels"] = _extended(out.get("labels"), virtual, IGNORED)
     tokens = out.get("inputs_embeds")
     if tokens is None:
         tokens = embed(out["input_ids"])
-    rows = prompt[:virtual].to(tokens).expand(tokens.shape[0], -1, -1)
-    out["inputs_embeds"] = torch.cat((rows, tokens), dim=1)
+    out["inputs_embeds"] = torch.cat((_for_rows(prompt, virtual, tokens), tokens), dim=1)
     out["input_ids"] = None
     return _known(out, inputs)
 
@@ -77,7 +110,7 @@ def embed_prompt(
 def cache_prompt(
     inputs: dict[str, Any],
     *,
-    prompt: Tensor,
+    prompt: Prompt,
     embed: nn.Module,
     virtual: int,
     layers: int,
@@ -91,7 +124,7 @@ def cache_prompt(
 
     Args:
         inputs: the forward's arguments by name.
-        prompt: ``[virtual, layers * 2 * heads * head_dim]``.
+        prompt: ``[virtual, layers * 2 * heads * head_dim]``, for the whole batch or each row's own.
         embed: the model's input embeddings; their dtype is the cache's.
         cache: the forward's name of its cache; see :func:`cache_argument`.
         shapes: the heads and their width that each layer takes of those, where they are not all alike; ``None`` for
@@ -110,6 +143,8 @@ def cache_prompt(
             "prefix tuning doesn't work with gradient checkpointing, under which layers get no cache: call "
             "model.gradient_checkpointing_disable(), or use prompt tuning"
         )
+    if prompt is None:
+        return inputs
     inputs = _renamed(inputs, cache)
     out = dict(inputs)
     decoder = task == "SEQ_2_SEQ_LM"
@@ -123,16 +158,19 @@ def cache_prompt(
     if not filled:
         _check_mask(mask)
         weight: Any = embed.weight
-        states = _states(prompt.to(weight.dtype), layers, heads, _batch(out))
+        states = _states(prompt, weight.dtype, layers, heads, _batch(out))
         out[cache] = _with_prefix(given, states, shapes or ((heads, states.shape[-1]),) * layers, decoder)
     if not _is_complete(mask):
-        out[mask_key] = _extended(mask, virtual, 1)
+        out[mask_key] = _covered(mask, virtual, prompt, out, given if filled else None)
     return _known(out, inputs)
 
 
-def _states(prompt: Tensor, layers: int, heads: int, batch: int) -> Tensor:
+def _states(prompt: Tensor | RowPrompts, dtype: torch.dtype, layers: int, heads: int, batch: int) -> Tensor:
     """``[virtual, 2 * layers * heads * head_dim] -> [2 * layers, batch, heads, virtual, head_dim]``."""
-    states = prompt.view(prompt.shape[0], 2 * layers, heads, -1).permute(1, 2, 0, 3)
+    if isinstance(prompt, RowPrompts):
+        own = prompt.of(batch).values.to(dtype)
+        return own.view(batch, own.shape[1], 2 * layers, heads, -1).permute(2, 0, 3, 1, 4)
+    states = prompt.to(dtype).view(prompt.shape[0], 2 * layers, heads, -1).permute(1, 2, 0, 3)
     return states.unsqueeze(1).expand(-1, batch, -1, -1, -1)
 
 
@@ -171,9 +209,9 @@ class PromptGeneration(FedModel):
                 if ids is None:
                     raise AdapterError("generate: expected input_ids or inputs_embeds, found neither")
                 tokens = self.get_input_embeddings()(ids)  # type: ignore[attr-defined]
-            rows = prompt[:virtual].to(tokens).expand(tokens.shape[0], -1, -1)
+            rows = _for_rows(prompt, virtual, tokens)
         kwargs["inputs_embeds"] = torch.cat((rows, tokens), dim=1)
-        kwargs["attention_mask"] = _extended(kwargs.get("attention_mask"), virtual, 1)
+        kwargs["attention_mask"] = _extended(kwargs.get("attention_mask"), virtual, prompt)
         return super().generate(None, *args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -194,11 +232,12 @@ class PromptGeneration(FedModel):
                 f"generate: {type(self).__name__} keeps no cache of its past, so that every step would begin with the "
                 "prompt again; pass use_cache=False"
             )
-        filled = _is_filled(cache, mask)
+        filled, prompt = _is_filled(cache, mask), _running(self)[1]
+        new = input_ids if (count := kwargs.get("next_sequence_length")) is None else input_ids[:, -count:]
         if filled and kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is not None:
             kwargs["next_sequence_length"] += virtual  # generate took the cache's length from that of the tokens
         if filled and cache is not None and cache.is_compileable and not _is_state(cache):
-            kwargs[key] = _extended(mask, virtual, 1)
+            kwargs[key] = _covered(mask, virtual, prompt, {"input_ids": new}, cache)
         made = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         if not _is_complete(made.get(key)):
             if not (filled and _is_state(cache)):
@@ -219,30 +258,32 @@ class PromptGeneration(FedModel):
         )
 
 
-def _running(model: Any) -> tuple[Any, Any]:
-    """The prompt that the model runs now: its plan, and how to get its tensor."""
-    state = vars(model)["_fxpeft"]
-    for adapter in state.running():
+def _running(model: Any) -> tuple[Any, Prompt]:
+    """The prompt that the model runs now, and its plan; ``None``: it runs none, as rows or calls of slots may."""
+    slot = model._modules.get("slot")
+    if slot is not None:
+        return slot.plan, slot()
+    for adapter in vars(model)["_fxpeft"].running():
         plan = adapter.plan.sites.get("")
         if plan is not None:
-            part = adapter.parts.get("")
-            return plan, part if part is not None else lambda: model.get_submodule("slot").prompt
+            return plan, adapter.parts[""]()
     raise AdapterError(f"{type(model).__name__} runs a prompt's forward, but no prompt is active")
 
 
-def _encoder_prompt(model: Any) -> tuple[int, Tensor | None]:
-    plan, prompt = _running(model)
-    encoder = plan.task == "SEQ_2_SEQ_LM" and not plan.prefix
+def _encoder_prompt(model: Any) -> tuple[int, Prompt]:
     with torch.no_grad():
-        return plan.rank, prompt() if encoder else None
+        plan, prompt = _running(model)
+    encoder = plan.task == "SEQ_2_SEQ_LM" and not plan.prefix
+    return plan.rank, prompt if encoder else None
 
 
 def _decoder_virtual(model: Any) -> tuple[int, str]:
     """How many virtual tokens the decoder's cache holds, and the name of the mask that covers them."""
-    plan, _ = _running(model)
+    plan, prompt = _running(model)
+    virtual = 0 if prompt is None else plan.rank
     if plan.task != "SEQ_2_SEQ_LM":
-        return plan.rank, "attention_mask"
-    return plan.rank if plan.prefix else 0, "decoder_attention_mask"
+        return virtual, "attention_mask"
+    return virtual if plan.prefix else 0, "decoder_attention_mask"
 
 
 def _is_prefix(model: Any) -> bool:
@@ -293,11 +334,40 @@ def _check_mask(mask: Any) -> None:
         )
 
 
-def _extended(tensor: Any, virtual: int, value: int) -> Any:
-    """``[batch, tokens]`` with ``virtual`` columns of ``value`` before; ``None`` stays."""
+def _for_rows(prompt: Tensor | RowPrompts, virtual: int, tokens: Tensor) -> Tensor:
+    """The virtual tokens of a batch, ``[batch, virtual, hidden]``, as its embeddings are."""
+    if isinstance(prompt, RowPrompts):
+        return prompt.of(tokens.shape[0]).values[:, :virtual].to(tokens)
+    return prompt[:virtual].to(tokens).expand(tokens.shape[0], -1, -1)
+
+
+def _covered(mask: Any, virtual: int, prompt: Any, inputs: dict[str, Any], cache: Any = None) -> Any:
+    """A mask ``[batch, tokens]`` that covers virtual tokens too. There has to be one where a row has none.
+
+    Args:
+        inputs: the forward's arguments, where it got no mask. cache: what is filled, virtual tokens among it.
+    """
+    if mask is None and isinstance(prompt, RowPrompts) and prompt.there is not None:
+        tokens = next(inputs[n] for n in ("input_ids", "inputs_embeds") if inputs.get(n) is not None)
+        length = virtual if cache is None else cache.get_seq_length()
+        past = (int(length) if isinstance(length, Tensor) else length) - virtual
+        mask = tokens.new_ones((tokens.shape[0], past + tokens.shape[1]), dtype=torch.long)
+    return _extended(mask, virtual, prompt)
+
+
+def _extended(tensor: Any, virtual: int, value: Any) -> Any:
+    """``[batch, tokens]`` with ``virtual`` columns of a value before; ``None`` stays.
+
+    Args:
+        value: a number; or the prompt that a mask is to cover: one, and zero for rows that have none.
+    """
     if tensor is None:
         return None
-    return torch.cat((tensor.new_full((tensor.shape[0], virtual), value), tensor), dim=1)
+    there = value.of(tensor.shape[0]).there if isinstance(value, RowPrompts) else None
+    if there is not None:
+        return torch.cat((there.to(tensor).expand(-1, virtual), tensor), dim=1)
+    number = value if isinstance(value, int) else 1
+    return torch.cat((tensor.new_full((tensor.shape[0], virtual), number), tensor), dim=1)
 
 
 def _batch(inputs: dict[str, Any]) -> int:

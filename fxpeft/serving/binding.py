@@ -53,7 +53,10 @@ def bind_slots(model: nn.Module, serving: Serving) -> None:
             place.register_buffer(leaf, value, persistent=False)
         module.add_module("slot", place)
         alone = bool(rewrites) and module is head
-        rewrite_module(module, rewrites, name=site, redirects=redirects.get(site), container="slot", alone=alone)
+        rewrite_module(
+            module, rewrites, name=site, redirects=redirects.get(site), container="slot", alone=alone,
+            rows=serving.board is not None,
+        )  # fmt: skip
     for module in fused_above(model, serving.hosts()).values():
         switch_off(module)
 

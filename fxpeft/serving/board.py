@@ -23,9 +23,10 @@ from fxpeft.passes.torch_private import skip_frame
 from fxpeft.serving import tokens as tokens_serving
 from fxpeft.serving.brought import Holds
 from fxpeft.serving.places import Place, clear_windows, lane_copies
+from fxpeft.serving.prompts import PromptSlot
 from fxpeft.serving.staging import StreamOrder
 
-TOKENS, MODULE = "tokens", "module"  # what a lane may hold beside features
+TOKENS, MODULE, PROMPT = "tokens", "module", "prompt"  # what a lane may hold beside features
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ class Board:
         pins: of each open ``with`` block the names that it has. used: resident -> when it was last named, by ``clock``.
         version: counts what changes places.
         held: slot and lane with a feature, rows of an embedding or a module of its own, other than neutral.
-        modules: those of which each lane has a copy, and token_slots: with rows for each lane.
+        modules: those of which each lane has a copy. token_slots: with rows for each lane. prompts: with one for each.
         for_all: module that an adapter may bring -> why rows can't have it each of their own.
         holds: of which values of the base the lanes' copies for no adapter are.
     """
@@ -75,6 +76,7 @@ class Board:
     held: set[tuple[str, str, int]] = field(default_factory=set)
     modules: dict[str, LaneModules] = field(default_factory=dict)
     token_slots: Mapping[str, TokenSlot] = field(default_factory=dict)
+    prompts: PromptSlot | None = None
     for_all: Mapping[str, str] = field(default_factory=dict)
     holds: Holds = field(default_factory=dict)
     device: torch.device | None = None
@@ -84,7 +86,9 @@ class Board:
         return {**vars(self), "pins": {}, "used": {}, "order": None}  # nobody has named rows of a copy
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({"modules": {}, "token_slots": {}, "for_all": {}, "holds": {}, **state})  # older pickles
+        vars(self).update(
+            {"modules": {}, "token_slots": {}, "prompts": None, "for_all": {}, "holds": {}, **state}
+        )  # older ones
 
     # --- who is resident ---
 
@@ -164,7 +168,7 @@ class Board:
             AdapterError: it does.
         """
         brings = [f"{path} ({self.for_all[path]})" for path in adapter.values.saved if path not in self.modules]
-        brings += [*adapter.values.tensors, *(["a prompt"] if adapter.prompt is not None else [])]
+        brings += adapter.values.tensors
         if brings:
             raise AdapterError(
                 f"adapter {adapter.name!r} brings {', '.join(brings)}, which rows of one call can't have each of their "
@@ -242,7 +246,7 @@ class Board:
 
     @torch.no_grad()
     def _show_own(self, place: Place) -> None:
-        """Rows of embeddings, and whole modules, in their lane, or nothing."""
+        """Rows of embeddings, whole modules and a prompt in their lane, or nothing."""
         lane, adapter = place.lane, place.adapter
         for name, slot in self.token_slots.items():
             if self._holds(name, TOKENS, lane, name in adapter.plan.tokens):
@@ -253,6 +257,9 @@ class Board:
                 module.brings[lane] = own is not None
             for key, tensor in (own or {}).items():
                 attribute(module.copies[lane], key).copy_(tensor.detach())
+
+        if self.prompts is not None and self._holds(self.prompts.site, PROMPT, lane, adapter.prompt is not None):
+            self.prompts.hold(lane, adapter.prompt)
 
     def _holds(self, site: str, name: str, lane: int, given: bool) -> bool:
         """Note that a lane gets something, or nothing; returns whether there is something to write."""
@@ -265,6 +272,11 @@ class Board:
         self.placed, self.holds = {}, {}
         parts = [(site, name) for site, slot in slots.items() for name in slot.features]
         parts += [*((name, TOKENS) for name in self.token_slots), *((path, MODULE) for path in self.modules)]
+        if self.prompts is not None:
+            self.prompts.forget()
+            parts.append((self.prompts.site, PROMPT))
+        for name, slot in self.token_slots.items():
+            tokens_serving.hold(slot, name, None, self.lanes.count)  # where no adapter's are
         self.held = {(site, name, lane) for site, name in parts for lane in range(self.lanes.count)}
 
     # --- what rows are named for ---
@@ -303,7 +315,8 @@ class Board:
                 self.lanes.clear()
         elif self.lanes.held != (named, self.version):
             with torch.inference_mode(False), torch.no_grad():
-                self.lanes.name(self._tensors(named), named.repeats)
+                prompted = any(self.placed[name].adapter.prompt is not None for name in named.names())
+                self.lanes.name(self._tensors(named), named.repeats, prompted)
             self.lanes.held = (named, self.version)
 
     def _tensors(self, named: Named) -> RowTensors:

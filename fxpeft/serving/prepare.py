@@ -127,14 +127,14 @@ def prepare_hotswap(
     if lanes > 1:
         serving.board = Board(Lanes(lanes, max_rank, rank == "dynamic"))
     prompts = prompts_serving.declare(model, methods, num_virtual_tokens, adapters)
-    if prompts is not None:
-        serving.prompts = prompts_serving.PromptSlot.of(model, *prompts)
     own_lanes = None if serving.board is None else serving.board.lanes
+    if prompts is not None:
+        serving.prompts = prompts_serving.PromptSlot.of(model, *prompts, own_lanes)
     serving.token_slots.update(tokens_serving.declare(model, methods, max_tokens, token_modules, adapters, own_lanes))
     if serving.board is not None:
         rowed = {**serving.kinds, **{name: slot.kind for name, slot in serving.token_slots.items()}}
         serving.board.for_all = check_lanes(model, rowed, sorted(serving.saved))
-        serving.board.token_slots = serving.token_slots
+        serving.board.token_slots, serving.board.prompts = serving.token_slots, serving.prompts
     if both := sorted(serving.token_slots.keys() & serving.saved):
         raise AdapterError(f"{', '.join(both)}: declared for tokens and in modules_to_save; declare one of the two")
     # everything that can be refused is refused on copies, before the model is touched

@@ -208,6 +208,15 @@ def check_named(state: ModelState, board: Board, named: Named) -> None:
     state.check_unfolded(names, "rows can't name it")
     for adapter in state.running():
         board.check_rows_take(adapter)
+    prompts = [name for name in names if state.get(name).prompt is not None]
+    if prompts and named.ids.ndim > 1:
+        raise AdapterError(f"tokens: {prompts[0]}: a prompt stands before a whole row, tokens can't name it: use rows")
+    bare = next((m for m in named.mixtures if m.keys().isdisjoint(prompts)), None) if prompts else None
+    if bare is not None and board.prompts is not None and board.prompts.alone:
+        raise AdapterError(
+            f"rows: {', '.join(bare) or None} has no prompt, and {prompts[0]} has one: beside it a row without can't "
+            f"be masked where the prompt is, since {board.prompts.alone}; call the model once for each"
+        )
     for mixture in named.mixtures:
         together = [state.get(name) for name in mixture]
         check_together(together)

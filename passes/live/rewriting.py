@@ -35,6 +35,7 @@ def rewrite_module(
     redirects: Mapping[str, tuple[str, Any]] | None = None,
     container: str = "adapters",
     alone: bool = False,
+    rows: bool = False,
     dump: str | None = None,
 ) -> None:
     """Trace ``module``, let it read ``redirects``, inject ``rewrites`` in order, bind the result.
@@ -49,6 +50,7 @@ def rewrite_module(
         container: where the redirects' operands are; each rewrite names its own.
         alone: refuse code that computes with the module's ``weight`` without calling it; see
             :mod:`fxpeft.passes.live.reading`.
+        rows: as of :func:`trace_module`.
         dump: folder for the graphs before and after, as in :class:`Pipeline`.
 
     Raises:
@@ -57,12 +59,12 @@ def rewrite_module(
     redirects = redirects or {}
     own = signature(module)
     asked = ((k, path, container) for k, (path, _) in redirects.items())
-    key = own and (own, *(r.signature() for r in rewrites), *asked)
+    key = own and (own, rows, *(r.signature() for r in rewrites), *asked)
     source = _sources.recent(key) if key and dump is None else None
     if source is None:
         passes = [RedirectPass({"": redirects}, container=container), InjectPass({"": rewrites}), RecomputePass()]
         try:
-            traced = trace_module(module) if rewrites else trace_any(module)
+            traced = trace_module(module, rows=rows) if rewrites else trace_any(module)
             source = graph_source(_read_in_place(Pipeline(passes, dump=dump)(traced).graph))
         except PassError as error:
             raise PassError(f"{name}: {error}") from None

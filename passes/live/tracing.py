@@ -32,6 +32,7 @@ from fxpeft.passes.targets.reading import Unsupported
 
 _kinds: Recent[tuple[Any, ...], Kind | str] = Recent()  # or why it is none
 _weights: Recent[tuple[Any, ...], tuple[str, bool]] = Recent()  # a weight's name, and whether it is stored [in, out]
+_RESHAPES = ("view", "reshape", "flatten")
 
 
 class _Tracer(fx.Tracer):
@@ -106,23 +107,32 @@ def _copied(value: Any) -> Any:
         return value
 
 
-def trace_module(module: nn.Module) -> GraphModule:
+def trace_module(module: nn.Module, *, rows: bool = False) -> GraphModule:
     """The graph of one module's own forward, annotated with exactly one target.
 
     Where torch.fx can't trace the forward, or what it finds is not one plain target whose graph is
     the same in training and evaluation, the graph is one leaf call of the module.
 
+    Args:
+        rows: the target has to see rows as the module does: where that flattens its input, it is called as a leaf.
+
     Raises:
         PassError: the module is of no kind that a rewrite knows.
     """
     traced = _trace_inside(module)
-    if traced is not None:
+    if traced is not None and not (rows and _flattens(traced)):
         return traced
-    kind = module_kind(module)
+    kind = module_kind(module) if traced is None else target_of(traced).kind
     if kind is None:
         known = f"{', '.join(kind_names())} or a module with in_features and out_features"
         raise PassError(f"{base_class(module).__name__} is no kind of target: expected {known}")
-    return _leaf_graph(module)
+    return _leaf_graph(module, kind)
+
+
+def _flattens(traced: GraphModule) -> bool:
+    """Whether a module's target sees another shape than the module does."""
+    node = next(node for node in traced.graph.nodes if TARGET.has(node))
+    return any(str(source.target).rpartition(".")[2] in _RESHAPES for source in node.all_input_nodes)
 
 
 def target_of(graph_module: GraphModule) -> Located:
@@ -217,7 +227,7 @@ def trace_any(module: nn.Module) -> GraphModule:
     return traced[0]
 
 
-def _leaf_graph(module: nn.Module) -> GraphModule:
+def _leaf_graph(module: nn.Module, kind: Kind) -> GraphModule:
     root = nn.Module()
     root.add_module(LEAF, module)
     graph = fx.Graph()
@@ -232,7 +242,5 @@ def _leaf_graph(module: nn.Module) -> GraphModule:
     call = graph.call_module(LEAF, tuple(inputs))
     graph.output(call)
     traced = TracedModule(root, graph)
-    kind = module_kind(module)
-    assert kind is not None
     TARGET.set(call, Target("", kind))
     return traced

@@ -52,7 +52,8 @@ class Lanes(threading.local):
             use only.
 
     ``named``: what rows are named for, of no rows where none are. ``repeats``: how many rows of a call each may stand
-    for, side by side. ``held``: what the owner of this remembers of its rows.
+    for, side by side. ``prompted``: whether one of them has a prompt. ``held``: what the owner of this remembers of its
+    rows.
     """
 
     def __init__(self, count: int, max_rank: int, dynamic: bool = True) -> None:
@@ -66,12 +67,13 @@ class Lanes(threading.local):
             sizes, numbers = ((0, LEAST), (0, self.count)), torch.empty(0, dtype=torch.long)
             mask, weights = (torch.empty(size) for size in sizes)
             self.named, self.repeats, self.held = RowTensors(mask, weights, numbers, numbers, mask), 1, None
+            self.prompted = False
 
-    def name(self, named: RowTensors, repeats: int) -> None:
+    def name(self, named: RowTensors, repeats: int, prompted: bool = False) -> None:
         """Name the rows of this thread's calls."""
         for tensor in (named.mask, named.ranks, named.own) if self.dynamic and self.max_rank > LEAST else ():
             mark_dynamic(tensor, tensor.ndim - 1, LEAST, self.max_rank)
-        self.named, self.repeats = named, repeats
+        self.named, self.repeats, self.prompted = named, repeats, prompted
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Lanes, (self.count, self.max_rank, self.dynamic)

@@ -73,6 +73,20 @@ def test_families() -> None:
         fxpeft.prepare_hotswap(tiny_gpt2(), 8, targets=["wpe", "c_attn"], lanes=2)
 
 
+def test_a_target_that_flattens_what_it_gets_sees_rows() -> None:
+    model, ids = tiny_gpt2(), torch.arange(10).view(2, 5)  # its Conv1D
+    bare = model(ids).logits.detach()
+    fxpeft.prepare_hotswap(model, 8, targets=["c_attn", "c_fc"], lanes=2)
+    config = fxpeft.LoraConfig(r=2, target_modules=["c_attn", "c_fc"], init_lora_weights=False)
+    fxpeft.add_adapter(model, config, "a")
+    expected = model(ids).logits
+    assert not torch.allclose(expected, bare)
+    with fxpeft.rows(model, ["a", None]):
+        found = model(ids).logits
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[1], bare[1])
+
+
 def test_a_model_that_tells_no_inputs_is_refused() -> None:
     with pytest.raises(AdapterError, match=r"whether each target sees the rows.*`dummy_inputs`"):
         fxpeft.prepare_hotswap(nn.Sequential(nn.Linear(3, 4)), 8, targets=["0"], lanes=2)
