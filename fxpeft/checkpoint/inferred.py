@@ -88,10 +88,10 @@ def with_sites(config: AdapterConfig, tensors: Mapping[str, Tensor], modules: Mo
             return config.changed()
         _compare(said, list(parts))
     changes: dict[str, Any] = {
-        "target_modules": _targets(list(parts), modules), "exclude_modules": None, "layers_to_transform": None,
+        "target_modules": targets_of(list(parts), modules), "exclude_modules": None, "layers_to_transform": None,
         "layers_pattern": None,
     }  # fmt: skip
-    saved = [*(config.modules_to_save or ()), *_saved(tensors, parts)]
+    saved = [*(config.modules_to_save or ()), *saved_of(tensors, parts)]
     changes["modules_to_save"] = list(dict.fromkeys(saved)) or None
     if isinstance(config, LoraConfig):
         rank, others = _ranks(parts)
@@ -108,7 +108,7 @@ def _says(
     config: AdapterConfig, said: list[str], tensors: Mapping[str, Tensor], parts: Mapping[str, Mapping[str, Tensor]]
 ) -> bool:
     """Whether a config that selects these sites says what its tensors do, as that of a LoRA which was saved whole."""
-    if not isinstance(config, LoraConfig) or {*said} != {*parts} or _saved(tensors, parts):
+    if not isinstance(config, LoraConfig) or {*said} != {*parts} or saved_of(tensors, parts):
         return False
     ranks = {site: len(own["lora_A"]) for site, own in parts.items() if "lora_A" in own}
     pattern = config.rank_pattern
@@ -127,7 +127,7 @@ def _inferred(tensors: Mapping[str, Tensor], modules: Modules | None, alpha: flo
         raise AdapterError(f"state_dict: no key is a LoRA's or an IA3's:\n{listing(tensors)}")
     every = {part for own in parts.values() for part in own}
     shared: dict[str, Any] = {
-        "target_modules": _targets(list(parts), modules), "modules_to_save": _saved(tensors, parts) or None,
+        "target_modules": targets_of(list(parts), modules), "modules_to_save": saved_of(tensors, parts) or None,
     }  # fmt: skip
     if every == {"ia3_l"}:
         gains = {site: own["ia3_l"] for site, own in parts.items()}
@@ -187,7 +187,7 @@ def _ranks(parts: Mapping[str, Mapping[str, Tensor]]) -> tuple[int, dict[str, in
     return usual, {f"^{re.escape(site)}": rank for site, rank in ranks.items() if rank != usual}
 
 
-def _targets(sites: list[str], modules: Modules | None) -> list[str] | str:
+def targets_of(sites: list[str], modules: Modules | None) -> list[str] | str:
     """The sites as PEFT reads them: their last atoms where these say exactly the same."""
     if modules is None:
         return sorted(sites)
@@ -200,7 +200,7 @@ def _targets(sites: list[str], modules: Modules | None) -> list[str] | str:
     return spelled([name for name in modules if name in sites], modules)
 
 
-def _saved(tensors: Mapping[str, Tensor], parts: Mapping[str, object]) -> list[str]:
+def saved_of(tensors: Mapping[str, Tensor], parts: Mapping[str, object]) -> list[str]:
     """Modules of which the tensors bring more than a bias."""
     owners: dict[str, set[str]] = {}
     known = parts_known()
@@ -214,7 +214,7 @@ def _saved(tensors: Mapping[str, Tensor], parts: Mapping[str, object]) -> list[s
 
 def _bias(tensors: Mapping[str, Tensor], parts: Mapping[str, object]) -> Literal["none", "all", "lora_only"]:
     """PEFT's word for the biases that the tensors bring beside whole modules."""
-    saved = _saved(tensors, parts)
+    saved = saved_of(tensors, parts)
     owners = {_bare(key).rpartition(".")[0].removesuffix(".base_layer") for key in _biases(tensors)} - {*saved}
     return "all" if owners - {*parts} else "lora_only" if owners else "none"
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft.methods.base import Base, SiteAdapter, SitePlan, SlotValues
-from fxpeft.methods.lycoris import Lycoris, LycorisConfig, applied, full_rank
+from fxpeft.methods.lycoris import Lycoris, LycorisConfig, applied, as_factors, exact
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
 
@@ -58,8 +58,20 @@ def _product(kind: Kind, a: Tensor | None, b: Tensor | None, t: Tensor | None) -
     assert b is not None
     if t is None:
         return (a @ b).view(kind.out_features, *kind.a_shape(1)[1:])
-    reduced = torch.einsum("jlpq,li->jipq", t, b)  # [r, in, kernel]
-    return torch.einsum("jipq,jo->oipq", reduced, a).reshape(kind.out_features, *kind.a_shape(1)[1:])
+    reduced = torch.einsum("jl...,li->ji...", t, b)  # [r, in, kernel]
+    return torch.einsum("ji...,jo->oi...", reduced, a).reshape(kind.out_features, *kind.a_shape(1)[1:])
+
+
+def rank_first(kind: Kind, factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The update as A ``[ranks, in, *kernel]`` and B ``[ranks, out]``, without its scale."""
+    factors = exact(factors)
+    r, inner = len(factors["hada_w1_b"]), math.prod(kind.a_shape(1)[1:])
+    if r * r > min(inner, kind.out_features):  # as many ranks as there are inputs, or outputs, say it as well
+        one, other = (_product(kind, *(factors.get(name) for name in pair)) for pair in PAIRS)
+        return as_factors(one * other)
+    (a1, b1), (a2, b2) = (_factors(*(factors.get(name) for name in pair)) for pair in PAIRS)
+    a = (a1.unsqueeze(1) * a2.unsqueeze(0)).reshape(r * r, *kind.a_shape(1)[1:])
+    return a, (b1.unsqueeze(1) * b2.unsqueeze(0)).reshape(r * r, -1)
 
 
 class LoHa(Lycoris[LoHaConfig]):
@@ -101,21 +113,14 @@ class LoHa(Lycoris[LoHaConfig]):
         return Rewrite(f"loha:{name}", hadamard, site.operands(name, operands))
 
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
-        kind, r = plan.kind, plan.rank
-        inner = math.prod(kind.a_shape(1)[1:])
-        if r * r > min(inner, kind.out_features):  # as many ranks as there are inputs, or outputs, say it as well
-            first, second = (_product(kind, *(parameters.get(name) for name in pair)) for pair in PAIRS)
-            return full_rank(first * second, plan.scaling)
-        (a1, b1), (a2, b2) = (_factors(kind, *(parameters.get(name) for name in pair)) for pair in PAIRS)
-        a = (a1.unsqueeze(1) * a2.unsqueeze(0)).reshape(r * r, *kind.a_shape(1)[1:])
-        b = (b1.unsqueeze(1) * b2.unsqueeze(0)).reshape(r * r, -1)
-        return SlotValues(a, b, torch.full((r * r,), plan.scaling))
+        a, b = rank_first(plan.kind, parameters)
+        return SlotValues(a, b, torch.full((len(a),), plan.scaling))
 
 
-def _factors(kind: Kind, a: Tensor | None, b: Tensor | None, t: Tensor | None) -> tuple[Tensor, Tensor]:
+def _factors(a: Tensor | None, b: Tensor | None, t: Tensor | None) -> tuple[Tensor, Tensor]:
     """A ``[r, in * kernel]`` and B ``[r, out]`` of one of the two."""
     assert a is not None
     assert b is not None
     if t is None:
         return b, a.t()
-    return torch.einsum("jlpq,li->jipq", t, b).flatten(1), a
+    return torch.einsum("jl...,li->ji...", t, b).flatten(1), a

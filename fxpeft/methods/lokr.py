@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft.methods.base import Base, SiteAdapter, SitePlan, SlotValues
-from fxpeft.methods.lycoris import Lycoris, LycorisConfig, applied, full_rank, narrow
+from fxpeft.methods.lycoris import Lycoris, LycorisConfig, applied, as_factors, exact, narrow
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
 
@@ -82,7 +82,7 @@ def product(kind: Kind, factors: Mapping[str, Tensor]) -> Tensor:
     """``[out, in, *kernel]``."""
     entries = "oi,pq...->opiq..."
     if "lokr_t2" in factors:
-        w2 = torch.einsum("ijkl,ip,jr->prkl", *(factors[name] for name in ("lokr_t2", "lokr_w2_a", "lokr_w2_b")))
+        w2 = torch.einsum("ij...,ip,jr->pr...", *(factors[name] for name in ("lokr_t2", "lokr_w2_a", "lokr_w2_b")))
     elif "lokr_w2" in factors:
         w2 = factors["lokr_w2"]
         if len(kind.kernel) == 1:
@@ -100,10 +100,24 @@ def first(factors: Mapping[str, Tensor]) -> Tensor:
 def second(factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """W2 as A ``[ranks, in * kernel]`` and B ``[ranks, out]``."""
     if "lokr_t2" in factors:
-        return torch.einsum("ijkl,jr->irkl", factors["lokr_t2"], factors["lokr_w2_b"]).flatten(1), factors["lokr_w2_a"]
+        return torch.einsum("ij...,jr->ir...", factors["lokr_t2"], factors["lokr_w2_b"]).flatten(1), factors[
+            "lokr_w2_a"
+        ]
     if "lokr_w2" in factors:
         return narrow(factors["lokr_w2"].flatten(1))
     return factors["lokr_w2_b"], factors["lokr_w2_a"].t()
+
+
+def rank_first(kind: Kind, factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The update as A ``[ranks, in, *kernel]`` and B ``[ranks, out]``, without its scale."""
+    factors = exact(factors)
+    (a1, b1), (a2, b2) = narrow(first(factors)), second(factors)
+    ranks = len(a1) * len(a2)
+    odd = "lokr_w2" in factors and len(kind.kernel) == 1  # see product
+    if odd or ranks > min(kind.out_features, math.prod(kind.a_shape(1)[1:])):
+        return as_factors(product(kind, factors))
+    a = torch.einsum("pa,ib->piab", a1, a2).reshape(ranks, *kind.a_shape(1)[1:])
+    return a, torch.einsum("po,iq->pioq", b1, b2).reshape(ranks, kind.out_features)
 
 
 class LoKr(Lycoris[LoKrConfig]):
@@ -149,12 +163,5 @@ class LoKr(Lycoris[LoKrConfig]):
         return Rewrite(f"lokr:{name}", kronecker, site.operands(name, ("scaling", "dropped", *NAMES)))
 
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
-        kind = plan.kind
-        (a1, b1), (a2, b2) = narrow(first(parameters)), second(parameters)
-        ranks = len(a1) * len(a2)
-        odd = "lokr_w2" in parameters and len(kind.kernel) == 1  # see product
-        if odd or ranks > min(kind.out_features, math.prod(kind.a_shape(1)[1:])):
-            return full_rank(product(kind, parameters), plan.scaling)
-        a = torch.einsum("pa,ib->piab", a1, a2).reshape(ranks, *kind.a_shape(1)[1:])
-        b = torch.einsum("po,iq->pioq", b1, b2).reshape(ranks, kind.out_features)
-        return SlotValues(a, b, torch.full((ranks,), plan.scaling))
+        a, b = rank_first(plan.kind, parameters)
+        return SlotValues(a, b, torch.full((len(a),), plan.scaling))

@@ -116,6 +116,11 @@ def applied(
     return out
 
 
+def exact(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Factors in which a product is made: of half precision's in float32, as what is trained has it."""
+    return {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in factors.items()}
+
+
 def narrow(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix ``[out, in]`` as A and B of as many ranks as its smaller side."""
     out, inner = matrix.shape
@@ -124,7 +129,13 @@ def narrow(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return torch.eye(inner).to(matrix), matrix.t()
 
 
+def as_factors(delta: Tensor) -> tuple[Tensor, Tensor]:
+    """A ``[ranks, in, *kernel]`` and B ``[ranks, out]`` of an update, of as many ranks as it has outputs or inputs."""
+    a, b = narrow(delta.flatten(1))
+    return a.view(len(a), *delta.shape[1:]), b
+
+
 def full_rank(delta: Tensor, scaling: float) -> SlotValues:
     """Slot values of an update ``[out, in, *kernel]``, of as many ranks as it has outputs or inputs."""
-    a, b = narrow(delta.flatten(1))
-    return SlotValues(a.view(len(a), *delta.shape[1:]), b, torch.full((len(a),), scaling))
+    a, b = as_factors(delta)
+    return SlotValues(a, b, torch.full((len(a),), scaling))

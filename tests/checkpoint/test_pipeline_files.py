@@ -249,7 +249,8 @@ def test_refused_files(folder: Path, tmp_path: Path) -> None:
 
     key = next(k for k in flat if k.endswith("lora_down.weight"))
     site = key.partition(".")[0]
-    refused(flat | {f"{site}.hada_w1_a": torch.ones(2, 2)}, f"another method:\n.*LoHa: {site}")
+    refused(flat | {f"{site}.oft_blocks": torch.ones(2, 2)}, f"another method:\n.*OFT or BOFT: {site}")
+    refused(flat | {f"{site}.hada_w1_a": torch.ones(2, 2)}, "no LoHa's or LoKr's: hada_w1_a")
     refused(flat | {"lora_unet_elsewhere.lora_down.weight": torch.ones(2, 2)}, "elsewhere")
     refused(flat | {f"{site}.diff_b": torch.ones(2)}, "diff_b")
     refused(flat | {f"{site}.alpha": torch.tensor(float("nan"))}, r"alpha: expected one finite number")

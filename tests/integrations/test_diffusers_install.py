@@ -256,8 +256,8 @@ def test_a_broken_file_names_what_is_wrong(files: dict[str, Path]) -> None:
     pipe: Any = pipeline()
     tensors = load_file(files["a"])
     site = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    with pytest.raises(CheckpointError, match=r"another method:\n.*LoKr"):
-        pipe.load_lora_weights(tensors | {f"{site}.lokr_w1": torch.ones(2, 2)})
+    with pytest.raises(CheckpointError, match=r"another method:\n.*OFT"):
+        pipe.load_lora_weights(tensors | {f"{site}.oft_blocks": torch.ones(2, 2)})
 
 
 def test_the_example_draws_each_its_own(tmp_path: Path) -> None:

@@ -14,16 +14,20 @@ from torch import Tensor
 from fxpeft.checkpoint.adapter_file import site_scale
 from fxpeft.checkpoint.formats.diffusers import Diffusers
 from fxpeft.checkpoint.formats.kohya import Kohya
-from fxpeft.checkpoint.formats.part import CheckpointFormat, Part
-from fxpeft.checkpoint.inferred import infer_config, with_sites
+from fxpeft.checkpoint.formats.lycoris import as_lora, check, config_of
+from fxpeft.checkpoint.formats.part import NORM, CheckpointFormat, Part, split
+from fxpeft.checkpoint.inferred import infer_config, saved_of, targets_of, with_sites
 from fxpeft.checkpoint.reading import Checkpoint
 from fxpeft.errors import AdapterError, CheckpointError, listing
+from fxpeft.methods import config_class
 from fxpeft.methods.base import Method
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.model.modules import Modules
 from fxpeft.model.walk import base_values
 from fxpeft.outside import dense
+from fxpeft.passes.base import PassError
+from fxpeft.passes.targets.kinds import Kind
 from fxpeft.targets.saved import saved_modules
 
 FORMATS: tuple[CheckpointFormat, ...] = (Kohya(), Diffusers())
@@ -118,12 +122,18 @@ class PipelineFile(Checkpoint):
             {_renamed(key, names): tensor for key, tensor in part.tensors.items()},
             {names.get(site, site): alpha for site, alpha in part.alphas.items()}, part.settings,
         )  # fmt: skip
-        config, tensors = _checkpoint(renamed, self.source, modules)
+        config, tensors = _checkpoint(_with_norms(renamed, modules, self.source), self.source, modules)
         whole = [name for name in config.modules_to_save or () if name in modules]
         for path in saved_modules(modules, whole):  # a name is the end of others' too, which stay as they are
             for key, value in base_values(modules[path]).items():
                 tensors.setdefault(f"{Method.prefix}{path}.{key}", value.detach())
         return Checkpoint(self.source, config, tensors)
+
+    def fits(self, component: str, modules: Modules) -> bool:
+        """Whether a model has all of a component's sites."""
+        part = self.parts[component]
+        names = _names(part, modules)
+        return all(names[site] in modules for site in part.modules())
 
 
 def read_file(
@@ -143,6 +153,7 @@ def read_file(
     tensors = dense(tensors, source)
     parts = chosen.read(tensors, metadata, source)
     for part in parts.values():
+        check(part, source)
         sites = {*part.sites()}
         if missing := [site for site in part.alphas if site not in sites]:
             raise CheckpointError(f"{source}: alphas of sites that have no factors:\n{listing(missing)}")
@@ -161,31 +172,67 @@ def _together(parts: Mapping[str, Part], source: str) -> Part:
 
 def _alphas(part: Part, source: str) -> dict[str, float]:
     """Those that stand for themselves: scales are alpha / rank, whatever the part's own config says of them."""
-    if part.settings is None:
+    if part.settings is None or part.of_lycoris():
         return part.alphas
     config, _ = _checkpoint(part, source, None)
     ranks = {site: len(part.tensors[f"{site}.lora_A.weight"]) for site in part.sites()}
     return {site: site_scale(config, site, rank) * rank for site, rank in ranks.items()}
 
 
-def _checkpoint(part: Part, source: str, modules: Modules | None) -> tuple[LoraConfig, dict[str, Tensor]]:
+def _with_norms(part: Part, modules: Modules, source: str) -> Part:
+    """The part with the norms that it brings as they are then: a file of LyCORIS' has what is added to the base's."""
+    tensors = dict(part.tensors)
+    for key in [key for key in tensors if key.rpartition(".")[2] in NORM]:
+        site, _, name = key.rpartition(".")
+        own = base_values(modules[site]).get(NORM[name]) if site in modules else None
+        if own is None or own.shape != tensors[key].shape:
+            found = "no such module" if own is None else f"{list(own.shape)} there"
+            raise CheckpointError(f"{source}: {key}: {list(tensors[key].shape)} of a norm, and the model has {found}")
+        tensors[f"{site}.{NORM[name]}"] = own.detach() + tensors.pop(key).to(own)
+    return replace(part, tensors=tensors)
+
+
+def _checkpoint(part: Part, source: str, modules: Modules | None) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """A config and PEFT's keys. An alpha for each site that has one in the file, and its rank where it has none.
 
     Raises:
-        CheckpointError: what the keys and the settings say is no LoRA, or none of the model's.
+        CheckpointError: what the keys and the settings say is none of these methods, or none of the model's.
     """
-    tensors = {f"{Method.prefix}{key}": tensor for key, tensor in part.tensors.items()}
+    others = part.of_lycoris()
     try:
+        if others and part.settings is None:
+            found, part = _of_lycoris(part, modules)
+            if found is not None:
+                return found[0], {f"{Method.prefix}{key}": tensor for key, tensor in found[1].items()}
+        tensors = {f"{Method.prefix}{key}": tensor for key, tensor in part.tensors.items()}
         if part.settings is None:
             return _inferred(part, part.sites(), cast(LoraConfig, infer_config(tensors, modules))), tensors
         settings = {"peft_type": "LORA", **part.settings}
-        config = LoraConfig.from_dict(settings, source=source, loading=True)
+        kind = config_class(settings["peft_type"], source) if others else LoraConfig
+        config: Any = kind.from_dict(settings, source=source, loading=True)
         if modules is not None:
-            config = cast(LoraConfig, with_sites(config, tensors, modules))
+            config = with_sites(config, tensors, modules)
         own = {f"^{re.escape(site)}": alpha for site, alpha in part.alphas.items()}
         return replace(config, alpha_pattern={**own, **(config.alpha_pattern or {})}), tensors
     except AdapterError as error:
         raise CheckpointError(f"{source}: {error}") from error
+
+
+def _of_lycoris(part: Part, modules: Modules | None) -> tuple[tuple[AdapterConfig, dict[str, Tensor]] | None, Part]:
+    """PEFT's config of LoHas or LoKrs and their tensors; ``None``, and a part of LoRAs that do the same."""
+    sites = part.sites()
+    targets = targets_of(sites, modules)
+    kinds = None if modules is None else {site: _kind(modules, site) for site in sites}
+    names = {"target_modules": targets, "modules_to_save": saved_of(part.tensors, dict.fromkeys(sites)) or None}
+    found = config_of(part, kinds, names)
+    return found, part if found is not None else as_lora(part, kinds)
+
+
+def _kind(modules: Modules, site: str) -> Kind:
+    try:
+        return modules.kind(site)
+    except PassError as error:
+        raise AdapterError(f"{site}: {error}") from error
 
 
 def _inferred(part: Part, sites: list[str], config: LoraConfig) -> LoraConfig:
@@ -199,7 +246,7 @@ def _inferred(part: Part, sites: list[str], config: LoraConfig) -> LoraConfig:
 
 def _names(part: Part, modules: Modules) -> dict[str, str]:
     """Site in the file -> in the model: itself, or what has its name without dots, and maybe other first atoms."""
-    sites = part.sites()
+    sites = part.modules()
     if not part.flat:
         return _below(sites, modules)
     flat: dict[str, list[str]] = {}
@@ -225,8 +272,8 @@ def _below(sites: list[str], modules: Modules) -> dict[str, str]:
 
 
 def _renamed(key: str, names: Mapping[str, str]) -> str:
-    site, _, part = key.partition(".lora_")
-    return f"{names[site]}.lora_{part}" if site in names else key
+    place = split(key)
+    return f"{names[place[0]]}.{place[1]}" if place is not None and place[0] in names else key
 
 
 def _listed(components: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fxpeft.checkpoint.formats.part import Part, add, check_method, is_lora
+from fxpeft.checkpoint.formats.part import Part, add, check_method, is_lora, shaped
 from fxpeft.errors import CheckpointError
 from fxpeft.methods.base import Method
 
@@ -40,7 +40,7 @@ class Diffusers:
             component, rest = (match["component"], match["key"]) if match else ("", key.removeprefix(Method.prefix))
             part = parts.setdefault(component, Part(settings=settings.get(component)))
             add(part, _spelled(rest, text="text_encoder" in component), tensor, source)
-        return parts
+        return {component: shaped(part) for component, part in parts.items()}
 
 
 def _spelled(key: str, *, text: bool) -> str:

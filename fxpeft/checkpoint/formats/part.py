@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fxpeft.errors import CheckpointError, listing
@@ -15,12 +16,21 @@ from fxpeft.errors import CheckpointError, listing
 _SITE = re.compile(
     r"(?P<site>.+)\.(?:(?:lora|lora_linear_layer)\.(?P<old>down|up)\.weight|lora_(?P<kohya>down|up)\.weight"
     r"|lora_(?P<peft>A|B)(?:\.default)?\.(?P<leaf>weight|bias)"
-    r"|(?P<magnitude>dora_scale|lora_magnitude_vector)(?:\.weight)?|(?P<alpha>alpha))"
+    r"|(?P<magnitude>dora_scale|lora_magnitude_vector)(?:\.weight)?|(?P<alpha>alpha)"
+    r"|(?P<whole>hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|lora_mid|[wb]_norm)(?:\.weight)?)"
 )
-_OTHERS = re.compile(
-    r".+\.(?P<part>hada_w[12]_[ab]|hada_t[12]|lokr_[wt]\d(?:_[ab])?|lora_mid|oft_\w+|boft_\w+)(?:\.\w+)?"
-)
-_OTHER = {"hada": "LoHa", "lokr": "LoKr", "lora": "LoCon with a third factor", "oft": "OFT", "boft": "BOFT"}
+#: keys of LyCORIS's methods that nothing here is, by what they end with
+_REFUSED = {
+    "oft_blocks": "OFT or BOFT", "oft_diag": "OFT", "boft_blocks": "BOFT", "lokr_t1": "LoKr with a core for W1",
+    "on_input": "IA3, whose gains LyCORIS doesn't apply to biases", "a1.weight": "GLoRA", "b1.weight": "GLoRA",
+    "q_layer.weight": "T-LoRA", "lambda_layer": "T-LoRA", "scalar": "a factor that LyCORIS trains beside others",
+}  # fmt: skip
+#: of names without dots, which no class of diffusers' pipelines reads either
+_REFUSED_FLAT = {"diff": "full, differences of whole weights", "diff_b": "full, differences of biases"}
+_FACTOR = re.compile(r"(?P<site>.+)\.(?:lora_A\.weight|hada_w1_a|lokr_w1(?:_a)?)")
+_KEY = re.compile(r"(?P<site>.+?)\.(?P<part>(?:lora|hada|lokr)_.+|[wb]_norm)")
+LYCORIS = ("hada_", "lokr_")
+NORM = {"w_norm": "weight", "b_norm": "bias"}
 _NAMED = {"down": "lora_A", "up": "lora_B", "A": "lora_A", "B": "lora_B"}
 
 
@@ -41,7 +51,24 @@ class Part:
 
     def sites(self) -> list[str]:
         """The sites that have factors."""
-        return [key.removesuffix(".lora_A.weight") for key in self.tensors if key.endswith(".lora_A.weight")]
+        return [match["site"] for key in self.tensors if (match := _FACTOR.fullmatch(key))]
+
+    def modules(self) -> list[str]:
+        """The sites, and the norms that it brings."""
+        norms = [key.removesuffix(".w_norm") for key in self.tensors if key.endswith(".w_norm")]
+        return [*self.sites(), *norms]
+
+    def factors(self) -> dict[str, dict[str, Tensor]]:
+        """Site -> what follows its name in a key -> tensor."""
+        found: dict[str, dict[str, Tensor]] = {site: {} for site in self.sites()}
+        for key, tensor in self.tensors.items():
+            if (place := split(key)) is not None and place[0] in found:
+                found[place[0]][place[1]] = tensor
+        return found
+
+    def of_lycoris(self) -> bool:
+        """Whether a site has other factors than a LoRA's."""
+        return any(f".{start}" in key for key in self.tensors for start in LYCORIS)
 
 
 class CheckpointFormat(Protocol):
@@ -64,18 +91,30 @@ class CheckpointFormat(Protocol):
 
 def is_lora(key: str) -> bool:
     """Whether a key is one of those that image tools write for a LoRA, or for a relative of it."""
-    return _SITE.fullmatch(key) is not None or _OTHERS.fullmatch(key) is not None
+    return _SITE.fullmatch(key) is not None or _refused(key) is not None
 
 
-def check_method(keys: Iterable[str], source: str) -> None:
-    """Refuse LyCORIS's methods that are no LoRA, by name."""
-    found: dict[str, list[str]] = {}
-    for key in keys:
-        if (match := _OTHERS.fullmatch(key)) is not None:
-            found.setdefault(_OTHER[match["part"].partition("_")[0]], []).append(key)
-    if found:
-        lines = [f"{method}: {key}" for method, own in found.items() for key in own]
-        raise CheckpointError(f"{source}: expected LoRA's keys, found those of another method:\n{listing(lines)}")
+def split(key: str) -> tuple[str, str] | None:
+    """A key's site and what follows; ``None`` of a key that is no site's."""
+    match = _KEY.fullmatch(key)
+    return None if match is None else (match["site"], match["part"])
+
+
+def check_method(keys: Iterable[str], source: str, *, flat: bool = False) -> None:
+    """Refuse LyCORIS's methods that nothing here is, by name.
+
+    Args:
+        flat: sites have ``_`` in the place of the dots of their names.
+    """
+    if lines := [f"{method}: {key}" for key in keys if (method := _refused(key, flat)) is not None]:
+        raise CheckpointError(
+            f"{source}: expected the keys of LoRA, LoHa or LoKr, found those of another method:\n{listing(lines)}"
+        )
+
+
+def _refused(key: str, flat: bool = False) -> str | None:
+    ends = {**_REFUSED, **_REFUSED_FLAT} if flat else _REFUSED
+    return next((method for end, method in ends.items() if key.endswith(f".{end}")), None)
 
 
 def add(part: Part, key: str, tensor: Tensor, source: str) -> None:
@@ -96,6 +135,8 @@ def add(part: Part, key: str, tensor: Tensor, source: str) -> None:
         if match["magnitude"]:
             name = f"{site}.lora_magnitude_vector"
             tensor = _vector(tensor, key, source) if match["magnitude"] == "dora_scale" else tensor
+        elif match["whole"]:
+            name = f"{site}.{match['whole']}"
         else:
             name = f"{site}.{_NAMED[match['old'] or match['kohya'] or match['peft']]}.{match['leaf'] or 'weight'}"
     if name in part.tensors:
@@ -104,7 +145,14 @@ def add(part: Part, key: str, tensor: Tensor, source: str) -> None:
 
 
 def shaped(part: Part) -> Part:
-    """The part, its magnitudes as PEFT has them: a vector, and at a convolution ``[1, out, 1, ...]``."""
+    """The part as PEFT has it: a magnitude is a vector, and at a convolution ``[1, out, 1, ...]``.
+
+    A third factor between A and B, ``[rank, rank, *kernel]``, goes into A, as the rank stays.
+    """
+    for key in [key for key in part.tensors if key.endswith(".lora_mid")]:
+        name = key.replace(".lora_mid", ".lora_A.weight")
+        if name in part.tensors:
+            part.tensors[name] = torch.einsum("ij...,jr->ir...", part.tensors.pop(key), part.tensors[name].flatten(1))
     for key, tensor in part.tensors.items():
         a = part.tensors.get(key.replace(".lora_magnitude_vector", ".lora_A.weight"))
         if key.endswith(".lora_magnitude_vector") and a is not None and a.ndim > 2:

@@ -16,6 +16,7 @@ from fxpeft.checkpoint.formats import PipelineFile, read_file
 from fxpeft.errors import AdapterError
 from fxpeft.integrations.diffusers import pipeline, verbs
 from fxpeft.integrations.diffusers.pipeline_methods import WEIGHTS, download
+from fxpeft.integrations.diffusers.renaming import alphas_told
 from fxpeft.integrations.diffusers.together import together
 from fxpeft.integrations.diffusers.weights import of_names
 from fxpeft.integrations.transformers.loading import as_config
@@ -41,7 +42,7 @@ def load_lora_adapter(
     kwargs.pop("_pipeline", None)
     alphas = kwargs.pop("network_alphas", None) or {}
     if isinstance(source, Mapping):
-        found: Any = read_file({**source, **pipeline.alphas_told(alphas)}, {}, "the state_dict")
+        found: Any = read_file({**source, **alphas_told(alphas)}, {}, "the state_dict")
     else:
         found = checkpoint.read(str(source), **download(kwargs))
     if not isinstance(found, PipelineFile):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from fxpeft import checkpoint
@@ -19,15 +17,13 @@ from fxpeft.adapters.loading import load
 from fxpeft.adapters.state import Adapter, ModelState, find_state, is_prepared, state_of
 from fxpeft.adapters.values import placed
 from fxpeft.checkpoint.formats import PipelineFile, read_file
-from fxpeft.checkpoint.formats.diffusers import alpha_key
-from fxpeft.errors import AdapterError, CheckpointError, listing
+from fxpeft.errors import AdapterError, CheckpointError
+from fxpeft.integrations.diffusers.renaming import renamed
 from fxpeft.integrations.diffusers.scales import watch_scales
 from fxpeft.integrations.diffusers.together import Pipeline, adapted, check_named, models_of, together
 from fxpeft.integrations.diffusers.weights import Weight, of_components, strength
 from fxpeft.methods.base import Method
 from fxpeft.model.modules import Modules
-
-_MAGNITUDE = ".dora_scale"
 
 
 @ordinary()
@@ -169,14 +165,14 @@ def placed_parts(
     except CheckpointError:
         if not hasattr(type(pipe), "lora_state_dict"):
             raise
-        return in_models(_renamed(pipe, found), models, into)
+        return in_models(renamed(pipe, found), models, into)
 
 
 def in_models(
     found: PipelineFile, models: Mapping[str, nn.Module], into: Mapping[str, str]
 ) -> dict[str, checkpoint.Checkpoint]:
     """Component -> its adapter, of a file whose names are the models'."""
-    parts = {component: into.get(component, component) for component in found.parts}
+    parts = {part: _model_of(found, part, models, into) for part in found.parts}
     if missing := [component or "(none named)" for component in parts.values() if component not in models]:
         raise CheckpointError(f"{found.source}: the pipeline has no {', '.join(missing)}; it has {', '.join(models)}")
     own: dict[str, checkpoint.Checkpoint] = {}
@@ -185,6 +181,14 @@ def in_models(
         own[component] = found.component(part, modules)
         _check_inputs(found, own[component], modules)
     return own
+
+
+def _model_of(found: PipelineFile, part: str, models: Mapping[str, nn.Module], into: Mapping[str, str]) -> str:
+    """The component that a part is for; of one that names none the only one that has its sites."""
+    if part or part in models or part in into:
+        return into.get(part, part)
+    fitting = [component for component, model in models.items() if found.fits(part, Modules(model))]
+    return fitting[0] if len(fitting) == 1 else part
 
 
 def _check_inputs(found: PipelineFile, own: checkpoint.Checkpoint, modules: Modules) -> None:
@@ -198,63 +202,3 @@ def _check_inputs(found: PipelineFile, own: checkpoint.Checkpoint, modules: Modu
                 f"{tensor.shape[1]}: a control LoRA, for which diffusers widens the model's own layer in place and "
                 "leaves it so. fxpeft gives no layer of the base another shape: load a model made for control inputs"
             )
-
-
-def _renamed(pipe: Pipeline, found: PipelineFile) -> PipelineFile:
-    """The file as the pipeline's class reads it.
-
-    Raises:
-        CheckpointError: it can't. What it leaves out and isn't zero is told of, or in the case of magnitudes put back.
-    """
-    magnitudes = {key: tensor for key, tensor in found.written.items() if key.endswith(_MAGNITUDE)}
-    given = {
-        key: t.clone() for key, t in found.written.items() if key not in magnitudes
-    }  # some are multiplied in place
-    answer = _converted(pipe, found, given)
-    kept = {id(tensor) for tensor in answer.values()}
-    lost = [k for k, t in given.items() if k.endswith((".diff", ".diff_b")) and id(t) not in kept and t.any()]
-    if lost:
-        what = f"{type(pipe).__name__} of diffusers leaves these out, which are not zero"
-        warnings.warn(f"{found.source}: {what}:\n{listing(lost)}", stacklevel=5)
-    if magnitudes:
-        answer |= _magnitudes(pipe, found, magnitudes)
-    return read_file(answer, {}, found.source)
-
-
-def _magnitudes(pipe: Pipeline, found: PipelineFile, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """DoRA's magnitudes, which diffusers drops, where it puts the rows of their sites' B.
-
-    They go through as the B of adapters of rank 1: what renames or parts a B's outputs does the same to them.
-    """
-    given: dict[str, Tensor] = {}
-    for key, tensor in written.items():
-        site = key.removesuffix(_MAGNITUDE)
-        down = found.written.get(f"{site}.lora_down.weight")
-        if down is None:
-            raise CheckpointError(f"{found.source}: {key}: expected {site}.lora_down.weight too")
-        ones = [1] * (down.dim() - 2)
-        given[f"{site}.lora_down.weight"] = down[:1] * 0
-        given[f"{site}.lora_up.weight"] = tensor.reshape(-1, 1, *ones)
-    parts = read_file(_converted(pipe, found, given), {}, found.source).parts
-    return {
-        f"{component}.{key.removesuffix('.lora_B.weight')}.dora_scale": tensor
-        for component, part in parts.items()
-        for key, tensor in part.tensors.items()
-        if key.endswith(".lora_B.weight")
-    }
-
-
-def _converted(pipe: Pipeline, found: PipelineFile, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    reader: Any = type(pipe)
-    given = {"unet_config": pipe.components["unet"].config} if "unet" in pipe.components else {}
-    try:
-        answer = reader.lora_state_dict(dict(written), return_alphas=True, **given)
-    except Exception as error:  # whatever its converters raise for keys that they don't know
-        raise CheckpointError(f"{found.source}: {reader.__name__} can't read its keys: {error}") from error
-    tensors, alphas = answer if isinstance(answer, tuple) else (answer, None)
-    return {**tensors, **alphas_told(alphas or {})}
-
-
-def alphas_told(alphas: Mapping[str, Any]) -> dict[str, Tensor]:
-    """diffusers' ``network_alphas`` as keys of a file."""
-    return {alpha_key(key): torch.tensor(float(alpha)) for key, alpha in alphas.items()}

@@ -17,7 +17,7 @@ from fxpeft.transform.folding import fold, merge_and_unload, refold, unfold
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what adapters of image models change
 #: what a file of an image tool may hold, where a swap is prepared for all of them
-METHODS = ("lora", "lora_bias", "dora")
+METHODS = ("lora", "lora_bias", "dora", "loha", "lokr")
 
 
 def delete_adapters(pipe: Pipeline, names: str | Sequence[str]) -> None:
