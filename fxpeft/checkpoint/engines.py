@@ -9,7 +9,7 @@ and ``lora_alpha`` for all sites. llama.cpp ``convert_lora_to_gguf.py``, which m
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from fxpeft.checkpoint.adapter_file import factors, of_parameter, product_norm, 
 from fxpeft.checkpoint.reading import Checkpoint
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
+from fxpeft.methods.alora import Alora
 from fxpeft.methods.base import Method
 from fxpeft.methods.config import matching
 
@@ -32,16 +33,23 @@ class Engine:
 
     Args:
         rest: whether it reads what an adapter brings beside its sites. most: its largest rank.
+        invokes: whether it has aLoRA's invocations.
     """
 
     name: str
     rest: bool = False
     most: int | None = None
+    invokes: bool = False
 
 
 ENGINES: Mapping[str, Engine] = {
     engine.name: engine
-    for engine in (Engine("peft", rest=True), Engine("vllm", most=LARGEST), Engine("sglang"), Engine("llama.cpp"))
+    for engine in (
+        Engine("peft", rest=True, invokes=True),
+        Engine("vllm", most=LARGEST),
+        Engine("sglang"),
+        Engine("llama.cpp", invokes=True),
+    )
 }
 
 
@@ -89,10 +97,40 @@ def for_engine(found: Checkpoint, engine: Engine) -> tuple[Checkpoint, dict[str,
     return replace(found, config=replace(config, **fields), tensors=tensors), errors
 
 
+def split(found: Checkpoint) -> tuple[Checkpoint, Checkpoint | None]:
+    """A LoRA's sites alone, and what it brings beside them as an adapter of its own; ``None`` for nothing.
+
+    The latter has the same sites with an update of nothing, so that PEFT and this library load it, and fold it into the
+    base's weights: what an engine serves then.
+    """
+    sites, rest = site_tensors(found)
+    beside = {key: tensor for key, tensor in rest.items() if key not in _base_keys(sites)}
+    if not beside or method_of(found.config).name not in ("lora", Alora.name):
+        return found, None
+    keys, nothing = site_keys(found), dict[str, Tensor]()
+    for name, own in sites.items():
+        for part, key in keys[name].items():
+            ranks = 0 if part == "lora_A" else 1
+            nothing[key] = torch.zeros_like(own[part].narrow(ranks, 0, 1) if own[part].ndim > 1 else own[part])
+    plain = {"r": 1, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "init_lora_weights": True}
+    none: dict[str, Any] = {
+        "modules_to_save": None, "bias": "none", "trainable_token_indices": None, "ensure_weight_tying": False,
+    }  # fmt: skip
+    tensors = {key: tensor for key, tensor in found.tensors.items() if key not in beside}
+    return (
+        replace(found, config=found.config.changed(**none), tensors=tensors),
+        replace(found, config=found.config.changed(**plain, eva_config=None), tensors={**nothing, **beside}),
+    )
+
+
+def _base_keys(sites: Collection[str]) -> set[str]:
+    """The keys of the weights of embeddings that are sites, which PEFT's files have too."""
+    return {f"{Method.prefix}{name}.base_layer.weight" for name in sites}
+
+
 def _without_base(found: Checkpoint, engine: Engine) -> Checkpoint:
     """Without the weights of embeddings that are sites, which PEFT's files have too."""
-    own = {f"{Method.prefix}{name}.base_layer.weight" for name in site_tensors(found)[0]}
-    if not (left := sorted(own & found.tensors.keys())):
+    if not (left := sorted(_base_keys(site_tensors(found)[0]) & found.tensors.keys())):
         return found
     warnings.warn(
         f"{engine.name} has the base's embeddings of its own, so these are left out:\n{listing(left)}\nIf the "
@@ -104,8 +142,9 @@ def _without_base(found: Checkpoint, engine: Engine) -> Checkpoint:
 
 def _problems(found: Checkpoint, engine: Engine) -> list[str]:
     config, (sites, rest) = found.config, site_tensors(found)
-    if method_of(config).name != "lora":
-        return [f"it is {method_of(config).name}, and only a plain LoRA goes in"]
+    name = method_of(config).name
+    if name != "lora" and not (name == Alora.name and engine.invokes):
+        return [f"it is {name}, and only a plain LoRA goes in"]
     problems = [f"{name}: an update of a parameter (target_parameters)" for name in sites if of_parameter(config, name)]
     odd = {name: sorted(own.keys() - {"lora_A", "lora_B"}) for name, own in sites.items()}
     problems += [f"{name}: {', '.join(more)}: a LoRA has A and B alone there" for name, more in odd.items() if more]
@@ -113,8 +152,8 @@ def _problems(found: Checkpoint, engine: Engine) -> list[str]:
     problems += [f"{name}: a grouped convolution's" for name in grouped]
     if not engine.rest:
         problems += [
-            f"{key}: it reads nothing beside the sites (whole modules, biases, rows of tokens): merge those into the "
-            "base's weights, or serve a base that has them"
+            f"{key}: it reads nothing beside the sites (whole modules, biases, rows of tokens): split those off "
+            "(--rest FOLDER), fold that into the base, and serve what comes out"
             for key in rest
         ]
     return problems

@@ -22,6 +22,15 @@ def _class_of(source: str) -> tuple[Any, Any]:
     return getattr(transformers, named, None), config
 
 
+def model_config(source: str | Path) -> Any:
+    """The model's config alone.
+
+    Raises:
+        AdapterError: there is no model.
+    """
+    return _class_of(str(source))[1]
+
+
 def empty_model(source: str | Path) -> PreTrainedModel:
     """The model's structure on the meta device; only ``config.json`` is read.
 

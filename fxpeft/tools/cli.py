@@ -6,40 +6,28 @@ Every command takes folders and hub ids, and ``--json`` for scripts. Exit codes:
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import sys
-import tempfile
-import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 import fxpeft
 from fxpeft.errors import AdapterError
+from fxpeft.tools.answers import Json, Source, show
+from fxpeft.tools.convert import Folded, adapted, convert
 from fxpeft.tools.gpu_check import gpu_check
 from fxpeft.tools.serve import serve
-
-if TYPE_CHECKING:
-    from fxpeft.checkpoint import Checkpoint
 
 app = typer.Typer(
     name="fxpeft", help=fxpeft.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )  # fmt: skip
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Source = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder or hub id.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or hub id.")]
 Base = Annotated[str, typer.Option("--model", metavar="MODEL", help="The base model's folder or hub id.")]
-Folded = Annotated[
-    str | None, typer.Option("--model", metavar="MODEL", help="The base; default: the one that the adapter names.")
-]
 Target = Annotated[
     list[str] | None, typer.Option("--target", help="A pattern or name, repeatable; default: the architecture's.")
 ]
@@ -52,29 +40,6 @@ class Method(StrEnum):
     dora = "dora"
 
 
-class To(StrEnum):
-    """What methods can be converted to."""
-
-    lora = "lora"
-
-
-class For(StrEnum):
-    """What takes one plain LoRA; see :mod:`fxpeft.checkpoint.engines`."""
-
-    peft = "peft"
-    vllm = "vllm"
-    sglang = "sglang"
-    llama_cpp = "llama.cpp"
-
-
-class Dtype(StrEnum):
-    """What tensors can be converted to."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
 def _version(asked: bool) -> None:
     if asked:
         print(f"fxpeft {fxpeft.__version__}")
@@ -84,26 +49,6 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
     pass
-
-
-def _print(as_json: bool, content: Any, *shown: Any) -> None:
-    """``content`` as JSON, or what a person reads."""
-    if as_json:
-        print(json.dumps(_plain(content), indent=2))
-        return
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    for part in shown:
-        console.print(Text(part) if isinstance(part, str) else part)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @app.command()
@@ -138,7 +83,7 @@ def plan(
     if draw is not None:
         made.draw(layer, draw)
     head = f"{type(made.config).__name__} on {made.model}: {len(made.sites)} sites, {made.parameters:,} parameters"
-    _print(as_json, json.loads(made.to_json()) if as_json else None, head, plan_table(made), *plan_notes(made))
+    show(as_json, json.loads(made.to_json()) if as_json else None, head, plan_table(made), *plan_notes(made))
 
 
 @app.command()
@@ -171,7 +116,7 @@ def inspect(adapter: Source, as_json: Json = False) -> None:
     lines = [f"{k}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in total.items()]
     lines += [f"{k}: {v}" for k, v in own.items() if k not in ("target_modules", "peft_version", "inference_mode")]
     content = {**total, "config": own, "site": sites, "other": other}
-    _print(as_json, content, *lines, table, *(f"{k} {v}" for k, v in other.items()))
+    show(as_json, content, *lines, table, *(f"{k} {v}" for k, v in other.items()))
 
 
 @app.command()
@@ -215,95 +160,11 @@ def check(
     except AdapterError as error:
         answer["why_not"] = str(error)
     words = [f"loads: {'yes' if answer['loads'] else 'no'}", f"swaps: {'yes' if answer['swaps'] else 'no'}"]
-    _print(as_json, answer, *words, *([answer["why_not"]] if answer["why_not"] else []))
+    show(as_json, answer, *words, *([answer["why_not"]] if answer["why_not"] else []))
     raise typer.Exit(0 if answer["swaps"] else 1)
 
 
-@app.command()
-def convert(
-    adapter: Source,
-    output: Annotated[Path, typer.Argument(help="The new adapter's folder.")],
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the new tensors.")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="The most ranks of a site: truncated SVD.")] = None,
-    to: Annotated[To | None, typer.Option(help="Another method; it reads the base model.")] = None,
-    engine: Annotated[For | None, typer.Option("--for", help="One rank, one alpha, for an engine.")] = None,
-    model: Folded = None,
-    as_json: Json = False,
-) -> None:
-    """Write an adapter in another dtype, at a smaller rank or as plain LoRA, errors stated; in PEFT's format.
-
-    With --for it is a LoRA of one rank and one alpha, which the engine can read, or an error says what it can't; what
-    is no LoRA, or starts from the base's weights (PiSSA, OLoRA), is made one, which reads the base model.
-    """
-    import torch
-
-    from fxpeft.checkpoint import read
-    from fxpeft.checkpoint.adapter_file import cast, shrink
-    from fxpeft.checkpoint.engines import ENGINES, for_engine
-    from fxpeft.checkpoint.writing import write_files
-
-    if dtype is None and rank is None and to is None and engine is None:
-        raise AdapterError("convert: say what to: --dtype, --rank, --to or --for")
-    found = read(adapter)
-    errors: dict[str, float] = {}
-    if to is not None or (engine is not None and _needs_base(found)):
-        with tempfile.TemporaryDirectory() as beside:  # an engine that can't take it leaves nothing behind
-            found = _as_lora(adapter, model, rank, output if engine is None else Path(beside))
-    elif rank is not None:
-        found, errors = shrink(found, rank)
-    if engine is not None:
-        found, rounding = for_engine(found, ENGINES[engine.value])
-        errors = errors or rounding
-    if dtype is not None:
-        found = cast(found, getattr(torch, dtype.value))
-    values = found.config.to_dict()
-    if "peft_version" in values:  # the tensors lie as they did
-        values["peft_version"] = found.release
-    write_files(output, {key: value for key, value in values.items() if value or key != "peft_version"}, found.tensors)
-    count = sum(t.numel() for t in found.tensors.values())
-    worst = max(errors.values(), default=0.0)
-    content = {"output": str(output), "parameters": count, "worst_error": worst, "errors": errors}
-    table = Table("site", "relative error of the update", box=None)
-    for name, error in errors.items():
-        table.add_row(name, f"{error:.3g}")
-    _print(as_json, content, f"{output}: {count:,} parameters", *([table, f"worst: {worst:.3g}"] if errors else []))
-
-
-def _needs_base(found: Checkpoint) -> bool:
-    """Whether an adapter is no LoRA whose file alone says what it adds."""
-    from fxpeft.methods import method_of
-    from fxpeft.methods.inits import starts_from_base
-
-    start = getattr(found.config, "init_lora_weights", True)
-    return method_of(found.config).name != "lora" or starts_from_base(start) or start == "loftq"
-
-
-def _adapted(adapter: str, base: str | None) -> tuple[Any, str]:
-    """The base model with the adapter on it, and where it came from."""
-    from fxpeft.checkpoint import read
-    from fxpeft.model.empty import loaded_model
-
-    base = base or read(adapter).config.base_model_name_or_path
-    if base is None:
-        raise AdapterError(f"{adapter}: names no base model; say which with --model")
-    whole = loaded_model(base)
-    fxpeft.load_adapter(whole, adapter, check_finite=True)
-    return whole, base
-
-
-def _as_lora(adapter: str, base: str | None, rank: int | None, output: Path) -> Checkpoint:
-    """The adapter as plain LoRA; how far off that is goes to stderr."""
-    from fxpeft.checkpoint import read
-
-    whole, _ = _adapted(adapter, base)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        fxpeft.convert(whole, "default", new_name="converted", rank=rank)
-    for warning in told:
-        if "approximates" in str(warning.message):
-            print(f"warning: {warning.message}", file=sys.stderr)
-    fxpeft.save_adapter(whole, output, "converted")
-    return read(output)
+app.command()(convert)
 
 
 @app.command()
@@ -318,12 +179,12 @@ def fold(
 
     if output.is_dir() and any(output.iterdir()):
         raise AdapterError(f"{output}: expected a new or an empty folder")
-    whole, base = _adapted(adapter, model)
+    whole, base = adapted(adapter, model)
     sites = list(state_of(whole).get("default").plan.sites)
     fxpeft.merge_and_unload(whole, safe=True)
     whole.save_pretrained(output)
     content = {"output": str(output), "base": base, "sites": sites}
-    _print(as_json, content, f"{output}: {base} with {len(sites)} sites folded")
+    show(as_json, content, f"{output}: {base} with {len(sites)} sites folded")
 
 
 @app.command()
@@ -340,7 +201,7 @@ def diff(before: Source, after: Source, as_json: Json = False) -> None:
         apart = "differs" if site.distance is None else f"apart by {site.distance:.3g} of the update"
         lines.append(f"~ {site.name}: {ranks}{apart}")
     lines += [f"~ {key}" for key in found.rest]
-    _print(as_json, found, *(lines or ["no difference"]))
+    show(as_json, found, *(lines or ["no difference"]))
     raise typer.Exit(1 if found else 0)
 
 
@@ -368,7 +229,7 @@ def bench(
     for name, milliseconds in result.milliseconds.items():
         share = f"{milliseconds / result.milliseconds['base']:.2f}" if name != "swap" else ""
         table.add_row(name, f"{milliseconds:.3f}", share)
-    _print(as_json, result, f"{result.sites} sites, rank {rank} of {max_rank}, {result.device}", table,
+    show(as_json, result, f"{result.sites} sites, rank {rank} of {max_rank}, {result.device}", table,
            f"graphs: {result.graphs}")  # fmt: skip
 
 

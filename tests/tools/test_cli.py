@@ -13,7 +13,7 @@ import torch
 from closeness import assert_close
 from peer_files import CASES, FILES
 from processes import python
-from tiny import randomise, tiny_llama, token_ids
+from tiny import randomise, tiny_bert, tiny_llama, token_ids
 from typer.testing import CliRunner
 
 import fxpeft
@@ -326,6 +326,36 @@ def test_convert_for_an_engine_is_one_rank_and_one_scale(folder: Path, tmp_path:
         ).eval()
         with torch.no_grad():
             assert_close(peer(ids).logits, outputs(source))
+
+
+@pytest.mark.parametrize("name", ["head", "biases", "tokens"])
+def test_convert_splits_off_what_no_engine_reads(name: str, tmp_path: Path) -> None:
+    build, ids = (tiny_bert if name == "biases" else tiny_llama), token_ids()
+    fields: dict[str, Any] = {
+        "head": {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"]},
+        "biases": {"target_modules": ["query"], "bias": "lora_only", "task_type": "SEQ_CLS"},
+        "tokens": {"target_modules": ["v_proj"], "trainable_token_indices": [3, 5, 9], "use_rslora": True},
+    }[name]
+    build().save_pretrained(tmp_path / "base")
+    model = build()
+    fxpeft.add_adapter(model, LoraConfig(r=3, lora_alpha=5, **fields))
+    randomise(fxpeft.adapter_state_dict(model).values(), seed=2)
+    fxpeft.save_adapter(model, tmp_path / "adapter")
+    made = told("convert", tmp_path / "adapter", tmp_path / "plain", "--for", "vllm", "--rest", tmp_path / "rest")
+    assert made["rest_tensors"]
+    assert all(key.endswith(("lora_A.weight", "lora_B.weight")) for key in read(tmp_path / "plain").tensors)
+    # the rest is an adapter, which PEFT loads too; the base with it folded in and the plain LoRA are the adapter
+    told("fold", tmp_path / "rest", tmp_path / "served", "--model", tmp_path / "base")
+    served = build().from_pretrained(tmp_path / "served").eval()
+    fxpeft.load_adapter(served, tmp_path / "plain")
+    peer = peft.PeftModel.from_pretrained(build(), str(tmp_path / "rest")).eval()
+    folded = build().from_pretrained(tmp_path / "served").eval()
+    with torch.no_grad():
+        assert_close(served(ids).logits, model(ids).logits)
+        assert_close(peer(ids).logits, folded(ids).logits)
+        assert (folded(ids).logits - build()(ids).logits).abs().max() > 1e-3
+    with pytest.raises(AdapterError, match="--rest needs --for"):
+        run("convert", tmp_path / "adapter", tmp_path / "out", "--dtype", "float16", "--rest", tmp_path / "other")
 
 
 def test_convert_for_an_engine_says_what_it_cannot_take(folder: Path, tmp_path: Path) -> None:
