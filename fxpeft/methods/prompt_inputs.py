@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -232,7 +232,7 @@ class PromptGeneration(FedModel):
                 f"generate: {type(self).__name__} keeps no cache of its past, so that every step would begin with the "
                 "prompt again; pass use_cache=False"
             )
-        filled, prompt = _is_filled(cache, mask), _running(self)[1]
+        filled, (_, prompt) = _is_filled(cache, mask), _of_lanes(self)
         new = input_ids if (count := kwargs.get("next_sequence_length")) is None else input_ids[:, -count:]
         if filled and kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is not None:
             kwargs["next_sequence_length"] += virtual  # generate took the cache's length from that of the tokens
@@ -258,29 +258,35 @@ class PromptGeneration(FedModel):
         )
 
 
-def _running(model: Any) -> tuple[Any, Prompt]:
-    """The prompt that the model runs now, and its plan; ``None``: it runs none, as rows or calls of slots may."""
+def _running(model: Any) -> tuple[Any, Callable[[], Prompt]]:
+    """The plan of the prompt that the model runs now, and what gives the prompt."""
     slot = model._modules.get("slot")
     if slot is not None:
-        return slot.plan, slot()
+        return slot.plan, slot
     for adapter in vars(model)["_fxpeft"].running():
         plan = adapter.plan.sites.get("")
         if plan is not None:
-            return plan, adapter.parts[""]()
+            return plan, adapter.parts[""]
     raise AdapterError(f"{type(model).__name__} runs a prompt's forward, but no prompt is active")
 
 
+def _of_lanes(model: Any) -> tuple[bool, Prompt]:
+    """Whether slots have lanes, so that calls may have no prompt or each row its own; and that, where they have."""
+    slot = model._modules.get("slot")
+    return (True, slot()) if slot is not None and slot.lanes is not None else (False, None)
+
+
 def _encoder_prompt(model: Any) -> tuple[int, Prompt]:
-    with torch.no_grad():
-        plan, prompt = _running(model)
+    plan, prompt = _running(model)
     encoder = plan.task == "SEQ_2_SEQ_LM" and not plan.prefix
-    return plan.rank, prompt if encoder else None
+    with torch.no_grad():
+        return plan.rank, prompt() if encoder else None
 
 
 def _decoder_virtual(model: Any) -> tuple[int, str]:
     """How many virtual tokens the decoder's cache holds, and the name of the mask that covers them."""
-    plan, prompt = _running(model)
-    virtual = 0 if prompt is None else plan.rank
+    plan, (lanes, prompt) = _running(model)[0], _of_lanes(model)
+    virtual = 0 if lanes and prompt is None else plan.rank
     if plan.task != "SEQ_2_SEQ_LM":
         return virtual, "attention_mask"
     return virtual if plan.prefix else 0, "decoder_attention_mask"
@@ -341,7 +347,7 @@ def _for_rows(prompt: Tensor | RowPrompts, virtual: int, tokens: Tensor) -> Tens
     return prompt[:virtual].to(tokens).expand(tokens.shape[0], -1, -1)
 
 
-def _covered(mask: Any, virtual: int, prompt: Any, inputs: dict[str, Any], cache: Any = None) -> Any:
+def _covered(mask: Any, virtual: int, prompt: Prompt, inputs: dict[str, Any], cache: Any = None) -> Any:
     """A mask ``[batch, tokens]`` that covers virtual tokens too. There has to be one where a row has none.
 
     Args:
@@ -359,7 +365,7 @@ def _extended(tensor: Any, virtual: int, value: Any) -> Any:
     """``[batch, tokens]`` with ``virtual`` columns of a value before; ``None`` stays.
 
     Args:
-        value: a number; or the prompt that a mask is to cover: one, and zero for rows that have none.
+        value: a number; or the prompt that a mask is to cover, where rows that have none are to have zeros.
     """
     if tensor is None:
         return None

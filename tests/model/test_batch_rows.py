@@ -34,14 +34,34 @@ BETWEEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "sorted": (lambda x: x.sort(dim=0)[0], "down: rows that were picked"),
     "picked": (lambda x: x[x[:, 0, 0].argsort()], "down: rows that were picked"),
     "selected": (lambda x: x.index_select(0, x[:, 0, 0].argsort()), "down: rows that were picked"),
+    "regrouped": (lambda x: x.transpose(0, 1).reshape(x.shape), "down: rows that were picked"),
+    "regrouped first": (lambda x: x.reshape(x.shape[1], x.shape[0], -1).transpose(0, 1), "down: rows that were picked"),
+    "regrouped with features": (lambda x: x.flatten(0, 1).T.reshape(x.shape).tanh(), "down: rows that were picked"),
+    "flipped beside": (lambda x: x.transpose(0, 1).flip(1).transpose(0, 1), "down: rows that were picked"),
+    "rolled beside": (lambda x: x.permute(1, 2, 0).roll(1, -1).permute(2, 0, 1), "down: rows that were picked"),
+    "picked beside": (lambda x: x.mT.movedim(0, 2)[:, :, x[:, 0, 0].argsort()].movedim(2, 0).mT, "down: rows that"),
     "summed": (lambda x: x.sum(0), r"down: an input of \[4, 7\]"),
 }
 KEPT: dict[str, Callable[[Tensor], Tensor]] = {
     "pooled": lambda x: x[:, 0],
     "pooled at the last": lambda x: x[torch.arange(x.shape[0]), torch.full((x.shape[0],), -1)],
     "there and back": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "through a flattened batch": lambda x: (x.flatten(0, 1) * 2).relu().view(x.shape[0], -1, x.shape[-1]),
+    "regrouped and back": lambda x: (
+        (x.transpose(0, 1).reshape(x.shape) * 2).view(x.shape[1], x.shape[0], x.shape[2]).transpose(0, 1)
+    ),
+    "heads": lambda x: _heads(x),
     "other tokens": lambda x: x.flip(1).index_select(1, torch.tensor([0, 2])),
 }
+
+
+def _heads(x: Tensor) -> Tensor:
+    """Attention with the batch behind the tokens, in one dimension with the heads."""
+    x = x[..., :6].transpose(0, 1)
+    tokens, rows, _ = x.shape
+    q = x.reshape(tokens, rows * 2, 3).transpose(0, 1)
+    out = torch.bmm(torch.bmm(q, q.mT).softmax(-1), q).transpose(0, 1).reshape(tokens, rows, 6)
+    return torch.nn.functional.pad(out, (0, 1)).transpose(0, 1)
 
 
 @pytest.mark.parametrize("case", BETWEEN)

@@ -207,26 +207,33 @@ def test_beams_have_the_head_of_their_row(tmp_path: Path) -> None:
 
 
 def test_what_rows_cannot_have_is_for_all_rows() -> None:
+    class Writes(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(2))
+
     class Flat(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.writes = Writes(7, 7)
+
         def forward(self, ids: Tensor) -> Tensor:
-            x = self.norm(self.up(self.embed(ids)))
+            x = self.norm(self.writes(self.up(self.embed(ids))))
             return self.head(x.flatten(0, 1), scale=1.0)[0] + self.norm.weight.sum()
 
     torch.manual_seed(0)
     model = Flat().eval()
-    fxpeft.prepare_hotswap(model, 8, targets=["up"], modules_to_save=["head", "norm"], lanes=2)
-    for name in ("head", "norm"):
+    fxpeft.prepare_hotswap(model, 8, targets=["up"], modules_to_save=["head", "norm", "writes"], lanes=2)
+    for name in ("head", "norm", "writes"):
         config = fxpeft.LoraConfig(r=2, target_modules=["up"], modules_to_save=[name], init_lora_weights=False)
         fxpeft.add_adapter(model, config, name)
-    for active in ("head", "norm"):
+    flat = r"'head' brings head \(an input of \[\d+, 7\] for a batch of \d+\), which"
+    for active, other, told in (
+        ("norm", "head", flat),
+        ("head", "norm", flat),  # the active one would be every row's
+        ("norm", "writes", r"'writes' brings writes \(an input that it writes to\), which"),
+    ):
         fxpeft.set_adapter(model, active)
-        other = {"head": "norm", "norm": "head"}[active]  # one that is active would be every row's
-        with (
-            pytest.raises(
-                AdapterError, match=r"'head' brings head \(an input of \[\d+, 7\] for a batch of \d+\), which"
-            ),
-            fxpeft.rows(model, [other] * 6),
-        ):
+        with pytest.raises(AdapterError, match=told), fxpeft.rows(model, [other] * 6):
             pass
     fxpeft.set_adapter(model, "norm")
     model(IDS)  # a call without rows has a weight to give

@@ -19,7 +19,7 @@ import fxpeft
 from fxpeft import AdapterError, LoraConfig
 from fxpeft.integrations.peft import PeftModel
 
-NAMES: list[Any] = [*CONFIGS, None, "lora"]
+NAMES: list[Any] = [*CONFIGS, None]
 TWO = {
     "a": LoraConfig(r=3, lora_alpha=50, target_modules=["q_proj", "down_proj"], alpha_pattern={"down_proj": 20}),
     "b": LoraConfig(r=2, lora_alpha=30, target_modules=["up_proj", "q_proj"], use_rslora=True),
