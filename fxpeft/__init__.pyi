@@ -55,6 +55,9 @@ from fxpeft.adapters import (
     lora_plus_groups as lora_plus_groups,
 )
 from fxpeft.adapters import (
+    replicate_layers as replicate_layers,
+)
+from fxpeft.adapters import (
     save_adapter as save_adapter,
 )
 from fxpeft.adapters import (

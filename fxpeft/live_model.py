@@ -139,6 +139,7 @@ class LiveModel:
     lora_fa_groups = _verb(adapters.lora_fa_groups)
     lora_plus_groups = _verb(adapters.lora_plus_groups)
     initialize_eva = _verb(adapters.initialize_eva)
+    replicate_layers = _verb(adapters.replicate_layers)
 
     # serving
     prepare_hotswap = _verb(serving.prepare_hotswap)

@@ -18,6 +18,7 @@ from fxpeft.adapters.contexts import active, disabled, scaled
 from fxpeft.adapters.eva import initialize_eva
 from fxpeft.adapters.injection import inject, load_adapter_state_dict
 from fxpeft.adapters.parameters import lora_fa_groups, lora_plus_groups, set_requires_grad, trainable_parameters
+from fxpeft.adapters.replication import replicate_layers
 from fxpeft.adapters.saving import adapter_state_dict, save_adapter
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "loaded_adapters",
     "lora_fa_groups",
     "lora_plus_groups",
+    "replicate_layers",
     "save_adapter",
     "save_components",
     "scaled",

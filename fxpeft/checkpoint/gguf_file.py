@@ -69,7 +69,7 @@ def write_gguf(path: Path, found: Checkpoint, base: Any) -> None:
     if known is None:
         raise AdapterError(
             f"{found.source}: GGUF: expected a base of {', '.join(ARCHITECTURES)}, found {short(named)}: give the "
-            "folder that --for llama.cpp writes to llama.cpp's convert_lora_to_gguf.py"
+            "folder that --for llama.cpp writes to llama.cpp's own converter of LoRAs"
         )
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == known.name)
     names = gguf.get_tensor_name_map(architecture, base.num_hidden_layers)

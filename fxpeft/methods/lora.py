@@ -26,6 +26,7 @@ from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig, RankConfig
 from fxpeft.methods.inits import EvaConfig, LoftQConfig
 from fxpeft.methods.tokens import check_tokens
+from fxpeft.model.replication import check_ranges
 from fxpeft.passes.base import PassError, join
 from fxpeft.passes.live.parameters import scaled
 from fxpeft.passes.live.split import split_product
@@ -65,6 +66,7 @@ class LoraConfig(RankConfig):
             A head that has the embeddings' weight follows them. See :mod:`fxpeft.methods.tokens`.
         ensure_weight_tying: what has one weight with the input embeddings follows them: refuse other tokens there, and
             adapt, or bring whole, both alike; see :mod:`fxpeft.targets.tying`.
+        layer_replication: the model's layers are repeated so; see :func:`fxpeft.replicate_layers`.
         alora_invocation_tokens: act from the last occurrence of these tokens in a row on; see
             :mod:`fxpeft.methods.alora`.
     """
@@ -81,12 +83,13 @@ class LoraConfig(RankConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
     alora_invocation_tokens: list[int] | None = None
+    layer_replication: list[Any] | None = None
 
     peft_type: ClassVar[str] = "LORA"
     selecting: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "target_parameters")
     unsupported: ClassVar[Mapping[str, Any]] = {
         "arrow_config": None, "corda_config": None,
-        "kasa_config": None, "layer_replication": None, "lora_ga_config": None, "megatron_config": None,
+        "kasa_config": None, "lora_ga_config": None, "megatron_config": None,
         "megatron_core": "megatron.core", "monteclora_config": None, "qalora_group_size": 16,
         "use_bdlora": None, "use_qalora": False, "velora_config": None,
     }  # fmt: skip
@@ -95,7 +98,6 @@ class LoraConfig(RankConfig):
         "arrow_config": "a router mixes adapters by the input",
         "corda_config": "the start needs statistics of a data set; what PEFT converts to a plain LoRA loads",
         "kasa_config": "the base's own weight is cut to a lower rank",
-        "layer_replication": "repeat the layers of the model first, and adapt that",
         "lora_ga_config": "the start needs gradients; what PEFT converts to a plain LoRA loads",
         "megatron_config": "Megatron's parallel layers are no targets; tensor parallelism of torch is",
         "monteclora_config": "its factors are drawn at random in every forward",
@@ -106,7 +108,7 @@ class LoraConfig(RankConfig):
     #: PEFT 0.17 and 0.18 read A and B of a stack ``[experts, out, in]`` the other way round
     since: ClassVar[Mapping[str, str]] = {
         "target_parameters": "0.19.0", "trainable_token_indices": "0.17.0", "ensure_weight_tying": "0.18.0",
-        "alora_invocation_tokens": "0.18.0",
+        "alora_invocation_tokens": "0.18.0", "layer_replication": "0.17.0",
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -142,6 +144,8 @@ class LoraConfig(RankConfig):
             raise AdapterError("lora_bias=True needs init_lora_weights True or False, as in PEFT")
         if self.lora_bias and self.use_dora:
             raise AdapterError("lora_bias=True is not supported with use_dora=True, as in PEFT")
+        if self.layer_replication is not None:
+            self.layer_replication = check_ranges(self.layer_replication)
         if self.alora_invocation_tokens is not None:
             self.check_invocation(self.alora_invocation_tokens)
         if self.target_parameters:

@@ -19,6 +19,7 @@ from fxpeft.methods.lora import LoraConfig, why_not_parted
 from fxpeft.methods.tokens import TokenRows
 from fxpeft.model.modules import Modules
 from fxpeft.model.placement import parted, parted_dimension
+from fxpeft.model.replication import check_replicated
 from fxpeft.passes.base import PassError, join
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.names import EXCLUDED, Selection, pattern_table
@@ -114,6 +115,8 @@ def make_plan(
         AdapterError: no site was found, a pattern matches nothing, or a target can't be rewritten.
     """
     modules, method = Modules.of(model), method_of(config)
+    if ranges := getattr(config, "layer_replication", None):
+        check_replicated(modules.model, ranges)
     if not method.targeted:
         config, whole = method.find(modules.model, config)
         config, saved = with_saved(with_heads(config) if heads else config, modules, of_file)

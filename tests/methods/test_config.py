@@ -140,7 +140,6 @@ def test_value_in_use_elsewhere_is_taken(name: str, value: object) -> None:
     ("name", "value", "why"),
     [
         ("use_bdlora", True, "unsupported"),
-        ("layer_replication", [[0, 2], [1, 3]], "unsupported"),
         ("corda_config", {"corda_method": "ipm"}, "unsupported"),
         ("qalora_group_size", 32, "unsupported"),
         ("use_sparkles", True, "unknown"),
