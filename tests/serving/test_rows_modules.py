@@ -242,3 +242,30 @@ def test_what_rows_cannot_have_is_for_all_rows() -> None:
         pytest.raises(AdapterError, match=r"norm: forward .* computes with its weight"),
     ):
         model(IDS)
+
+
+def test_layers_that_are_compiled_each_share_a_graph() -> None:
+    """Traced alone, since it is Dynamo that would compile anew: for the name of a site, say."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.norm(self.up(x))  # type: ignore[no-any-return]
+
+    model = nn.Sequential(*(Block() for _ in range(3))).eval()
+    model.dummy_inputs = {"input": torch.zeros(2, 3, 6)}
+    fxpeft.prepare_hotswap(
+        model, 8, targets=["up"], methods=("lora", "dora", "ln_tuning"), modules_to_save=["norm"], lanes=2
+    )
+    config = fxpeft.LoraConfig(r=2, target_modules=["up"], modules_to_save=["norm"], init_lora_weights=False)
+    fxpeft.add_adapter(model, config, "a")
+    counter, x = CompileCounterWithBackend("eager"), torch.randn(2, 3, 6)
+    with torch.no_grad(), fxpeft.rows(model, ["a", None]):
+        expected = model(x)
+        for block in model:
+            block.compile(backend=counter)
+        torch.testing.assert_close(model(x), expected)
+    assert counter.frame_count == 1
