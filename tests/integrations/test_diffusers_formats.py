@@ -132,6 +132,80 @@ FORMATS: dict[str, tuple[Any, str, Callable[[], dict[str, Tensor]]]] = {
 }  # fmt: skip
 
 
+_Z, _L = "layers.0.attention", "layers.0.feed_forward"
+#: tool and model -> the class that reads its names, the model, its settings, whether its keys are kohya's, and a file's
+#: sites -> the model's; tried without weights: test_diffusers_names.py looks where each update goes
+PLACES: dict[str, tuple[Any, str, dict[str, Any], bool, dict[str, list[str]]]] = {
+    "kohya, Flux2": (
+        loaders.Flux2LoraLoaderMixin, "Flux2Transformer2DModel", {"num_layers": 1, "num_single_layers": 1}, True,
+        {"lora_unet_double_blocks_0_img_attn_qkv": [f"transformer_blocks.0.attn.to_{n}" for n in "qkv"],
+         "lora_unet_double_blocks_0_txt_mlp_2": ["transformer_blocks.0.ff_context.linear_out"],
+         "lora_unet_single_blocks_0_linear1": ["single_transformer_blocks.0.attn.to_qkv_mlp_proj"]},
+    ),
+    "ai-toolkit, Flux3": (
+        loaders.Flux3LoraLoaderMixin, "Flux3Transformer2DModel", {"num_layers": 1, "num_single_layers": 1}, False,
+        {"diffusion_model.single_blocks.0.q_proj": ["single_transformer_blocks.0.attn.to_q"],
+         "diffusion_model.single_blocks.0.mlp_in": ["single_transformer_blocks.0.ff.linear_in"]},
+    ),
+    "ai-toolkit, HiDream": (
+        loaders.HiDreamImageLoraLoaderMixin, "HiDreamImageTransformer2DModel",
+        {"num_layers": 1, "num_single_layers": 1, "caption_channels": [8, 8], "llama_layers": [0], "patch_size": 2},
+        False,
+        {"diffusion_model.double_stream_blocks.0.block.attn1.to_q": ["double_stream_blocks.0.block.attn1.to_q"]},
+    ),
+    "ComfyUI, LTX2": (
+        loaders.LTX2LoraLoaderMixin, "LTX2VideoTransformer3DModel", {"num_layers": 1}, False,
+        {"diffusion_model.patchify_proj": ["proj_in"],
+         "diffusion_model.transformer_blocks.0.audio_attn1.to_k": ["transformer_blocks.0.audio_attn1.to_k"]},
+    ),
+    "Lumina2's own names": (
+        loaders.Lumina2LoraLoaderMixin, "Lumina2Transformer2DModel", {"num_layers": 1, "num_refiner_layers": 1}, False,
+        {"diffusion_model.layers.0.attention.qkv": [f"layers.0.attn.to_{n}" for n in "qkv"],
+         "diffusion_model.layers.0.attention.out": ["layers.0.attn.to_out.0"],
+         **{f"diffusion_model.{_L}.w{n}": [f"{_L}.linear_{n}"] for n in (1, 2, 3)},
+         "diffusion_model.layers.0.adaLN_modulation.1": ["layers.0.norm1.linear"]},
+    ),
+    "Anima's own names": (
+        loaders.AnimaLoraLoaderMixin, "CosmosTransformer3DModel", {"num_layers": 1}, False,
+        {"diffusion_model.blocks.0.self_attn.q_proj": ["transformer_blocks.0.attn1.to_q"],
+         "diffusion_model.blocks.0.mlp.layer2": ["transformer_blocks.0.ff.net.2"]},
+    ),
+    "kohya, Z-Image": (
+        loaders.ZImageLoraLoaderMixin, "ZImageTransformer2DModel", {"n_layers": 1, "n_refiner_layers": 1}, True,
+        {"lora_unet_layers_0_attention_to_q": [f"{_Z}.to_q"], "lora_unet_layers_0_feed_forward_w2": [f"{_L}.w2"]},
+    ),
+    "ai-toolkit, Z-Image": (
+        loaders.ZImageLoraLoaderMixin, "ZImageTransformer2DModel", {"n_layers": 1, "n_refiner_layers": 1}, False,
+        {f"diffusion_model.{_Z}.to_k": [f"{_Z}.to_k"], f"diffusion_model.{_L}.w1": [f"{_L}.w1"]},
+    ),
+    "ai-toolkit, Ideogram4": (
+        loaders.Ideogram4LoraLoaderMixin, "Ideogram4Transformer2DModel", {"num_layers": 1}, False,
+        {f"diffusion_model.{_Z}.qkv": [f"{_Z}.to_{n}" for n in "qkv"], f"diffusion_model.{_Z}.o": [f"{_Z}.to_out.0"]},
+    ),
+    "ComfyUI, Krea2": (
+        loaders.Krea2LoraLoaderMixin, "Krea2Transformer2DModel", {"num_layers": 1}, False,
+        {"diffusion_model.blocks.0.attn.wk": ["transformer_blocks.0.attn.to_k"], "diffusion_model.first": ["img_in"],
+         "diffusion_model.blocks.0.mlp.down": ["transformer_blocks.0.ff.down"]},
+    ),
+    "ACE-Step's own names": (
+        loaders.AceStepLoraLoaderMixin, "AceStepTransformer1DModel", {"num_hidden_layers": 1}, False,
+        {"base_model.model.layers.0.self_attn.k_proj": ["layers.0.self_attn.to_k"],
+         "base_model.model.layers.0.cross_attn.o_proj": ["layers.0.cross_attn.to_out.0"]},
+    ),
+    "musubi, MiniMax-H3": (
+        loaders.MiniMaxH3LoraLoaderMixin, "MiniMaxH3Transformer3DModel", {"num_layers": 1, "num_refiner_layers": 1},
+        True,
+        {"lora_unet_blocks_0_attn_qkv_proj": [f"transformer_blocks.0.attn.to_{n}" for n in "qkv"],
+         "lora_unet_blocks_0_mlp_fc1": ["turned", "transformer_blocks.0.ff.net.0.proj"],
+         "lora_unet_token_refiner_blocks_0_attn_out_proj": ["token_refiner.refiner_blocks.0.attn.to_out.0"]},
+    ),
+    "ai-toolkit, Ernie": (
+        loaders.ErnieImageLoraLoaderMixin, "ErnieImageTransformer2DModel", {"num_layers": 1}, False,
+        {"diffusion_model.layers.0.self_attention.to_q": ["layers.0.self_attention.to_q"]},
+    ),
+}  # fmt: skip
+
+
 def pipeline_of(mixin: Any, parts: dict[str, Any]) -> Any:
     """A pipeline of nothing but models."""
     return type("Pipe", (mixin,), {"components": property(lambda self: parts), **parts})()
@@ -275,7 +349,14 @@ def table() -> str:
     """What this file's tests show, as the guide has it."""
     lines = ["| file | read by | tried on |", "|---|---|---|", "| diffusers' own | fxpeft | every model below |"]
     lines += ["| kohya | fxpeft | UNet2DConditionModel, CLIPTextModel |"]
+    lines += [
+        "| LyCORIS | fxpeft | UNet2DConditionModel, CLIPTextModel, FluxTransformer2DModel, Flux2Transformer2DModel |"
+    ]
     lines += [f"| {name} | diffusers' `{mixin.__name__}` | {kind} |" for name, (mixin, kind, _) in FORMATS.items()]
+    lines += [
+        f"| {name} | diffusers' `{mixin.__name__}` | {kind}, by places |" for name, (mixin, kind, *_) in PLACES.items()
+    ]
+    lines += ["| BFL control, fal's Kontext | diffusers' `FluxLoraLoaderMixin` | FluxTransformer2DModel, by places |"]
     lines += ["", "| model | targets tried | a call's scale |", "|---|---|---|"]
     for name, (_, targets) in MODELS.items():
         lines.append(

@@ -18,7 +18,7 @@ from fxpeft.checkpoint.formats.lycoris import as_lora, check, config_of
 from fxpeft.checkpoint.formats.part import NORM, CheckpointFormat, Part, split
 from fxpeft.checkpoint.inferred import infer_config, saved_of, targets_of, with_sites
 from fxpeft.checkpoint.reading import Checkpoint
-from fxpeft.errors import AdapterError, CheckpointError, listing
+from fxpeft.errors import AdapterError, CheckpointError, listing, short
 from fxpeft.methods import config_class
 from fxpeft.methods.base import Method
 from fxpeft.methods.config import AdapterConfig
@@ -157,6 +157,11 @@ def read_file(
         sites = {*part.sites()}
         if missing := [site for site in part.alphas if site not in sites]:
             raise CheckpointError(f"{source}: alphas of sites that have no factors:\n{listing(missing)}")
+    if "alpha" in metadata and not any(part.alphas or part.settings for part in parts.values()):
+        warnings.warn(
+            f"{source}: alpha = {short(metadata['alpha'])} in its header, and none in its keys: its tensors are taken "
+            "as they are; where they were trained with it, set_scale(model, name, alpha / rank)", stacklevel=5,
+        )  # fmt: skip
     return PipelineFile(source, parts=parts, wanted=component, written=tensors)
 
 

@@ -185,7 +185,7 @@ def in_models(
 
 def _model_of(found: PipelineFile, part: str, models: Mapping[str, nn.Module], into: Mapping[str, str]) -> str:
     """The component that a part is for; of one that names none the only one that has its sites."""
-    if part or part in models or part in into:
+    if part or part in into or len(found.parts) > 1:
         return into.get(part, part)
     fitting = [component for component, model in models.items() if found.fits(part, Modules(model))]
     return fitting[0] if len(fitting) == 1 else part

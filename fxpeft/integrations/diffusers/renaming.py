@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxpeft.checkpoint.formats import PipelineFile, read_file
-from fxpeft.checkpoint.formats.diffusers import alpha_key
+from fxpeft.checkpoint.formats.diffusers import COMPONENT, alpha_key
 from fxpeft.checkpoint.formats.lycoris import flat, ranks_of, scale
 from fxpeft.checkpoint.formats.part import LYCORIS
 from fxpeft.errors import CheckpointError, listing
@@ -30,7 +30,7 @@ def renamed(pipe: Pipeline, found: PipelineFile) -> PipelineFile:
     magnitudes = {key: t for key, t in found.written.items() if key.endswith(_MAGNITUDE) and key not in own}
     # some are multiplied in place
     given = {key: t.clone() for key, t in found.written.items() if key not in magnitudes and key not in own}
-    answer = _converted(pipe, found, given) if given else {}
+    answer = _mended(_converted(pipe, found, _scaled(given)), given) if given else {}
     kept = {id(tensor) for tensor in answer.values()}
     lost = [k for k, t in given.items() if k.endswith((".diff", ".diff_b")) and id(t) not in kept and t.any()]
     if lost:
@@ -41,6 +41,31 @@ def renamed(pipe: Pipeline, found: PipelineFile) -> PipelineFile:
     if lycoris:
         answer |= _lycoris(pipe, found, lycoris)
     return read_file(answer, {}, found.source)
+
+
+def _scaled(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The file with the alphas of Flux' last layer in its factors; diffusers' converter of kohya's drops them."""
+    out = dict(given)
+    for key in [key for key in given if key.startswith("lora_unet_final_layer_") and key.endswith(".alpha")]:
+        down = key.replace(".alpha", ".lora_down.weight")
+        if down in out:
+            out[down] = out[down] * (float(out.pop(key)) / len(out[down]))
+    return out
+
+
+def _mended(answer: dict[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The answer with what diffusers gets wrong of Flux' last layer, right.
+
+    It swaps two halves of the rows of BFL's last modulation, of A too, whose rows are ranks; and it leaves out which
+    model kohya's last layer is of.
+    """
+    for key, a in given.items():
+        if "adaLN_modulation" in key and key.endswith(".lora_A.weight") and len(a) > 1:
+            turned = torch.cat(a.chunk(2)[::-1])
+            answer |= {name: a for name, t in answer.items() if t.shape == a.shape and torch.equal(t, turned)}
+    if any(key.startswith("transformer.") for key in answer):
+        return {key if COMPONENT.fullmatch(key) else f"transformer.{key}": t for key, t in answer.items()}
+    return answer
 
 
 def _magnitudes(pipe: Pipeline, found: PipelineFile, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
