@@ -136,13 +136,31 @@ from fxpeft.methods import (
     AdaLoraConfig as AdaLoraConfig,
 )
 from fxpeft.methods import (
+    BeftConfig as BeftConfig,
+)
+from fxpeft.methods import (
     BOFTConfig as BOFTConfig,
+)
+from fxpeft.methods import (
+    C3AConfig as C3AConfig,
+)
+from fxpeft.methods import (
+    DeftConfig as DeftConfig,
 )
 from fxpeft.methods import (
     DeloraConfig as DeloraConfig,
 )
 from fxpeft.methods import (
     EvaConfig as EvaConfig,
+)
+from fxpeft.methods import (
+    FourierFTConfig as FourierFTConfig,
+)
+from fxpeft.methods import (
+    GraloraConfig as GraloraConfig,
+)
+from fxpeft.methods import (
+    HiraConfig as HiraConfig,
 )
 from fxpeft.methods import (
     HRAConfig as HRAConfig,
@@ -179,6 +197,12 @@ from fxpeft.methods import (
 )
 from fxpeft.methods import (
     PromptTuningConfig as PromptTuningConfig,
+)
+from fxpeft.methods import (
+    PsoftConfig as PsoftConfig,
+)
+from fxpeft.methods import (
+    PveraConfig as PveraConfig,
 )
 from fxpeft.methods import (
     TrainableTokensConfig as TrainableTokensConfig,

@@ -43,9 +43,17 @@ class KindCase:
         return net
 
 
+def conv1d() -> Conv1D:
+    """Transformers', whose weight is [in, out]; it starts so small that what multiplies it moves nothing."""
+    made = Conv1D(5, 6)
+    with torch.no_grad():
+        made.weight.mul_(15)
+    return made
+
+
 KINDS = {
     "Linear": KindCase(lambda: nn.Linear(6, 5), lambda: torch.randn(3, 6)),
-    "Conv1D": KindCase(lambda: Conv1D(5, 6), lambda: torch.randn(3, 6)),  # transformers', its weight is [in, out]
+    "Conv1D": KindCase(conv1d, lambda: torch.randn(3, 6)),
     "Embedding": KindCase(lambda: nn.Embedding(9, 5), lambda: torch.arange(6).view(2, 3)),
     "Conv1d": KindCase(lambda: nn.Conv1d(6, 5, 3, padding=1), lambda: torch.randn(3, 6, 7)),
     "Conv2d": KindCase(lambda: nn.Conv2d(6, 5, (2, 3), stride=(1, 2)), lambda: torch.randn(3, 6, 5, 7)),
@@ -117,6 +125,34 @@ METHODS = {
         fxpeft.HRAConfig, peft.HRAConfig, {"r": 5}, "hra", refused=("Embedding", "Conv1d", "Conv3d"),
         alone=("Conv1D", "Conv2d"), other={"r": 4, "apply_GS": True},
     ),
+    "BEFT": MethodCase(fxpeft.BeftConfig, peft.BeftConfig, {}, "beft", refused=LINEAR, alone=("Conv1D",), other={}),
+    "GraLoRA": MethodCase(
+        fxpeft.GraloraConfig, peft.GraloraConfig, {"r": 3, "gralora_k": 1, "hybrid_r": 2, "alpha": 6}, "gralora",
+        refused=LINEAR, other={"r": 2, "hybrid_r": 0},
+    ),
+    "DEFT": MethodCase(
+        fxpeft.DeftConfig, peft.DeftConfig, {"r": 3, "alpha": 5}, "deft", refused=LINEAR,
+        other={"r": 2, "decomposition_method": "qr"},
+    ),
+    "HiRA": MethodCase(
+        fxpeft.HiraConfig, peft.HiraConfig, {"r": 3}, "hira", refused=LINEAR,
+        other={"r": 5},
+    ),
+    "C3A": MethodCase(
+        fxpeft.C3AConfig, peft.C3AConfig, {"block_size": 1}, "c3a", refused=LINEAR, alone=("Conv1D",), other={},
+    ),
+    "FourierFT": MethodCase(
+        fxpeft.FourierFTConfig, peft.FourierFTConfig, {"n_frequency": 9, "scaling": 20.0}, "fourierft", refused=LINEAR,
+        other={"n_frequency": 30, "random_loc_seed": 3},
+    ),
+    "PSOFT": MethodCase(
+        fxpeft.PsoftConfig, peft.PsoftConfig, {"r": 5, "psoft_alpha": 6}, "psoft", refused=LINEAR, alone=("Conv1D",),
+        other={"r": 3, "ab_svd_init": "pissa_init"},
+    ),
+    "PVeRA": MethodCase(
+        fxpeft.PveraConfig, peft.PveraConfig, {"r": 4, "projection_prng_key": 3}, "pvera", refused=LINEAR,
+        other={"r": 7},
+    ),
     "OFT": MethodCase(
         fxpeft.OFTConfig, peft.OFTConfig, {"oft_block_size": 6}, "oft", refused=LINEAR, alone=("Conv1D",),
         other={"r": 2, "oft_block_size": 0, "use_cayley_neumann": False},
@@ -159,7 +195,8 @@ def grads_of(peer: Any, model: Any, loss: Any) -> None:
         loss(each).backward()
     theirs = {n.replace(".default", ""): p.grad for n, p in peer.named_parameters() if p.grad is not None}
     parameters = {p.data_ptr(): p for p in model.parameters()}
-    held = {k: parameters[t.data_ptr()].grad for k, t in fxpeft.adapter_state_dict(model).items()}
+    tensors = fxpeft.adapter_state_dict(model).items()  # VeRA's factors are no parameters
+    held = {k: parameters[t.data_ptr()].grad for k, t in tensors if t.data_ptr() in parameters}
     assert held.keys() == theirs.keys()
     for key, grad in held.items():
         assert grad is not None

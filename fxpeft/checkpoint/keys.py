@@ -18,6 +18,7 @@ from fxpeft.passes.targets.operations.registry import kinds
 
 # parts of PEFT's modules that fxpeft has no parameter for, or no site
 _MORE = ("lora_ranknum", "token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
+_LEAVES = "weight|bias|vector_a|vector_b"
 _MAGNITUDE = "lora_magnitude_vector"  # the one part that is a weight in memory and none in a file
 
 
@@ -27,10 +28,10 @@ class Parts:
 
     Args:
         part: a key in its parts: ``site``, ``part``, and what may follow: an adapter's ``name``, as in PEFT's modules,
-            and ``leaf``, weight or bias.
+            and ``leaf``, weight or bias, or one of PSOFT's vectors.
         odd: whether any of many keys, one a line, has what a file has not: most files have none of it, and a swap
             reads one each time.
-        leafed: the parts that are followed by weight or bias in files too.
+        leafed: the parts that are followed by a leaf in files too.
         bare: keys that name no module.
     """
 
@@ -48,17 +49,17 @@ def parts_known() -> Parts:
 @lru_cache(maxsize=8)
 def _parts(methods: Sequence[Method[Any]]) -> Parts:
     keys = {key for method in methods if method.targeted for kind in kinds() for key in method.keys(kind).values()}
-    leafed = frozenset(key.rpartition(".")[0] for key in keys if key.endswith((".weight", ".bias"))) | {
-        "ln_tuning_layers"
-    }
+    leafed = frozenset(
+        key.rpartition(".")[0] for key in keys if key.endswith(tuple(f".{leaf}" for leaf in _LEAVES.split("|")))
+    ) | {"ln_tuning_layers"}
     names = {key for key in keys if key.rpartition(".")[0] not in leafed} | leafed | {*_MORE}
     every = "|".join(map(re.escape, sorted(names, key=lambda name: (-len(name), name))))
     return Parts(
         re.compile(
-            rf"(?P<site>.+?)\.(?P<part>{every})(?:\.(?P<name>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
+            rf"(?P<site>.+?)\.(?P<part>{every})(?:\.(?P<name>(?!(?:{_LEAVES})$)[^.]+))?(?:\.(?P<leaf>{_LEAVES}))?"
         ),
         re.compile(
-            rf"\b(?:{'|'.join(INNER)})\.|^module\.base_model\.|\.{_MAGNITUDE}\.|\.(?:{every})\.(?!(?:weight|bias)$)",
+            rf"\b(?:{'|'.join(INNER)})\.|^module\.base_model\.|\.{_MAGNITUDE}\.|\.(?:{every})\.(?!(?:{_LEAVES})$)",
             re.MULTILINE,
         ),
         leafed,

@@ -1,9 +1,15 @@
 """The methods: each a config, its parameters, its training subgraph, and how it lowers to slot values."""
 
 from fxpeft.methods.adalora import AdaLoraConfig
+from fxpeft.methods.beft import BeftConfig
 from fxpeft.methods.boft import BOFTConfig
+from fxpeft.methods.c3a import C3AConfig
 from fxpeft.methods.config import AdapterConfig
+from fxpeft.methods.deft import DeftConfig
 from fxpeft.methods.delora import DeloraConfig
+from fxpeft.methods.fourierft import FourierFTConfig
+from fxpeft.methods.gralora import GraloraConfig
+from fxpeft.methods.hira import HiraConfig
 from fxpeft.methods.hra import HRAConfig
 from fxpeft.methods.ia3 import IA3Config
 from fxpeft.methods.inits import EvaConfig, LoftQConfig
@@ -16,6 +22,8 @@ from fxpeft.methods.oft import OFTConfig
 from fxpeft.methods.p_tuning import PromptEncoderConfig
 from fxpeft.methods.prefix_tuning import PrefixTuningConfig
 from fxpeft.methods.prompt_tuning import PromptTuningConfig
+from fxpeft.methods.psoft import PsoftConfig
+from fxpeft.methods.pvera import PveraConfig
 from fxpeft.methods.registry import METHODS, config_class, following, method_of, register, slot_needs
 from fxpeft.methods.tokens import TrainableTokensConfig
 from fxpeft.methods.values import Values
@@ -27,9 +35,15 @@ __all__ = [
     "AdaLoraConfig",
     "AdapterConfig",
     "BOFTConfig",
+    "BeftConfig",
+    "C3AConfig",
+    "DeftConfig",
     "DeloraConfig",
     "EvaConfig",
+    "FourierFTConfig",
+    "GraloraConfig",
     "HRAConfig",
+    "HiraConfig",
     "IA3Config",
     "LNTuningConfig",
     "LoHaConfig", "LoKrConfig",
@@ -40,6 +54,8 @@ __all__ = [
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptTuningConfig",
+    "PsoftConfig",
+    "PveraConfig",
     "TrainableTokensConfig",
     "VBLoRAConfig",
     "Values",

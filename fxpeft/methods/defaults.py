@@ -68,6 +68,31 @@ IA3_TARGETS: dict[str, list[str] | str] = {
     "deberta-v2": ["key_proj", "value_proj", "output.dense"],
     "deberta": ["in_proj", "output.dense"],
 }
+BEFT_TARGETS: dict[str, list[str] | str] = {
+    **{
+        name: ["v_proj"]
+        for name in (
+            "bart",
+            "opt",
+            "gptj",
+            "gpt_neo",
+            "llama",
+            "llama4",
+            "mistral",
+            "mixtral",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "qwen2",
+            "qwen3",
+            "phi",
+        )
+    },
+    **{name: ["value"] for name in ("bert", "roberta")},
+    "t5": ["v"],
+    "mt5": ["v"],
+    "deberta-v2": ["value_proj"],
+}
 LN_TARGETS: dict[str, list[str]] = {
     **{name: ["input_layernorm", "post_attention_layernorm", "norm"] for name in ("llama", "mistral", "gemma")},
     **{name: ["input_layernorm", "post_attention_layernorm", "ln_f"] for name in ("bloom", "falcon")},

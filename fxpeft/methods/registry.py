@@ -8,10 +8,16 @@ from fxpeft.errors import AdapterError
 from fxpeft.methods.adalora import AdaLora
 from fxpeft.methods.alora import Alora
 from fxpeft.methods.base import Method
+from fxpeft.methods.beft import Beft
 from fxpeft.methods.boft import Boft
+from fxpeft.methods.c3a import C3A
 from fxpeft.methods.config import AdapterConfig
+from fxpeft.methods.deft import Deft
 from fxpeft.methods.delora import Delora
 from fxpeft.methods.dora import Dora
+from fxpeft.methods.fourierft import FourierFT
+from fxpeft.methods.gralora import Gralora
+from fxpeft.methods.hira import Hira
 from fxpeft.methods.hra import Hra
 from fxpeft.methods.ia3 import Ia3
 from fxpeft.methods.ln_tuning import LnTuning
@@ -23,13 +29,17 @@ from fxpeft.methods.oft import Oft
 from fxpeft.methods.p_tuning import PTuning
 from fxpeft.methods.prefix_tuning import PrefixTuning
 from fxpeft.methods.prompt_tuning import PromptTuning
+from fxpeft.methods.psoft import Psoft
+from fxpeft.methods.pvera import Pvera
 from fxpeft.methods.tokens import TrainableTokens
 from fxpeft.methods.vblora import VBLoRA
 from fxpeft.methods.vera import Vera
 
 METHODS: list[Method[Any]] = [
     Dora(), Alora(), TrainableTokens(), LnTuning(), LoHa(), LoKr(), Vera(), Bat(), Miss(), VBLoRA(), Delora(), Hra(),
-    Oft(), Boft(), AdaLora(), Lora(), Ia3(), PromptTuning(), PTuning(), PrefixTuning(),
+    Oft(), Boft(), Beft(), Gralora(), Deft(), Hira(), C3A(), FourierFT(),
+    Psoft(), Pvera(), AdaLora(), Lora(), Ia3(),
+    PromptTuning(), PTuning(), PrefixTuning(),
 ]  # fmt: skip
 
 

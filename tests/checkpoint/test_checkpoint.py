@@ -76,7 +76,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no utf-8": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"), rf"{CONFIG}: damaged"),
     "json list": (lambda f: (f / CONFIG).write_text('["r", 4]'), "expected an object, found list"),
     "no peft_type": (lambda f: (f / CONFIG).write_text("{}"), "peft_type: expected one of LORA.*found None"),
-    "other peft_type": (lambda f: edit_config(f, peft_type="OFT"), "peft_type.*'OFT'"),
+    "other peft_type": (lambda f: edit_config(f, peft_type="SHADOW"), "peft_type.*'SHADOW'"),
     "odd peft_type": (lambda f: edit_config(f, peft_type=["LORA"]), r"peft_type.*\['LORA'\]"),
     "wrong type": (lambda f: edit_config(f, r="3"), rf"{CONFIG}: LoraConfig.r: expected int, found '3'"),
     "unsupported": (lambda f: edit_config(f, use_bdlora=True), r"use_bdlora = True \(unsupported\)"),

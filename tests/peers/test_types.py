@@ -19,24 +19,22 @@ COLUMNS = {  # in the README's table of what each method can do
     "VBLORA": "VB-LoRA", "DELORA": "DeLoRA", "HRA": "HRA", "OFT": "OFT", "BOFT": "BOFT",
     "LN_TUNING": "LN tuning", "TRAINABLE_TOKENS": "trainable tokens",
 }  # fmt: skip
+ROWS = {  # in the guide's table of what each method can do
+    "BEFT": "BEFT", "GRALORA": "GraLoRA", "DEFT": "DEFT", "HIRA": "HiRA", "C3A": "C3A", "FOURIERFT": "FourierFT",
+    "PSOFT": "PSOFT", "PVERA": "PVeRA",
+}  # fmt: skip
+EXACT = "**exact**: trains, files both ways, swaps"
+FULL = ("C3A", "FOURIERFT", "HIRA")
 SLOT, FOLD, NOT = "not here; would be exact in a slot", "not here; would only fold", "not here; can't be static"
 REST = {
     "ADAMSS": (SLOT, "low-rank updates of groups of outputs, and a shift"),
-    "BEFT": (SLOT, "a shift"),
     "CARTRIDGE": (SLOT, "keys and values in front, as prefix tuning"),
     "CPT": (SLOT, "a prompt, trained under other constraints"),
-    "DEFT": (SLOT, "`Q R - P P^T W`, of twice its rank, with the base's weight"),
-    "GRALORA": (SLOT, "LoRAs of blocks, of their ranks together"),
     "MULTITASK_PROMPT_TUNING": (SLOT, "a prompt for each task"),
-    "PSOFT": (SLOT, "`B (R - I) A`"),
-    "PVERA": (SLOT, "VeRA, where nothing is drawn at inference"),
     "TINYLORA": (SLOT, "`B R A` with the base's singular vectors"),
     "UNILORA": (SLOT, "a LoRA whose entries are picked from one vector"),
-    "C3A": (FOLD, "circulant blocks, of full rank"),
-    "FOURIERFT": (FOLD, "a sparse spectrum, of full rank"),
     "FROD": (FOLD, "the whole weight anew"),
     "GLORA": (FOLD, "a product with the base's weight, of full rank"),
-    "HIRA": (FOLD, "the base's weight times `B A`, entry by entry"),
     "OSF": (FOLD, "a part of the base's decomposition, of most of its rank"),
     "PEANUT": (FOLD, "a small network of the base's weight"),
     "RANDLORA": (FOLD, "a sum of random factors, of full rank"),
@@ -68,7 +66,12 @@ def table() -> str:
             assert (cells["trains"], cells["PEFT's files, both ways"]) == ("yes", "yes")
             assert cells["swaps in one compiled graph"] == "yes"
             folds = "folds too" if cells["folds into the weights"] else "a prompt is no change of weights"
-            lines.append(f"| {peft_type.value} | **exact**: trains, files both ways, swaps | {folds} |")
+            lines.append(f"| {peft_type.value} | {EXACT} | {folds} |")
+        elif (row := ROWS.get(peft_type.value)) is not None:
+            assert f"\n| {row} | TSHFRW |" in GUIDE.read_text(encoding="utf-8")
+            full = "of full rank: swaps where a slot has as many ranks as the weight's smaller side"
+            verdict = "trains, files both ways, folds" if peft_type.value in FULL else EXACT
+            lines.append(f"| {peft_type.value} | {verdict} | {full if peft_type.value in FULL else 'folds too'} |")
         else:
             verdict, why = REST[peft_type.value]
             lines.append(f"| {peft_type.value} | {verdict} | {why} |")
@@ -77,9 +80,9 @@ def table() -> str:
 
 def test_every_type_is_in_one_of_the_tables() -> None:
     names = {peft_type.value for peft_type in peft.PeftType}
-    assert names == COLUMNS.keys() | REST.keys()
-    assert not COLUMNS.keys() & REST.keys()
-    assert {method.peft_type for method in METHODS} == COLUMNS.keys()
+    assert names == COLUMNS.keys() | ROWS.keys() | REST.keys()
+    assert len(names) == len(COLUMNS) + len(ROWS) + len(REST)
+    assert {method.peft_type for method in METHODS} == COLUMNS.keys() | ROWS.keys()
     for name in REST:
         with pytest.raises(fxpeft.AdapterError, match=f"expected one of .*LORA.*, found '{name}'"):
             config_class(name, "a file")

@@ -50,6 +50,14 @@ CASES: dict[str, Callable[[], AdapterConfig]] = {
     "vblora": lambda: fxpeft.VBLoRAConfig(r=4, num_vectors=9, vector_length=4, target_modules=TARGETS),
     "delora": lambda: fxpeft.DeloraConfig(r=6, target_modules=TARGETS),
     "miss_bat": lambda: fxpeft.MissConfig(r=8, init_weights="bat", target_modules=["v_proj"]),
+    "beft": lambda: fxpeft.BeftConfig(target_modules=TARGETS),
+    "gralora": lambda: fxpeft.GraloraConfig(r=4, hybrid_r=2, target_modules=TARGETS),
+    "deft": lambda: fxpeft.DeftConfig(r=6, decomposition_method="qr", target_modules=TARGETS),
+    "hira": lambda: fxpeft.HiraConfig(r=6, target_modules=["v_proj"]),
+    "c3a": lambda: fxpeft.C3AConfig(block_size=8, target_modules=["v_proj"]),
+    "fourierft": lambda: fxpeft.FourierFTConfig(n_frequency=60, target_modules=["v_proj"]),
+    "psoft": lambda: fxpeft.PsoftConfig(r=6, target_modules=TARGETS),
+    "pvera": lambda: fxpeft.PveraConfig(r=12, d_initial=3.0, target_modules=TARGETS),
     "hra": lambda: fxpeft.HRAConfig(r=6, target_modules=TARGETS),
     "oft": lambda: fxpeft.OFTConfig(oft_block_size=16, target_modules=TARGETS),
     "boft": lambda: fxpeft.BOFTConfig(boft_n_butterfly_factor=2, target_modules=TARGETS),
@@ -57,6 +65,7 @@ CASES: dict[str, Callable[[], AdapterConfig]] = {
     "trainable_tokens": lambda: fxpeft.TrainableTokensConfig(token_indices=[7, 10, 22]),
 }
 PROMPTS = ("prompt_tuning", "p_tuning", "prefix_tuning")
+WHOLE = ("miss_bat", "hira", "c3a", "fourierft")  # their updates are of full rank
 WITHOUT_SITES = (*PROMPTS, "ln_tuning", "trainable_tokens")
 
 
@@ -64,7 +73,7 @@ def prepared_for(name: str) -> dict[str, Any]:
     """Arguments of ``prepare_hotswap`` for a method."""
     targets = None if name in WITHOUT_SITES else ALL
     own: dict[str, Any] = {"num_virtual_tokens": VIRTUAL} if name in PROMPTS else {}
-    own |= {"miss_bat": {"max_rank": 512}, "oft": {"max_block": 16}, "boft": {"max_block": 16}}.get(name, {})
+    own |= {"max_block": 16} if name in ("oft", "boft") else {"max_rank": 512} if name in WHOLE else {}
     return {"targets": targets, **own}
 
 

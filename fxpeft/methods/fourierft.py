@@ -1,0 +1,134 @@
+"""FourierFT (https://arxiv.org/abs/2405.03003): the update has a spectrum of a few trained numbers.
+
+    y = base(x) + scaling * real(ifft2(F)) x,    F zero but at n places, which follow from a seed
+
+of full rank: a slot takes as many ranks as the weight's smaller side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fxpeft.errors import AdapterError
+from fxpeft.methods.base import Base, Kept, Method, SiteAdapter, SitePlan, SlotValues
+from fxpeft.methods.config import AdapterConfig
+from fxpeft.methods.lycoris import applied, full_rank
+from fxpeft.methods.parts import check_linear
+from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.targets.kinds import Kind
+from fxpeft.passes.targets.names import pattern_value
+from fxpeft.passes.targets.one_node import one_node
+
+SPECTRUM, PLACES = "fourierft_spectrum", "fourierft_places"
+
+
+@dataclass
+class FourierFTConfig(AdapterConfig):
+    """Names and defaults of ``peft.FourierFTConfig``.
+
+    Args:
+        n_frequency: how many numbers a site trains. n_frequency_pattern: name suffix or regular expression -> the
+            site's own value. random_loc_seed: what their places follow from.
+        scaling: of the update.
+        init_weights: start as zeros; ``False``: normal.
+        bias: ``"fourier_only"`` or ``"all"``, as in :class:`~fxpeft.LoraConfig`.
+        fan_in_fan_out: accepted for PEFT's sake; the layout of a weight is read off the graph.
+    """
+
+    n_frequency: int = 1000
+    scaling: float = 150.0
+    random_loc_seed: int = 777
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "fourier_only"] = "none"
+    n_frequency_pattern: dict[str, int] = field(default_factory=dict)
+    init_weights: bool = False
+
+    peft_type: ClassVar[str] = "FOURIERFT"
+    patterns: ClassVar[tuple[str, ...]] = ("n_frequency_pattern",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("n_frequency", "n_frequency_pattern")
+
+
+@dataclass(frozen=True)
+class FourierPlan(SitePlan):
+    """``seed``: what the places follow from."""
+
+    seed: int = 777
+
+
+def places(plan: SitePlan) -> Tensor:
+    """Where in the weight ``[out, in]``, counted through, the spectrum isn't zero: ``[n]``."""
+    assert isinstance(plan, FourierPlan)
+    size = plan.kind.out_features * plan.kind.in_features
+    return torch.randperm(size, generator=torch.Generator().manual_seed(plan.seed))[: plan.rank]
+
+
+@one_node
+def transformed(spectrum: Tensor, where: Tensor, out: int, into: int) -> Tensor:
+    """The update ``[out, in]`` in float32, which a Fourier transform needs, before it is scaled."""
+    dense = torch.zeros(out * into, device=spectrum.device).index_put((where,), spectrum.float())
+    update: Tensor = torch.fft.ifft2(dense.view(out, into)).real
+    return update
+
+
+def fourierft(
+    kind: Kind,
+    base: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    fourierft_spectrum: Tensor,
+    fourierft_places: Tensor,
+    scaling: Tensor,
+) -> Tensor:
+    """The training subgraph."""
+    delta = transformed(fourierft_spectrum, fourierft_places, kind.out_features, kind.in_features) * scaling
+    return applied(kind, base, x, delta.type_as(fourierft_spectrum), None)
+
+
+class FourierFT(Method[FourierFTConfig]):
+    """The parameter ``fourierft_spectrum`` [n]."""
+
+    name = "fourierft"
+    peft_type = "FOURIERFT"
+    config_class = FourierFTConfig
+
+    def plan(self, config: FourierFTConfig, site: str, kind: Kind) -> FourierPlan:
+        check_linear("FourierFT", site, kind)
+        count = pattern_value(config.n_frequency_pattern, site, config.n_frequency, "n_frequency_pattern")
+        if count > (size := kind.in_features * kind.out_features):
+            raise AdapterError(f"{site}: n_frequency: expected at most its weight's {size} numbers, found {count}")
+        return FourierPlan(kind, count, config.scaling, config.random_loc_seed)
+
+    def shapes(self, config: FourierFTConfig, plan: SitePlan) -> dict[str, tuple[int, ...]]:
+        return {SPECTRUM: (plan.rank,)}
+
+    def keys(self, kind: Kind) -> dict[str, str]:
+        return {SPECTRUM: SPECTRUM}
+
+    def initialise(self, config: FourierFTConfig, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
+        nn.init.zeros_(parameters[SPECTRUM]) if config.init_weights else nn.init.normal_(parameters[SPECTRUM])
+
+    def part(
+        self, config: FourierFTConfig, plan: SitePlan, parameters: Mapping[str, Tensor], *, strength: float = 1.0
+    ) -> SiteAdapter:
+        made = super().part(config, plan, parameters, strength=strength)
+        made.register_buffer(PLACES, places(plan).to(parameters[SPECTRUM].device), persistent=False)
+        return made
+
+    def rewrite(self, name: str, config: FourierFTConfig, site: SiteAdapter) -> Rewrite:
+        return Rewrite(f"fourierft:{name}", fourierft, site.operands(name, (SPECTRUM, PLACES, "scaling")))
+
+    def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
+        spectrum = parameters[SPECTRUM]
+        where = places(plan).to(spectrum.device)
+        return full_rank(transformed(spectrum, where, plan.kind.out_features, plan.kind.in_features), plan.scaling)
+
+    def kept(self, config: FourierFTConfig, plan: SitePlan) -> Kept:
+        return Kept()

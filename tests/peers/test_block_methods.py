@@ -1,0 +1,116 @@
+"""PEFT's smaller methods in their other forms, beside PEFT: outputs, gradients, slots, the first values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapter_files import add
+from closeness import assert_close
+from method_cases import KindCase, grads_of, output
+from torch import nn
+
+import fxpeft
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+BOTH = ["first", "second"]
+KIND = KindCase(lambda: nn.Linear(12, 6), lambda: torch.randn(3, 2, 12))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        fxpeft.GraloraConfig(r=6, gralora_k=3, alpha=7),
+        fxpeft.GraloraConfig(r=4, gralora_k=2, hybrid_r=3),
+        fxpeft.DeftConfig(r=4, decomposition_method="qr"),
+        fxpeft.DeftConfig(r=9, para=True),  # of 6 outputs there are 6
+        fxpeft.DeftConfig(r=2, para=True, decomposition_method="qr"),
+        fxpeft.C3AConfig(block_size=3),
+        fxpeft.C3AConfig(block_size=6),
+        fxpeft.PsoftConfig(r=4, psoft_orth=False, psoft_mag_a=False, psoft_alpha=3),
+        fxpeft.PsoftConfig(r=5, use_cayley_neumann=True, cayley_neumann_eps=0.5, psoft_mag_b=False, psoft_alpha=2),
+        fxpeft.PsoftConfig(r=3, psoft_svd="lowrank", random_seed=5, psoft_alpha=3),
+        fxpeft.PveraConfig(r=3, d_initial=2.0),
+        fxpeft.HiraConfig(r=4, init_weights="gaussian"),
+        fxpeft.FourierFTConfig(n_frequency=11, scaling=12.0, random_loc_seed=5),
+    ],
+    ids=lambda config: config.peft_type,
+)  # fmt: skip
+def test_other_forms(config: Any, tmp_path: Path) -> None:
+    net, x = KIND.net(), KIND.input()
+    add(net, config.changed(target_modules=BOTH))
+    wanted = output(net, x)
+    assert (wanted - output(KIND.net(), x)).abs().max() > 0.01
+    fxpeft.save_adapter(net, tmp_path)
+    peer = peft.PeftModel.from_pretrained(KIND.net(), str(tmp_path), is_trainable=True).eval()
+    assert_close(output(peer, x), wanted)
+    grads_of(peer, net, lambda each: each(x).square().mean())
+    fxpeft.fold(net)
+    assert_close(output(net, x), wanted)
+    fxpeft.unfold(net)
+    fxpeft.prepare_hotswap(net, 24, methods=(type(config).peft_type.lower(),))
+    assert_close(output(net, x), wanted)
+
+
+@pytest.mark.parametrize("config", [
+    fxpeft.GraloraConfig(r=4, hybrid_r=2, gralora_dropout=0.5), fxpeft.DeftConfig(r=3, deft_dropout=0.5),
+    fxpeft.HiraConfig(r=3, hira_dropout=0.5), fxpeft.PsoftConfig(r=3, psoft_dropout=0.5),
+    fxpeft.PveraConfig(r=3, pvera_dropout=0.5), fxpeft.PveraConfig(r=3, generator_seed=7),
+], ids=lambda config: config.peft_type)  # fmt: skip
+def test_what_is_drawn_is_drawn_as_in_peft(config: Any, tmp_path: Path) -> None:
+    net, x = KIND.net(), KIND.input()
+    add(net, config.changed(target_modules=BOTH))
+    fxpeft.save_adapter(net, tmp_path)
+    peer = peft.PeftModel.from_pretrained(KIND.net(), str(tmp_path), is_trainable=True)
+    found = []
+    for each in (net.train(), peer.train()):
+        torch.manual_seed(1)
+        found.append(output(each, x))
+    assert_close(*found)
+    assert not torch.allclose(found[0], output(net.eval(), x), atol=1e-3)
+
+
+@pytest.mark.parametrize("config", [
+    fxpeft.BeftConfig(), fxpeft.GraloraConfig(hybrid_r=2), fxpeft.DeftConfig(alpha=5), fxpeft.HiraConfig(),
+    fxpeft.C3AConfig(block_size=3, init_weights=True), fxpeft.PsoftConfig(r=4), fxpeft.PveraConfig(r=3),
+    fxpeft.FourierFTConfig(n_frequency=5, init_weights=True),
+], ids=lambda config: config.peft_type)  # fmt: skip
+def test_a_fresh_one_changes_nothing_and_has_pefts_tensors(config: Any) -> None:
+    net, x = KIND.net(), KIND.input()
+    config = config.changed(target_modules=BOTH)
+    fxpeft.add_adapter(net, config)
+    assert_close(output(net, x), output(KIND.net(), x))
+    theirs = getattr(peft, type(config).__name__)
+    given = {k: v for k, v in config.to_dict().items() if k in theirs.__dataclass_fields__ and k != "peft_type"}
+    peer = peft.get_peft_model(KIND.net(), theirs(**given))
+    wanted = {key: tuple(value.shape) for key, value in peft.get_peft_model_state_dict(peer).items()}
+    assert {key: tuple(value.shape) for key, value in fxpeft.adapter_state_dict(net).items()} == wanted
+
+
+def test_settings_and_sites_that_do_not_fit_are_named() -> None:
+    for make, message in (
+        (lambda: fxpeft.GraloraConfig(r=5), "r: expected a multiple of gralora_k 2, found 5"),
+        (lambda: fxpeft.GraloraConfig(hybrid_r=-1), "hybrid_r: expected 0 or a rank, found -1"),
+        (lambda: fxpeft.PveraConfig(sample_at_inference=True), "sample_at_inference=True: expected False"),
+        (lambda: fxpeft.HiraConfig.from_dict({"rank_pattern": {"a": 2}}), "rank_pattern .*PEFT 0.21 gives"),
+    ):
+        with pytest.raises(fxpeft.AdapterError, match=message):
+            make()
+    for config, message in (
+        (fxpeft.GraloraConfig(r=4, gralora_k=4), "first: gralora_k 4 doesn't divide its 6 outputs"),
+        (fxpeft.C3AConfig(block_size=4), "first: block_size 4 doesn't divide its 6 outputs"),
+        (fxpeft.PsoftConfig(r=7), "first: r: expected at most the 6 singular values .* found 7"),
+        (fxpeft.FourierFTConfig(n_frequency=73), "first: n_frequency: expected at most its weight's 72 numbers"),
+    ):
+        with pytest.raises(fxpeft.AdapterError, match=message):
+            fxpeft.add_adapter(KIND.net(), config.changed(target_modules=BOTH))
+
+
+def test_a_full_rank_needs_a_slot_of_it() -> None:
+    net = KIND.net()
+    add(net, fxpeft.C3AConfig(block_size=3, target_modules=BOTH))
+    with pytest.raises(fxpeft.AdapterError, match="first: rank 6 is above max_rank 4"):
+        fxpeft.prepare_hotswap(net, 4, methods=("c3a",))
