@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,6 +18,12 @@ TEMPLATE = "{% for m in messages %}{{ m.role + ' ' + m.content + ' ' }}{% endfor
 
 
 def base() -> LlamaForCausalLM:
+    return copy.deepcopy(_base())
+
+
+@cache
+def _base() -> LlamaForCausalLM:
+    """Made once: a server's thread may draw random numbers meanwhile, which are the process's."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,

@@ -4,14 +4,13 @@
 
 Every variant has a process of its own, and in each round all of them take their turn. A step is one forward of a batch
 whose rows each name an adapter of their own. Prints Markdown tables and writes them to the folder, as JSON too, with a
-plot (PNG) of the two forms that a slot with lanes can take, and where they cross. Needs ``.[bench]``.
+plot (PNG) of the forms that a slot with lanes can take, and of the one that is chosen. Needs ``.[bench]``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import platform
 import resource
@@ -37,7 +36,7 @@ PREFILL = (8, 128)  # rows, tokens of each
 LENGTHS = (1, 2, 4, 8, 16, 64)  # of eight rows, for the crossing point
 REGISTERED = (16, 100, 1_000)
 VARIANTS = ("bare", "bare, eager", "fxpeft, one adapter", "fxpeft, lanes", "fxpeft, swaps", "PEFT, adapter_names")
-FORMS = {"packed": math.inf, "gathered": -1}  # what ``MOVE`` makes of every shape
+FORMS = {"packed": forms.packed, "gathered": forms.gathered, "chosen": None}  # by the shape, as for users
 Step = Callable[[], object]
 
 
@@ -100,9 +99,8 @@ def worker(variant: str, hidden: int, layers: int, folders: Sequence[str], threa
     torch._inductor.config.compile_threads = 1
     torch._dynamo.config.recompile_limit = 64  # every shape of this script is a graph of its own
     model: Any = make_base(hidden, layers)
-    form = variant.rpartition(", ")[2]
-    if form in FORMS:
-        forms.MOVE = FORMS[form]  # type: ignore[assignment]
+    if form := FORMS.get(variant.rpartition(", ")[2]):
+        forms.form_of = lambda slot, x: form
     if variant.startswith("fxpeft, lanes"):
         model = with_slots(model, folders, LANES)
     elif variant.startswith("fxpeft"):
@@ -210,8 +208,8 @@ def tables(result: dict[str, Any]) -> str:
                 f"{own.ratio:.2f}x [{own.low:.2f}, {own.high:.2f}], {own.value:.1f} ms, p99 {p99:.1f}, {speed:.0f}/s"
             )
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {result['peak MB'][name]:.0f} |")
-    lines += ["\n| tokens of eight rows | packed, ms | gathered, ms |", "|---|---|---|"]
-    lines += [f"| {n} | {own['packed']:.2f} | {own['gathered']:.2f} |" for n, own in result["forms"].items()]
+    lines += ["\n| tokens of eight rows | " + " | ".join(f"{form}, ms" for form in FORMS) + " |", "|---|---|---|---|"]
+    lines += [f"| {n} | " + " | ".join(f"{own[f]:.2f}" for f in FORMS) + " |" for n, own in result["forms"].items()]
     lines += ["\n| registered | a step, ms | eight others named, ms | memcpy of these | a miss, ms |", "|---" * 5 + "|"]
     for n, own in result["registered"].items():
         lines.append(f"| {n} | {own['step']:.2f} | {own['others']:.2f} | {own['memcpy']:.2f} | {own['miss']:.2f} |")
@@ -219,7 +217,7 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def plot(measured: dict[str, dict[str, float]], path: Path) -> None:
-    """Both forms over the tokens of a row."""
+    """The forms over the tokens of a row."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -7,13 +7,15 @@ import pickle
 import threading
 from typing import Any
 
+import pytest
 import torch
+from adapter_files import add
 from torch import nn
 from torch.fx import GraphModule
 
 import fxpeft
 from fxpeft.passes import forward_text
-from fxpeft.passes.slots.lanes import Lanes, RowTensors, gathers
+from fxpeft.passes.slots.lanes import Lanes, RowTensors, form_of, gathered, packed, summed
 
 ONE_LANE = """\
 def forward(self, input):
@@ -49,8 +51,13 @@ PACKED = [
     "type_as",
 ]  # fmt: skip
 GATHERED = [
-    "linear", "reshape", "reshape", "flatten", "index_select", "view", "index_select", "view", "index_select", "view",
-    "mul", "unsqueeze", "reshape", "transpose", "bmm", "eq", "mul", "where", "bmm", "view", "add", "type_as",
+    "linear", "reshape", "flatten", "reshape", "flatten", "flatten", "index_select", "view", "index_select", "view",
+    "index_select", "view", "mul", "unsqueeze", "reshape", "transpose", "bmm", "eq", "mul", "where", "bmm", "view",
+    "add", "type_as",
+]  # fmt: skip
+SUMMED = [
+    "linear", "reshape", "reshape", "mul", "reshape", "mul", "sum", "eq", "mul", "where", "arange", "mul", "flatten",
+    "flatten", "embedding_bag", "view", "add", "type_as",
 ]  # fmt: skip
 
 
@@ -74,7 +81,7 @@ def prepared(lanes: int) -> Net:
     return model
 
 
-def operations(model: nn.Module, tokens: int = 3) -> list[str]:
+def operations(model: nn.Module, tokens: int = 1, grad: bool = False) -> list[str]:
     """What Dynamo captures of a call, in its order, without what does nothing to plain floats on one device."""
     captured: list[GraphModule] = []
 
@@ -83,7 +90,7 @@ def operations(model: nn.Module, tokens: int = 3) -> list[str]:
         return graph
 
     torch._dynamo.reset()
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         torch.compile(model, backend=backend, fullgraph=True)(torch.zeros(4, tokens, 6))
     nodes = [n for graph in captured for n in graph.graph.nodes if n.op in ("call_function", "call_method")]
     names = [n.target if isinstance(n.target, str) else n.target.__name__ for n in nodes]
@@ -108,13 +115,43 @@ def test_packed_rows() -> None:
 
 
 def test_gathered_rows() -> None:
-    """Over long inputs; how long says the number of adapters that a batch may have."""
+    """Of more tokens, or of more adapters."""
     model = prepared(3)
     with fxpeft.rows(model, ["a", None, "a", {"a": 0.5}]):
-        assert operations(model, tokens=16) == PACKED
-        assert operations(model, tokens=17) == GATHERED
-        x = torch.zeros(4, 17, 6)
-        assert [gathers(model.up.slot, part) for part in (x, x[:, :5], x[:2], x[0])] == [True, False, False, False]
+        assert operations(model, tokens=1) == PACKED
+        assert operations(model, tokens=2) == GATHERED
+    slot = model.up.slot
+    fxpeft.add_adapter(model, fxpeft.LoraConfig(r=2, target_modules=["up"]), "b")
+    with fxpeft.rows(model, ["a", "b", None, "a"]):  # five ranks, of which a row has three
+        assert [form_of(slot, torch.zeros(4, tokens, 6)) for tokens in (3, 4)] == [packed, gathered]
+        assert form_of(slot, torch.zeros(4, 4, 6, device="meta")) is packed  # a guess, as for GPUs
+    with fxpeft.rows(model, ["b", "b"]):
+        assert form_of(slot, torch.zeros(2, 512, 6)) is packed
+
+
+def test_summed_rows() -> None:
+    """Of one token, where the call is compiled for a CPU."""
+    model = prepared(4)
+    with fxpeft.rows(model, ["a", None, "a", {"a": 0.5}]):
+        assert operations(model) == SUMMED
+        assert "embedding_bag" not in operations(model, grad=True)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_the_forms_are_equal(dtype: torch.dtype, error: float) -> None:
+    """Compiled by Inductor, of rows that have an adapter, half of one, two, and none."""
+    model = Net().to(dtype).eval()
+    for rank, name in ((3, "a"), (2, "b")):
+        add(model, fxpeft.LoraConfig(r=rank, lora_alpha=5, target_modules=["up"]), name, seed=rank)
+    fxpeft.prepare_hotswap(model, 8, targets=["up"], lanes=4)
+    slot, x = model.up.slot, torch.randn(4, 1, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.no_grad(), fxpeft.rows(model, ["b", {"a": 0.5}, {"a": 1, "b": -2}, None]):
+        wanted = packed(slot, x)
+        for form in (packed, gathered, summed):
+            torch._dynamo.reset()
+            torch.testing.assert_close(torch.compile(form)(slot, x), wanted, rtol=error, atol=error)
+    assert (wanted[:3].abs().amax(-1) > 0.1).all()
+    assert not wanted[3].any()
 
 
 def test_lanes_are_a_threads_own() -> None:
