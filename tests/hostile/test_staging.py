@@ -211,7 +211,7 @@ def test_what_an_adapter_brings_is_written_where_its_ranks_are(lanes: int, monke
     model.dummy_inputs = {"input": torch.zeros(2, 6)}
     fxpeft.prepare_hotswap(model, 4, targets=["0"], modules_to_save=["1"], lanes=lanes)
     fxpeft.add_adapter(model, fxpeft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
-    assert len(seen) == 2
+    assert len(seen) == (2 if lanes == 1 else 4)  # of rows whose adapters bring none, too
     assert all(stream is device.streams[1] for stream in seen)
 
 

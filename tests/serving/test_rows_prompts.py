@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 import fxpeft
 from fxpeft import AdapterError
+from fxpeft.serving.prompts import PromptSlot
 
 IDS = torch.randint(3, 40, (4, 6), generator=torch.Generator().manual_seed(1))
 METHODS = {"prompt": ("prompt_tuning", "p_tuning"), "prefix": ("prefix_tuning",)}
@@ -183,3 +184,26 @@ def test_a_store_hands_prompts_to_rows(site: Site) -> None:
     with pytest.raises(AdapterError, match="a prompt stands before a whole row"), store.tokens([["p"] * 3]):
         pass
     store.close()
+
+
+def test_a_swap_that_fails_leaves_rows_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site("prompt", tmp_path)
+    names, hold, failing = ["p", "l", None, "p"], PromptSlot.hold, [True]
+
+    def torn(self: PromptSlot, lane: int, prompt: Tensor | None) -> None:
+        hold(self, lane, None if prompt is None else torch.full_like(prompt, 9.0))
+        if failing and failing.pop():
+            raise MemoryError
+        hold(self, lane, prompt)
+
+    with torch.no_grad(), fxpeft.rows(site.model, names):
+        before = site.model(IDS).logits
+        monkeypatch.setattr(PromptSlot, "hold", torn)
+        with pytest.raises(MemoryError), fxpeft.rows(site.model, ["q"] * 4):
+            pass
+        monkeypatch.undo()
+        assert torch.equal(site.model(IDS).logits, before)
+        fxpeft.hotswap(site.model, site.folders["q"], "p")  # another version is seen by the next call
+        swapped = site.model(IDS).logits
+    torch.testing.assert_close(swapped[0, -4:], site.alone("q")(IDS[:1]).logits[0, -4:], rtol=1e-5, atol=1e-5)
+    site.check(site.model, ["q", "l", None, "q"])
