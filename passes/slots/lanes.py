@@ -183,8 +183,8 @@ def form_of(slot: Slot, x: Tensor) -> Callable[[Slot, Tensor], Tensor]:
     With ``r`` ranks in a batch, of which each of ``rows`` of ``tokens`` has ``w``, :func:`packed` multiplies
     ``rows * tokens * r`` times for each feature, :func:`gathered` ``rows * tokens * w`` times, and moves ``rows * w``
     numbers: it costs less where ``tokens * (r - w)`` is above :data:`MOVE` times ``w``. A compiler doesn't know these
-    ranks: ``r / w`` is taken for the number of lanes, or of rows where these are fewer. Of one token, compiled for a
-    CPU, :func:`summed` moves nothing.
+    ranks: ``r / w`` is taken for the number of lanes, since those that no row has may lie before one that some row has.
+    Of one token, compiled for a CPU, :func:`summed` moves nothing.
     """
     named, lanes = slot.lanes.named, slot.lanes
     if not slot.kind.gathers or not lanes.dynamic:
@@ -194,7 +194,7 @@ def form_of(slot: Slot, x: Tensor) -> Callable[[Slot, Tensor], Tensor]:
     if not torch.compiler.is_compiling():
         packs, own = named.mask.shape[-1], named.ranks.shape[-1]
         return gathered if tokens * (packs - own) > move * own else packed
-    if named.mask.ndim > 2 or not (tokens * (lanes.count - 1) > move and tokens * (x.shape[0] - 1) > move):
+    if named.mask.ndim > 2 or tokens * (lanes.count - 1) <= move:
         return packed
     return summed if tokens == 1 and x.device.type == "cpu" and not torch.is_grad_enabled() else gathered
 
