@@ -34,7 +34,13 @@ from fxpeft.adapters import (
     enable_adapters as enable_adapters,
 )
 from fxpeft.adapters import (
+    initialize_corda as initialize_corda,
+)
+from fxpeft.adapters import (
     initialize_eva as initialize_eva,
+)
+from fxpeft.adapters import (
+    initialize_lora_ga as initialize_lora_ga,
 )
 from fxpeft.adapters import (
     inject as inject,
@@ -145,6 +151,9 @@ from fxpeft.methods import (
     C3AConfig as C3AConfig,
 )
 from fxpeft.methods import (
+    CordaConfig as CordaConfig,
+)
+from fxpeft.methods import (
     DeftConfig as DeftConfig,
 )
 from fxpeft.methods import (
@@ -182,6 +191,9 @@ from fxpeft.methods import (
 )
 from fxpeft.methods import (
     LoraConfig as LoraConfig,
+)
+from fxpeft.methods import (
+    LoraGAConfig as LoraGAConfig,
 )
 from fxpeft.methods import (
     MissConfig as MissConfig,

@@ -138,7 +138,9 @@ class LiveModel:
     trainable_parameters = _verb(adapters.trainable_parameters)
     lora_fa_groups = _verb(adapters.lora_fa_groups)
     lora_plus_groups = _verb(adapters.lora_plus_groups)
+    initialize_corda = _verb(adapters.initialize_corda)
     initialize_eva = _verb(adapters.initialize_eva)
+    initialize_lora_ga = _verb(adapters.initialize_lora_ga)
     replicate_layers = _verb(adapters.replicate_layers)
 
     # serving

@@ -15,6 +15,7 @@ from fxpeft.adapters.api import (
 )
 from fxpeft.adapters.components import save_components
 from fxpeft.adapters.contexts import active, disabled, scaled
+from fxpeft.adapters.data_starts import initialize_corda, initialize_lora_ga
 from fxpeft.adapters.eva import initialize_eva
 from fxpeft.adapters.injection import inject, load_adapter_state_dict
 from fxpeft.adapters.parameters import lora_fa_groups, lora_plus_groups, set_requires_grad, trainable_parameters
@@ -33,7 +34,9 @@ __all__ = [
     "disable_adapters",
     "disabled",
     "enable_adapters",
+    "initialize_corda",
     "initialize_eva",
+    "initialize_lora_ga",
     "inject",
     "load_adapter",
     "load_adapter_state_dict",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from fxpeft.adapters.state import Adapter
 from fxpeft.errors import AdapterError
 from fxpeft.methods import inits
+from fxpeft.methods.data_starts import NAMES as DATA_STARTS
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.model.wrappers import submodule
 from fxpeft.passes.base import PassError, attribute
@@ -23,8 +25,10 @@ def has_to_be_plain(model: nn.Module, adapter: Adapter) -> bool:
     ``[in, out]`` (GPT-2's Conv1D) the wrong way round.
     """
     config = adapter.config
-    if not isinstance(config, LoraConfig) or not inits.starts_from_base(config.init_lora_weights):
+    if not isinstance(config, LoraConfig) or not inits.has_start(config.init_lora_weights):
         return False
+    if config.init_lora_weights in DATA_STARTS:
+        return any(bool(parts["lora_B0"].any()) for parts in adapter.current().sites.values() if "lora_B0" in parts)
     sites = [submodule(model, s) for s, parts in adapter.values.sites.items() if "lora_A0" in parts]
     random = inits.iterations(config.init_lora_weights) is not None
     return (random and bool(sites)) or (config.init_lora_weights == "olora" and any(map(_flipped, sites)))
@@ -48,13 +52,15 @@ def plain(adapter: Adapter) -> Adapter:
             f"adapter {adapter.name!r} runs on a quantised weight of its own, which differs from the base's by more "
             "than its rank: there is no plain LoRA of it. Save it without plain=True"
         )
-    if not inits.starts_from_base(config.init_lora_weights):
-        same = replace(config, init_lora_weights=True, eva_config=None)
+    none: dict[str, Any] = {"eva_config": None, "corda_config": None, "lora_ga_config": None}
+    if not inits.has_start(config.init_lora_weights):
+        same = replace(config, init_lora_weights=True, **none)
         return replace(adapter, plan=replace(adapter.plan, config=same))
     factor = 2**0.5 if config.use_rslora else 2
     doubled = replace(
         config,
         init_lora_weights=True,
+        **none,
         r=2 * config.r,
         lora_alpha=factor * config.lora_alpha,
         rank_pattern={k: 2 * v for k, v in config.rank_pattern.items()},

@@ -87,7 +87,7 @@ def for_engine(found: Checkpoint, engine: Engine) -> tuple[Checkpoint, dict[str,
         errors[name] = _missed(factors(config, name, own), grown)
     fields: dict[str, Any] = {
         "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
-        "init_lora_weights": True, "eva_config": None,
+        "init_lora_weights": True, "eva_config": None, "corda_config": None, "lora_ga_config": None,
     }  # fmt: skip
     if not isinstance(config.target_modules, list) or config.exclude_modules or config.layers_to_transform is not None:
         fields |= {
@@ -112,14 +112,21 @@ def split(found: Checkpoint) -> tuple[Checkpoint, Checkpoint | None]:
         for part, key in keys[name].items():
             ranks = 0 if part == "lora_A" else 1
             nothing[key] = torch.zeros_like(own[part].narrow(ranks, 0, 1) if own[part].ndim > 1 else own[part])
-    plain = {"r": 1, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "init_lora_weights": True}
+    plain: dict[str, Any] = {
+        "r": 1, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "init_lora_weights": True,
+        "eva_config": None, "corda_config": None, "lora_ga_config": None,
+    }  # fmt: skip
     none: dict[str, Any] = {
         "modules_to_save": None, "bias": "none", "trainable_token_indices": None, "ensure_weight_tying": False,
     }  # fmt: skip
     tensors = {key: tensor for key, tensor in found.tensors.items() if key not in beside}
     return (
         replace(found, config=found.config.changed(**none), tensors=tensors),
-        replace(found, config=found.config.changed(**plain, eva_config=None), tensors={**nothing, **beside}),
+        replace(
+            found,
+            config=found.config.changed(**plain),
+            tensors={**nothing, **beside},
+        ),
     )
 
 

@@ -5,6 +5,7 @@ from fxpeft.methods.beft import BeftConfig
 from fxpeft.methods.boft import BOFTConfig
 from fxpeft.methods.c3a import C3AConfig
 from fxpeft.methods.config import AdapterConfig
+from fxpeft.methods.data_starts import CordaConfig, LoraGAConfig
 from fxpeft.methods.deft import DeftConfig
 from fxpeft.methods.delora import DeloraConfig
 from fxpeft.methods.fourierft import FourierFTConfig
@@ -37,6 +38,7 @@ __all__ = [
     "BOFTConfig",
     "BeftConfig",
     "C3AConfig",
+    "CordaConfig",
     "DeftConfig",
     "DeloraConfig",
     "EvaConfig",
@@ -46,9 +48,11 @@ __all__ = [
     "HiraConfig",
     "IA3Config",
     "LNTuningConfig",
-    "LoHaConfig", "LoKrConfig",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "MissConfig",
     "OFTConfig",
     "PrefixTuningConfig",

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from fxpeft.errors import AdapterError
+from fxpeft.methods import data_starts
 from fxpeft.passes.targets.kinds import Kind
 
-NAMES = ("gaussian", "orthogonal", "pissa", "olora", "eva", "loftq")  # and pissa_niter_N
+NAMES = ("gaussian", "orthogonal", "pissa", "olora", "eva", "loftq", "mica", *data_starts.NAMES)  # and pissa_niter_N
 BLOCK = 64  # numbers that share one scale in NF4, bitsandbytes' default
 
 
@@ -95,6 +96,11 @@ def starts_from_base(name: object) -> bool:
     return name in ("pissa", "olora") or iterations(name) is not None
 
 
+def has_start(name: object) -> bool:
+    """Whether the first update has to be taken off, whatever it follows from."""
+    return starts_from_base(name) or name in data_starts.NAMES
+
+
 def check_site(name: object, site: str, kind: Kind, rank: int) -> None:
     """Refuse a start that a site can't have.
 
@@ -104,8 +110,10 @@ def check_site(name: object, site: str, kind: Kind, rank: int) -> None:
     if isinstance(name, bool) or name == "gaussian":
         return
     if not kind.is_linear:
+        if kind.looks_up and name == "mica" and rank > min(kind.in_features, kind.out_features):
+            raise AdapterError(f"{site}: init_lora_weights='mica': expected a rank of the weight's, found {rank}")
         if kind.looks_up and name != "loftq":
-            return  # PEFT: an embedding starts as with True
+            return  # PEFT: an embedding starts as with True, but for mica
         raise AdapterError(
             f"{site}: init_lora_weights={name!r} is for linear layers, as in PEFT, found {kind.name}; leave the site "
             "out or set init_lora_weights=True"
@@ -113,7 +121,7 @@ def check_site(name: object, site: str, kind: Kind, rank: int) -> None:
     least = min(kind.in_features, kind.out_features)
     if name == "orthogonal" and rank % 2:
         raise AdapterError(f"{site}: init_lora_weights='orthogonal' needs an even rank, found {rank}")
-    if (starts_from_base(name) or name == "loftq") and rank > least:
+    if (has_start(name) or name in ("loftq", "mica")) and rank > least // (2 if name == "lora_ga" else 1):
         raise AdapterError(
             f"{site}: init_lora_weights={name!r} gives at most {least} ranks to a weight of {kind.out_features} x "
             f"{kind.in_features}, found rank {rank}; lower r or set it in rank_pattern"
@@ -145,6 +153,12 @@ def olora(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The first rows and columns of the weight's QR decomposition (https://arxiv.org/abs/2406.01775)."""
     q, r = torch.linalg.qr(weight)
     return r[:rank], q[:, :rank]
+
+
+def minor(weight: Tensor, rank: int) -> Tensor:
+    """B ``[out, rank]`` of MiCA (https://arxiv.org/abs/2604.01694): the left singular vectors of the least values."""
+    left: Tensor = torch.linalg.svd(weight, full_matrices=False)[0]
+    return left[:, -rank:]
 
 
 def orthogonal(rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,10 @@ from fxpeft.errors import AdapterError, short
 from fxpeft.methods import inits
 from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig, RankConfig
+from fxpeft.methods.data_starts import NAMES as DATA_STARTS
+from fxpeft.methods.data_starts import CordaConfig, LoraGAConfig
 from fxpeft.methods.inits import EvaConfig, LoftQConfig
+from fxpeft.methods.start_configs import loaded_start, read_starts
 from fxpeft.methods.tokens import check_tokens
 from fxpeft.model.replication import check_ranges
 from fxpeft.passes.base import PassError, join
@@ -37,7 +40,7 @@ from fxpeft.passes.targets.names import pattern_value
 from fxpeft.passes.targets.operations import ParameterKind
 from fxpeft.passes.targets.terms import Pattern
 
-S = TypeVar("S", LoftQConfig, EvaConfig)
+L = TypeVar("L", bound="LoraConfig")
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # which don't look at the base
 
 
@@ -52,10 +55,12 @@ class LoraConfig(RankConfig):
         init_lora_weights: ``True``: A uniform (Kaiming), B zero; ``"gaussian"``: A normal with
             deviation 1/r, B zero; ``False``: both random; ``"orthogonal"``; ``"pissa"``,
             ``"pissa_niter_N"``, ``"olora"``: principal parts of the weight, which the base keeps;
-            ``"loftq"``: beside a quantised weight of the adapter's own; ``"eva"``: see
-            :func:`fxpeft.initialize_eva`. Embeddings: A zero, B normal.
+            ``"loftq"``: beside a quantised weight of the adapter's own; ``"mica"``: B, which isn't trained, has the
+            weight's least directions; ``"eva"``, ``"corda"``, ``"lora_ga"``: see :func:`fxpeft.initialize_eva`,
+            :func:`fxpeft.initialize_corda`, :func:`fxpeft.initialize_lora_ga`. Embeddings: A zero, B normal.
         loftq_config: a :class:`~fxpeft.LoftQConfig` or a dict; kept as a dict, as in PEFT.
-        eva_config: a :class:`~fxpeft.EvaConfig` or a dict.
+        eva_config, corda_config, lora_ga_config: an :class:`~fxpeft.EvaConfig`, :class:`~fxpeft.CordaConfig`,
+            :class:`~fxpeft.LoraGAConfig` or a dict.
         lora_bias: B has a bias of its own.
         use_dora: train magnitude and direction apart; see :mod:`fxpeft.methods.dora`.
         target_parameters: parameters that are no weight of a module of their own, such as the experts of a mixture
@@ -80,6 +85,8 @@ class LoraConfig(RankConfig):
     fan_in_fan_out: bool = False
     loftq_config: dict[str, Any] = field(default_factory=dict)
     eva_config: EvaConfig | None = None
+    corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
     alora_invocation_tokens: list[int] | None = None
@@ -88,17 +95,14 @@ class LoraConfig(RankConfig):
     peft_type: ClassVar[str] = "LORA"
     selecting: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "target_parameters")
     unsupported: ClassVar[Mapping[str, Any]] = {
-        "arrow_config": None, "corda_config": None,
-        "kasa_config": None, "lora_ga_config": None, "megatron_config": None,
+        "arrow_config": None, "kasa_config": None, "megatron_config": None,
         "megatron_core": "megatron.core", "monteclora_config": None, "qalora_group_size": 16,
         "use_bdlora": None, "use_qalora": False, "velora_config": None,
     }  # fmt: skip
 
     reasons: ClassVar[Mapping[str, str]] = {
         "arrow_config": "a router mixes adapters by the input",
-        "corda_config": "the start needs statistics of a data set; what PEFT converts to a plain LoRA loads",
         "kasa_config": "the base's own weight is cut to a lower rank",
-        "lora_ga_config": "the start needs gradients; what PEFT converts to a plain LoRA loads",
         "megatron_config": "Megatron's parallel layers are no targets; tensor parallelism of torch is",
         "monteclora_config": "its factors are drawn at random in every forward",
         "use_bdlora": "its factors are blocks, which files hold in another shape",
@@ -108,33 +112,21 @@ class LoraConfig(RankConfig):
     #: PEFT 0.17 and 0.18 read A and B of a stack ``[experts, out, in]`` the other way round
     since: ClassVar[Mapping[str, str]] = {
         "target_parameters": "0.19.0", "trainable_token_indices": "0.17.0", "ensure_weight_tying": "0.18.0",
-        "alora_invocation_tokens": "0.18.0", "layer_replication": "0.17.0",
+        "alora_invocation_tokens": "0.18.0", "layer_replication": "0.17.0", "corda_config": "0.17.0",
+        "lora_ga_config": "0.19.0",
     }  # fmt: skip
 
+    @classmethod
+    def from_dict(
+        cls: type[L], values: Mapping[str, Any], source: str = "config", *, loading: bool = False, strict: bool = True
+    ) -> L:
+        given = loaded_start(values, source) if loading else values
+        return super().from_dict(given, source, loading=loading, strict=strict)
+
     def __post_init__(self) -> None:
-        self.read_inits()
+        read_starts(self)
         super().__post_init__()
         self.check_lora()
-
-    def read_inits(self) -> None:
-        """Bring the fields of a start into the form that PEFT keeps them in; those of another start have no effect."""
-        if isinstance(self.init_lora_weights, str):
-            self.init_lora_weights = self.init_lora_weights.lower()
-        start: Any = self.init_lora_weights
-        given: Any = self.loftq_config or {}
-        if not isinstance(given, dict | LoftQConfig):
-            raise AdapterError(f"loftq_config: expected a dict or a LoftQConfig, found {given!r}")
-        if start == "loftq" and not given:
-            raise AdapterError("init_lora_weights='loftq' needs loftq_config, for instance {'loftq_bits': 4}")
-        if start == "loftq":
-            self.loftq_config = vars(_sub_config(LoftQConfig, given))
-        elif given:
-            warnings.warn(f"loftq_config has no effect with init_lora_weights={start!r}", stacklevel=4)
-            self.loftq_config = {}
-        if self.eva_config is not None and start != "eva":
-            warnings.warn(f"eva_config has no effect with init_lora_weights={start!r}", stacklevel=4)
-        if isinstance(self.eva_config, dict) or start == "eva":
-            self.eva_config = _sub_config(EvaConfig, self.eva_config or {})
 
     def check_lora(self) -> None:
         """Check LoRA's own fields."""
@@ -142,6 +134,8 @@ class LoraConfig(RankConfig):
         inits.check_name(self.init_lora_weights)
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             raise AdapterError("lora_bias=True needs init_lora_weights True or False, as in PEFT")
+        if self.init_lora_weights == "mica" and self.use_dora:
+            raise AdapterError("init_lora_weights='mica' is not supported with use_dora=True, as in PEFT")
         if self.lora_bias and self.use_dora:
             raise AdapterError("lora_bias=True is not supported with use_dora=True, as in PEFT")
         if self.layer_replication is not None:
@@ -182,19 +176,6 @@ class LoraConfig(RankConfig):
                 f"target_parameters: the update of a parameter can't have {', '.join(found)}, as in PEFT; leave it at "
                 "its default (init_lora_weights: True, False or 'gaussian'), or give modules an adapter of their own"
             )
-
-
-def _sub_config(cls: type[S], given: Any) -> S:
-    name = "eva_config" if cls is EvaConfig else "loftq_config"
-    if isinstance(given, cls):
-        return given
-    if not isinstance(given, dict):
-        raise AdapterError(f"{name}: expected a {cls.__name__} or a dict of its fields, found {given!r}")
-    unknown = ", ".join(sorted(map(str, given.keys() - cls.__dataclass_fields__.keys())))
-    if unknown:
-        known = ", ".join(cls.__dataclass_fields__)
-        raise AdapterError(f"{name}: {cls.__name__} has no fields {unknown}; it has {known}")
-    return cls(**given)
 
 
 def lora(
@@ -280,6 +261,10 @@ class Lora(Method[LoraConfig]):
     def initialise(self, config: LoraConfig, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
         a, b = parameters["lora_A"], parameters["lora_B"]
         mode = config.init_lora_weights
+        if mode == "mica":
+            a.zero_()
+            b.copy_(inits.minor(_whole(base), plan.rank))
+            return
         if plan.kind.looks_up:
             nn.init.normal_(a) if mode is False else nn.init.zeros_(a)
             nn.init.normal_(b)
@@ -307,12 +292,17 @@ class Lora(Method[LoraConfig]):
             nn.init.kaiming_uniform_(b, a=math.sqrt(5))
         else:
             nn.init.zeros_(b)
+        for name in self.frozen(config):  # until data were seen
+            parameters[name].zero_()
         if "lora_B_bias" in parameters:
             bound = 1 / math.sqrt(plan.rank) if mode is False else 0.0
             nn.init.uniform_(parameters["lora_B_bias"], -bound, bound)
 
     def frozen(self, config: LoraConfig) -> Collection[str]:
-        return ("lora_A0", "lora_B0") if inits.starts_from_base(config.init_lora_weights) else ()
+        return ("lora_A0", "lora_B0") if inits.has_start(config.init_lora_weights) else ()
+
+    def untrained(self, config: LoraConfig) -> Collection[str]:
+        return ("lora_B",) if config.init_lora_weights == "mica" else ()
 
     def brings_weight(self, config: LoraConfig) -> bool:
         return config.init_lora_weights == "loftq"
@@ -322,7 +312,10 @@ class Lora(Method[LoraConfig]):
 
         The random start of ``pissa_niter_N`` is gone; the exact decomposition is the nearest to any.
         """
-        if self.brings_weight(config) or "lora_A0" in parameters:
+        if config.init_lora_weights in DATA_STARTS:
+            for name in parameters.keys() & self.frozen(config):
+                parameters[name].zero_()
+        elif self.brings_weight(config) or "lora_A0" in parameters:
             mode = config.init_lora_weights
             if inits.iterations(mode):
                 warnings.warn(

@@ -94,7 +94,7 @@ WRONG: list[tuple[str, Any]] = [
     ("lora_dropout", float("nan")),
     ("bias", "some"),
     ("bias", None),
-    ("init_lora_weights", "corda"),
+    ("init_lora_weights", "cordb"),
     ("init_lora_weights", 1),
     ("lora_bias", "no"),
     ("fan_in_fan_out", 0),
@@ -140,7 +140,6 @@ def test_value_in_use_elsewhere_is_taken(name: str, value: object) -> None:
     ("name", "value", "why"),
     [
         ("use_bdlora", True, "unsupported"),
-        ("corda_config", {"corda_method": "ipm"}, "unsupported"),
         ("qalora_group_size", 32, "unsupported"),
         ("use_sparkles", True, "unknown"),
         ("sparkle_rank", 3, "unknown"),

@@ -344,7 +344,7 @@ def test_config_is_pefts_both_ways() -> None:
     [
         ({"init_lora_weights": "pissa_niter_0"}, r"init_lora_weights: expected .*'pissa_niter_16'.*'pissa_niter_0'"),
         ({"init_lora_weights": "pissa_niter_x"}, r"init_lora_weights.*found 'pissa_niter_x'"),
-        ({"init_lora_weights": "lora_ga"}, r"init_lora_weights.*found 'lora_ga'"),
+        ({"init_lora_weights": "lora_gb"}, r"init_lora_weights.*found 'lora_gb'"),
         ({"init_lora_weights": "pissa", "lora_bias": True}, r"lora_bias=True needs"),
         ({"init_lora_weights": "loftq"}, r"'loftq' needs loftq_config"),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 2}}, r"loftq_bits: expected 4 or 8, found 2"),
