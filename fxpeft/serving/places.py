@@ -20,7 +20,8 @@ class Place:
     """Where an adapter is: in which lane, from which rank on, over how many, the same at every site.
 
     Args:
-        alone: it is the first of those that a call without rows computes with. gains: :func:`has_gains`.
+        alone: it is the first of those that a call without rows computes with.
+        gains: it has gains at some site, or rows of an embedding, which a row of a batch has of one adapter alone.
     """
 
     adapter: Adapter
