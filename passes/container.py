@@ -17,7 +17,33 @@ def active_name(number: int) -> str:
     return f"_active{number}"
 
 
-class Container(nn.Module):
+class Read(nn.Module):
+    """A part whose tensors generated code reads without calling it.
+
+    accelerate's hooks send tensors away and bring them for a call of their own module. So where one comes here, these
+    tensors stay where the hook would bring them.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_hf_hook":
+            for hook in getattr(value, "hooks", (value,)):
+                _keep_here(self, hook)
+
+
+def _keep_here(part: nn.Module, hook: Any) -> None:
+    if not getattr(hook, "offload", False):
+        return
+    hook.offload = False  # nothing to bring, and nothing to send away
+    for held in (part._parameters, part._buffers):
+        for name, tensor in held.items():
+            if tensor is not None and tensor.is_meta:
+                value = hook.weights_map[name].detach().to(hook.execution_device)
+                kept = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+                held[name] = kept
+
+
+class Container(Read):
     """Holds what fxpeft adds to a live module; never part of the base model.
 
     Its children have the names that users and files know, such as an adapter's. Generated code reads

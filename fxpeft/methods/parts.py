@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxpeft.errors import AdapterError
 from fxpeft.passes.base import join
+from fxpeft.passes.container import Read
 from fxpeft.passes.slots.reach import ReachAt
 from fxpeft.passes.targets.kinds import Kind
 
@@ -49,7 +50,7 @@ def check_linear(method: str, site: str, kind: Kind) -> None:
         raise AdapterError(f"{site}: {method} adapts linear layers, as in PEFT, found {kind}; leave the site out")
 
 
-class SharedPart(nn.Module):
+class SharedPart(Read):
     """What all sites of one adapter share while it is attached: a parameter, or a buffer, for each tensor.
 
     Args:
@@ -66,7 +67,7 @@ class SharedPart(nn.Module):
         return ", ".join(f"{name}={tuple(value.shape)}" for name, value in held.items())
 
 
-class SiteAdapter(nn.Module):
+class SiteAdapter(Read):
     """One adapter's parameters at one site, with the scale as a tensor so that changing it recompiles nothing.
 
     Args:

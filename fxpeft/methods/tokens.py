@@ -18,6 +18,7 @@ from fxpeft.errors import AdapterError, short
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.without_sites import NamesConfig, WithoutSites
 from fxpeft.passes.base import PassError
+from fxpeft.passes.container import Read
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.slots.tokens import token_rewrite
 from fxpeft.passes.targets.kinds import Kind
@@ -98,7 +99,7 @@ def starts_from_rows(config: AdapterConfig) -> bool:
     return not isinstance(config, TrainableTokensConfig) or config.init_weights
 
 
-class TokenPart(nn.Module):
+class TokenPart(Read):
     """An adapter's rows at one module while it is attached.
 
     Args:

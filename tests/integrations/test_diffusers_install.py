@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fxpeft
 from fxpeft.errors import AdapterError, CheckpointError
-from fxpeft.integrations.diffusers import save_lora_weights
+from fxpeft.integrations.diffusers import save_lora_weights, scales
 
 FILES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a": ({"r": 3, "target_modules": ["to_q", "to_v"]}, {"r": 2, "target_modules": ["q_proj"]}),
@@ -250,6 +250,26 @@ def test_uninstall_gives_back() -> None:
     assert Own.load_lora_weights(None) == "theirs"
     with pytest.raises(AdapterError, match="expected one of transformers, diffusers, found 'torch'"):
         fxpeft.install("torch")  # type: ignore[arg-type]
+
+
+def test_a_text_encoders_scale_where_peft_is_not_installed(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers then has another function scale them, which knows other layers and gives no scale back."""
+    pipe: Any = pipeline()
+    pipe.load_lora_weights(files["a"])
+    whole, bare = drawn(pipe), drawn(pipeline())
+    half = drawn(pipe, cross_attention_kwargs={"scale": 0.5})
+    fxpeft.uninstall("diffusers")
+    monkeypatch.setattr(pipeline_stable_diffusion, "USE_PEFT_BACKEND", False)
+    monkeypatch.setattr(scales, "USE_PEFT_BACKEND", False)
+    with fxpeft.installed("diffusers"):
+        text = hidden(pipe.text_encoder)
+        assert close(drawn(pipe, cross_attention_kwargs={"scale": 0.5}), half)
+        assert torch.equal(hidden(pipe.text_encoder), text)
+        assert close(drawn(pipe), whole)
+        assert close(drawn(pipeline(), cross_attention_kwargs={"scale": 0.5}), bare)
+    assert not pipeline_stable_diffusion.USE_PEFT_BACKEND
 
 
 def test_a_broken_file_names_what_is_wrong(files: dict[str, Path]) -> None:

@@ -1,13 +1,15 @@
-"""diffusers' group offload and layerwise casting, before and after adapters come."""
+"""diffusers' group offload and layerwise casting and accelerate's offload, before and after adapters come."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
 from image_models import close, flux, output, randomise
 
 import fxpeft
@@ -24,6 +26,9 @@ def offload(level: str) -> Callable[[Any], None]:
 STEPS: dict[str, Callable[[Any], None]] = {
     "leaves": offload("leaf_level"),
     "blocks": offload("block_level"),
+    "sequential": lambda m: cpu_offload(m, CPU),  # what enable_sequential_cpu_offload does to each model: to meta
+    "sequential, buffers": lambda m: cpu_offload(m, CPU, offload_buffers=True),
+    "model": lambda m: cpu_offload_with_hook(m, CPU),  # and enable_model_cpu_offload
     "cast": lambda m: m.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32),
     "prepare": lambda m: fxpeft.prepare_hotswap(m, 8, targets=TARGETS),
 }
@@ -42,13 +47,16 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
 @pytest.mark.parametrize(
     "steps",
     ["leaves load", "load leaves", "blocks load", "leaves prepare load", "prepare leaves load", "prepare load blocks",
-     "cast load", "load cast", "cast prepare load", "prepare cast load"],
+     "cast load", "load cast", "cast prepare load", "prepare cast load",
+     "sequential load", "load sequential", "sequential, buffers load", "load sequential, buffers",
+     "sequential prepare load", "prepare load sequential, buffers", "prepare sequential load", "model load",
+     "load model", "prepare load model"],
 )  # fmt: skip
 def test_outputs_are_the_adapters(file: tuple[Path, torch.Tensor], steps: str) -> None:
     path, expected = file
     model: Any = flux()
     bare = output(model)
-    for step in steps.split():
+    for step in re.findall(r"\w+(?:, \w+)?", steps):
         if step == "load":
             fxpeft.load_adapter(model, path)
         else:
@@ -62,11 +70,13 @@ def test_outputs_are_the_adapters(file: tuple[Path, torch.Tensor], steps: str) -
     if "prepare" in steps:
         fxpeft.hotswap(model, path)
         assert close(output(model), expected, tolerance)
+    if "sequential" in steps:  # nothing is fetched that belongs to the base
+        assert all(p.is_meta for name, p in model.named_parameters() if ".adapters." not in name)
     fxpeft.remove(model)
     assert close(output(model), bare, tolerance)
 
 
-@pytest.mark.parametrize("hooks", ["leaves", "blocks", "cast"])
+@pytest.mark.parametrize("hooks", ["leaves", "blocks", "cast", "sequential"])
 def test_adapters_come_and_go_below_hooks(hooks: str) -> None:
     """diffusers' hooks keep the forward that was there when they came: another adapter's, or none's."""
     model: Any = flux()
