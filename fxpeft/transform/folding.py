@@ -42,6 +42,8 @@ from fxpeft.serving.swap import serving_of
 from fxpeft.transform.rows import fold_rows
 from fxpeft.transform.writing import write_and_run
 
+STEEPEST = 1e3  # how much more a rotation may stretch one direction than another, to be undone in float32
+
 
 @changes
 def fold(
@@ -385,7 +387,11 @@ def _fold_site(
 
 def _no_inverse(values: SlotValues) -> list[str]:
     zero = [name for name in ("g_in", "g_out") if (g := getattr(values, name)) is not None and not g.all()]
-    return [f"{name} holds zeros, which keep='delta' can't divide by; use keep='original'" for name in zero]
+    found = [f"{name} holds zeros, which keep='delta' can't divide by; use keep='original'" for name in zero]
+    turned = values.rotation
+    if turned is not None and (torch.linalg.cond(torch.eye(turned.shape[1]).to(turned) + turned) > STEEPEST).any():
+        found.append("its rotation is far from one, so keep='delta' can't undo it; use keep='original'")
+    return found
 
 
 def _copied(values: SlotValues) -> SlotValues:

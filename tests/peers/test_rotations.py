@@ -226,3 +226,16 @@ def test_one_factor_is_read_where_peft_had_no_compiler_for_more(tmp_path: Path) 
     net, x = LINEAR.net(), LINEAR.input()
     fxpeft.load_adapter(net, tmp_path)
     assert_close(output(net, x), output(peer, x))
+
+
+def test_what_can_not_be_undone_is_named() -> None:
+    net, x = LINEAR.net(), LINEAR.input()
+    fxpeft.add_adapter(net, fxpeft.OFTConfig(oft_block_size=3, num_cayley_neumann_terms=3, target_modules=BOTH))
+    for value in fxpeft.adapter_state_dict(net).values():
+        value.data.fill_(40.0)  # the first terms of the series are no rotation then
+        value.data[0] = 0.0
+    wanted = output(net, x)
+    with pytest.raises(fxpeft.AdapterError, match=r"first: its rotation is far from one, .* use keep='original'"):
+        fxpeft.fold(net, keep="delta")
+    fxpeft.fold(net)
+    assert_close(output(net, x), wanted)
