@@ -2,6 +2,7 @@
 
 from fxpeft.methods.adalora import AdaLoraConfig
 from fxpeft.methods.beft import BeftConfig
+from fxpeft.methods.blocks import BdLoraConfig
 from fxpeft.methods.boft import BOFTConfig
 from fxpeft.methods.c3a import C3AConfig
 from fxpeft.methods.config import AdapterConfig
@@ -36,6 +37,7 @@ __all__ = [
     "AdaLoraConfig",
     "AdapterConfig",
     "BOFTConfig",
+    "BdLoraConfig",
     "BeftConfig",
     "C3AConfig",
     "CordaConfig",

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from fxpeft.errors import AdapterError, short
 from fxpeft.methods import inits
 from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
+from fxpeft.methods.blocks import BdLoraConfig
 from fxpeft.methods.config import AdapterConfig, RankConfig
 from fxpeft.methods.data_starts import NAMES as DATA_STARTS
 from fxpeft.methods.data_starts import CordaConfig, LoraGAConfig
 from fxpeft.methods.inits import EvaConfig, LoftQConfig
-from fxpeft.methods.start_configs import loaded_start, read_starts
+from fxpeft.methods.start_configs import loaded_start, read_starts, sub_config
 from fxpeft.methods.tokens import check_tokens
 from fxpeft.model.replication import check_ranges
 from fxpeft.passes.base import PassError, join
@@ -71,6 +72,7 @@ class LoraConfig(RankConfig):
             A head that has the embeddings' weight follows them. See :mod:`fxpeft.methods.tokens`.
         ensure_weight_tying: what has one weight with the input embeddings follows them: refuse other tokens there, and
             adapt, or bring whole, both alike; see :mod:`fxpeft.targets.tying`.
+        use_bdlora: a :class:`~fxpeft.BdLoraConfig` or a dict: A or B is block-diagonal.
         layer_replication: the model's layers are repeated so; see :func:`fxpeft.replicate_layers`.
         alora_invocation_tokens: act from the last occurrence of these tokens in a row on; see
             :mod:`fxpeft.methods.alora`.
@@ -91,13 +93,14 @@ class LoraConfig(RankConfig):
     ensure_weight_tying: bool = False
     alora_invocation_tokens: list[int] | None = None
     layer_replication: list[Any] | None = None
+    use_bdlora: BdLoraConfig | None = None
 
     peft_type: ClassVar[str] = "LORA"
     selecting: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "target_parameters")
     unsupported: ClassVar[Mapping[str, Any]] = {
         "arrow_config": None, "kasa_config": None, "megatron_config": None,
         "megatron_core": "megatron.core", "monteclora_config": None, "qalora_group_size": 16,
-        "use_bdlora": None, "use_qalora": False, "velora_config": None,
+        "use_qalora": False, "velora_config": None,
     }  # fmt: skip
 
     reasons: ClassVar[Mapping[str, str]] = {
@@ -105,15 +108,14 @@ class LoraConfig(RankConfig):
         "kasa_config": "the base's own weight is cut to a lower rank",
         "megatron_config": "Megatron's parallel layers are no targets; tensor parallelism of torch is",
         "monteclora_config": "its factors are drawn at random in every forward",
-        "use_bdlora": "its factors are blocks, which files hold in another shape",
-        "use_qalora": "its A meets sums of groups of inputs, and is of another shape",
+        "use_qalora": "PEFT has it for layers of GPTQ alone, which are no targets here",
         "velora_config": "what its backward keeps is compressed, which this library does another way",
     }  # fmt: skip
     #: PEFT 0.17 and 0.18 read A and B of a stack ``[experts, out, in]`` the other way round
     since: ClassVar[Mapping[str, str]] = {
         "target_parameters": "0.19.0", "trainable_token_indices": "0.17.0", "ensure_weight_tying": "0.18.0",
         "alora_invocation_tokens": "0.18.0", "layer_replication": "0.17.0", "corda_config": "0.17.0",
-        "lora_ga_config": "0.19.0",
+        "lora_ga_config": "0.19.0", "use_bdlora": "0.19.0",
     }  # fmt: skip
 
     @classmethod
@@ -125,6 +127,8 @@ class LoraConfig(RankConfig):
 
     def __post_init__(self) -> None:
         read_starts(self)
+        if isinstance(self.use_bdlora, dict):
+            self.use_bdlora = sub_config(BdLoraConfig, self.use_bdlora, "use_bdlora")
         super().__post_init__()
         self.check_lora()
 
@@ -140,6 +144,8 @@ class LoraConfig(RankConfig):
             raise AdapterError("lora_bias=True is not supported with use_dora=True, as in PEFT")
         if self.layer_replication is not None:
             self.layer_replication = check_ranges(self.layer_replication)
+        if self.use_bdlora is not None:
+            self.check_plain("use_bdlora", alora_invocation_tokens=(None,), init_lora_weights=(True, False))
         if self.alora_invocation_tokens is not None:
             self.check_invocation(self.alora_invocation_tokens)
         if self.target_parameters:
@@ -156,14 +162,15 @@ class LoraConfig(RankConfig):
         """Refuse what an update that acts on some tokens can't have."""
         if not tokens or min(tokens) < 0:
             raise AdapterError(f"alora_invocation_tokens: expected tokens, at least one, found {short(tokens)}")
-        plain = {"use_dora": (False,), "lora_bias": (False,), "init_lora_weights": PLAIN_STARTS}
-        found = [f"{name}={value!r}" for name, own in plain.items() if (value := getattr(self, name)) not in own]
+        self.check_plain("alora_invocation_tokens", init_lora_weights=PLAIN_STARTS)
+
+    def check_plain(self, name: str, **plain: tuple[Any, ...]) -> None:
+        """Refuse fields that can't be with another one."""
+        plain |= {"use_dora": (False,), "lora_bias": (False,)}
+        found = [f"{field}={value!r}" for field, own in plain.items() if (value := getattr(self, field)) not in own]
         found += ["target_parameters"] if self.target_parameters else []
         if found:
-            raise AdapterError(
-                f"alora_invocation_tokens: {', '.join(found)} can't be with them, since what that adds or takes off is "
-                "the same at every token; leave it at its default"
-            )
+            raise AdapterError(f"{name}: {', '.join(found)} can't be with it, as in PEFT; leave it at its default")
 
     def check_parameters(self) -> None:
         """Refuse what the update of a parameter can't have, since it is added to the weight whatever the input."""

@@ -8,6 +8,7 @@ from fxpeft.errors import AdapterError
 from fxpeft.methods.adalora import AdaLora
 from fxpeft.methods.alora import Alora
 from fxpeft.methods.base import Method
+from fxpeft.methods.bdlora import BdLora
 from fxpeft.methods.beft import Beft
 from fxpeft.methods.boft import Boft
 from fxpeft.methods.c3a import C3A
@@ -36,8 +37,8 @@ from fxpeft.methods.vblora import VBLoRA
 from fxpeft.methods.vera import Vera
 
 METHODS: list[Method[Any]] = [
-    Dora(), Alora(), TrainableTokens(), LnTuning(), LoHa(), LoKr(), Vera(), Bat(), Miss(), VBLoRA(), Delora(), Hra(),
-    Oft(), Boft(), Beft(), Gralora(), Deft(), Hira(), C3A(), FourierFT(),
+    Dora(), Alora(), BdLora(), TrainableTokens(), LnTuning(), LoHa(), LoKr(), Vera(), Bat(), Miss(), VBLoRA(), Delora(),
+    Hra(), Oft(), Boft(), Beft(), Gralora(), Deft(), Hira(), C3A(), FourierFT(),
     Psoft(), Pvera(), AdaLora(), Lora(), Ia3(),
     PromptTuning(), PTuning(), PrefixTuning(),
 ]  # fmt: skip

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from fxpeft.errors import AdapterError
+from fxpeft.methods.blocks import BdLoraConfig
 from fxpeft.methods.data_starts import NAMES, CordaConfig, LoraGAConfig
 from fxpeft.methods.inits import EvaConfig, LoftQConfig
 
-S = TypeVar("S", LoftQConfig, EvaConfig, CordaConfig, LoraGAConfig)
+S = TypeVar("S", LoftQConfig, EvaConfig, CordaConfig, LoraGAConfig, BdLoraConfig)
 OWN: tuple[tuple[str, type[Any]], ...] = (("eva", EvaConfig), ("corda", CordaConfig), ("lora_ga", LoraGAConfig))
 
 
@@ -25,7 +26,7 @@ def read_starts(config: Any) -> None:
     if start == "loftq" and not given:
         raise AdapterError("init_lora_weights='loftq' needs loftq_config, for instance {'loftq_bits': 4}")
     if start == "loftq":
-        config.loftq_config = vars(_sub_config(LoftQConfig, given, "loftq"))
+        config.loftq_config = vars(sub_config(LoftQConfig, given, "loftq_config"))
     elif given:
         warnings.warn(f"loftq_config has no effect with init_lora_weights={start!r}", stacklevel=4)
         config.loftq_config = {}
@@ -34,7 +35,7 @@ def read_starts(config: Any) -> None:
         if own is not None and start != name:
             warnings.warn(f"{field} has no effect with init_lora_weights={start!r}", stacklevel=4)
         if isinstance(own, dict) or start == name:
-            setattr(config, field, _sub_config(cls, own or {}, name))
+            setattr(config, field, sub_config(cls, own or {}, field))
 
 
 def loaded_start(values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
@@ -51,8 +52,12 @@ def loaded_start(values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     return {**kept, "init_lora_weights": True}
 
 
-def _sub_config(cls: type[S], given: Any, start: str) -> S:
-    name = f"{start}_config"
+def sub_config(cls: type[S], given: Any, name: str) -> S:
+    """A config of a field of its own.
+
+    Raises:
+        AdapterError: it is none, or has other fields.
+    """
     if isinstance(given, cls):
         return given
     if not isinstance(given, dict):

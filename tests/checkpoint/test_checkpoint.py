@@ -79,7 +79,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "other peft_type": (lambda f: edit_config(f, peft_type="SHADOW"), "peft_type.*'SHADOW'"),
     "odd peft_type": (lambda f: edit_config(f, peft_type=["LORA"]), r"peft_type.*\['LORA'\]"),
     "wrong type": (lambda f: edit_config(f, r="3"), rf"{CONFIG}: LoraConfig.r: expected int, found '3'"),
-    "unsupported": (lambda f: edit_config(f, use_bdlora=True), r"use_bdlora = True \(unsupported\)"),
+    "unsupported": (lambda f: edit_config(f, kasa_config=True), r"kasa_config = True \(unsupported\)"),
     "cut short": (cut, rf"{WEIGHTS}: damaged or cut short"),
     "empty weights": (lambda f: (f / WEIGHTS).write_bytes(b""), rf"{WEIGHTS}: damaged or cut short"),
     "not safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"\x00" * 64), rf"{WEIGHTS}: damaged or cut short"),

@@ -144,7 +144,7 @@ def test_known_harmless_fields_are_silent(theirs: Path, fields: dict[str, Any]) 
         fxpeft.load_adapter(tiny_llama(), theirs, strict=True)
 
 
-@pytest.mark.parametrize("fields", [{"use_qalora": True}, {"use_bdlora": {"nblocks": 2}}])
+@pytest.mark.parametrize("fields", [{"use_qalora": True}, {"kasa_config": {"beta": 1}}])
 def test_fields_that_change_the_outputs_stay_errors(theirs: Path, fields: dict[str, Any]) -> None:
     edit(theirs, **fields)
     with pytest.raises(CheckpointError, match=rf"{next(iter(fields))} = .*unsupported"):

@@ -139,7 +139,7 @@ def test_value_in_use_elsewhere_is_taken(name: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [
-        ("use_bdlora", True, "unsupported"),
+        ("kasa_config", True, "unsupported"),
         ("qalora_group_size", 32, "unsupported"),
         ("use_sparkles", True, "unknown"),
         ("sparkle_rank", 3, "unknown"),
@@ -147,14 +147,14 @@ def test_value_in_use_elsewhere_is_taken(name: str, value: object) -> None:
 )
 def test_field_that_cannot_be_honoured_is_an_error(name: str, value: object, why: str) -> None:
     with pytest.raises(AdapterError, match=rf"(?s)a\.json.*{name} = {re.escape(repr(value))} \({why}\)"):
-        LoraConfig.from_dict({"r": 4, "use_bdlora": None, name: value}, source="a.json")
+        LoraConfig.from_dict({"r": 4, "kasa_config": None, name: value}, source="a.json")
     with pytest.raises(TypeError, match=name):
         LoraConfig(**{name: value})
 
 
 def test_every_field_that_cannot_be_honoured_is_named() -> None:
-    with pytest.raises(AdapterError, match=r"(?s)use_bdlora = True.*sparkles = 1"):
-        LoraConfig.from_dict({"use_bdlora": True, "sparkles": 1})
+    with pytest.raises(AdapterError, match=r"(?s)kasa_config = True.*sparkles = 1"):
+        LoraConfig.from_dict({"kasa_config": True, "sparkles": 1})
 
 
 @pytest.mark.parametrize("value", [None, False, {}, [], 0, ""])

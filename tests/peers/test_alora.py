@@ -229,9 +229,9 @@ def test_compiled_without_slots(folder: str, wanted: Tensor) -> None:
 def test_what_it_can_not_be_with(folder: str, tmp_path: Path) -> None:
     for fields, message in (
         ({"alora_invocation_tokens": []}, "alora_invocation_tokens: expected tokens, at least one"),
-        ({"use_dora": True}, "alora_invocation_tokens: use_dora=True can't be with them"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' can't be with them"),
-        ({"lora_bias": True}, "lora_bias=True can't be with them"),
+        ({"use_dora": True}, "alora_invocation_tokens: use_dora=True can't be with it"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'.* can't be with it"),
+        ({"lora_bias": True}, "lora_bias=True can't be with it"),
     ):
         with pytest.raises(fxpeft.AdapterError, match=message):
             config(**fields)
