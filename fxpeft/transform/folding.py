@@ -32,7 +32,6 @@ from fxpeft.adapters.state import Adapter, ModelState, state_of
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of, slot_needs
 from fxpeft.methods.base import Base, SlotValues
-from fxpeft.methods.lora import Lora
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import PassError, attribute, join
 from fxpeft.passes.live.product import Product
@@ -40,6 +39,7 @@ from fxpeft.passes.torch_private import is_freezing
 from fxpeft.serving.release import remove
 from fxpeft.serving.swap import serving_of
 from fxpeft.transform.rows import fold_rows
+from fxpeft.transform.tied import followers_among
 from fxpeft.transform.writing import write_and_run
 
 STEEPEST = 1e3  # how much more a rotation may stretch one direction than another, to be undone in float32
@@ -306,7 +306,7 @@ def _compute(model: nn.Module, adapters: list[Adapter], bare: Mapping[str, Tenso
     writes.update({join(path, key): value for path, parts in whole.items() for key, value in parts.items()})
     steps: dict[str, list[SlotValues]] = {}
     subtracted, problems = set(), []
-    followers = _followers(adapters)
+    followers = followers_among(adapters)
     for site in dict.fromkeys(s for values in held.values() for s in values.sites):
         if f"{site}.".startswith(covered) or site in followers:
             continue
@@ -342,22 +342,6 @@ def _compute(model: nn.Module, adapters: list[Adapter], bare: Mapping[str, Tenso
         raise AdapterError(f"{names} can't be folded into the weights; nothing was changed.\n{listing(problems)}")
     cast = {path: _like(attribute(model, path), value) for path, value in writes.items()}
     return _Work(settle_shared(model, cast), steps, frozenset(subtracted))
-
-
-def _followers(adapters: list[Adapter]) -> dict[str, str]:
-    """The sites whose weight is that of another, with the same update by all adapters, which is folded once."""
-    found: dict[str, str] = {}
-    for adapter in adapters:
-        for name, first in adapter.plan.tied.items():
-            touching = [a for a in adapters if name in a.plan.sites or first in a.plan.sites]
-            if all(_follows(a, name, first) for a in touching) and touching:
-                found[name] = first
-    return found
-
-
-def _follows(adapter: Adapter, name: str, first: str) -> bool:
-    same = adapter.plan.tied.get(name) == first and method_of(adapter.config).name == Lora.name
-    return same and adapter.site_plan(name).scaling == adapter.site_plan(first).scaling
 
 
 def _lowered(adapter: Adapter, parameters: Mapping[str, Tensor], site: str, base: Base) -> SlotValues:
