@@ -28,7 +28,7 @@ OTHERS = {
     "_push_from_checkpoint": "transformers", "_require_grads_hooks": "transformers",
     "_upload_modified_files": "transformers",
     "_retrieve_processors_kwargs": "transformers", "_model_supports_logits_to_keep": "transformers",
-    "_load_model": "transformers", "_load_processor": "transformers",
+    "_load_model": "transformers", "_load_processor": "transformers", "_is_stateful": "transformers",
     "_fn_refs": "diffusers", "_lora_loadable_modules": "diffusers", "_merged_adapters": "diffusers",
 }  # fmt: skip
 
