@@ -110,7 +110,7 @@ def _says(
     """Whether a config that selects these sites says what its tensors do, as that of a LoRA which was saved whole."""
     if not isinstance(config, LoraConfig) or {*said} != {*parts} or saved_of(tensors, parts):
         return False
-    ranks = {site: len(own["lora_A"]) for site, own in parts.items() if "lora_A" in own}
+    ranks = {site: len(a) for site, own in parts.items() if (a := own.get("lora_A")) is not None and a.ndim}
     pattern = config.rank_pattern
     return len(ranks) == len(parts) and all(
         rank == (pattern_value(pattern, site, config.r) if pattern else config.r) for site, rank in ranks.items()
@@ -182,6 +182,10 @@ def _ranks(parts: Mapping[str, Mapping[str, Tensor]]) -> tuple[int, dict[str, in
         a = own.get("lora_A", own.get("lora_embedding_A"))
         if a is None:
             raise AdapterError(f"state_dict: {site} has {', '.join(own)}, but no lora_A, whose rows are its rank")
+        if not a.ndim:
+            raise AdapterError(
+                f"state_dict: {site}: expected a matrix, found one number for lora_A, whose rows are its rank"
+            )
         ranks[site] = len(a)
     usual = Counter(ranks.values()).most_common(1)[0][0]
     return usual, {f"^{re.escape(site)}": rank for site, rank in ranks.items() if rank != usual}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
@@ -118,7 +119,8 @@ def applied(
 
 def exact(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Factors in which a product is made: of half precision's in float32, as what is trained has it."""
-    return {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in factors.items()}
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in factors.values()), torch.float32)
+    return {name: tensor.to(dtype) for name, tensor in factors.items()}
 
 
 def narrow(matrix: Tensor) -> tuple[Tensor, Tensor]:

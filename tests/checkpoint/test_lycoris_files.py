@@ -271,6 +271,13 @@ def test_refused(tmp_path: Path) -> None:
         kron | {f"{site}.lokr_w1": torch.ones(2, 5)},
         r"to_q: an update of \[8, 20\], and the model's weight is \[8, 8\]",
     )
+    third = {f"{site}.{key}": t for key, t in low_rank(3, 8, 8).items()}
+    for core in (torch.ones(3, 2, 1, 1), torch.tensor(1.0)):
+        refused(third | {f"{site}.lora_mid.weight": core}, "no place in the model:\n.*lora_mid")
+    refused(
+        third | {f"{site}.lora_mid.weight": torch.ones(3, 3), f"{site}.lora_down.weight": torch.tensor(1.0)},
+        "found one number for lora_A",
+    )
     refused(whole | {f"{site}x.alpha": torch.tensor(1.0)}, "alphas of sites that have no factors")
     refused(whole | {f"{site}.alpha": torch.ones(2)}, "expected one finite number")
     refused(whole | {"lora_unet_elsewhere.hada_w1_a": torch.ones(2, 2)}, "these are no LoHa's or LoKr's")

@@ -151,8 +151,11 @@ def shaped(part: Part) -> Part:
     """
     for key in [key for key in part.tensors if key.endswith(".lora_mid")]:
         name = key.replace(".lora_mid", ".lora_A.weight")
-        if name in part.tensors:
-            part.tensors[name] = torch.einsum("ij...,jr->ir...", part.tensors.pop(key), part.tensors[name].flatten(1))
+        core, a = part.tensors[key], part.tensors.get(name)
+        if a is not None and a.dim() > 1 and tuple(core.shape[:2]) == (len(a), len(a)):  # else whoever assigns it tells
+            dtype = torch.promote_types(torch.promote_types(core.dtype, a.dtype), torch.float32)
+            part.tensors[name] = torch.einsum("ij...,jr->ir...", core.to(dtype), a.to(dtype).flatten(1))
+            del part.tensors[key]
     for key, tensor in part.tensors.items():
         a = part.tensors.get(key.replace(".lora_magnitude_vector", ".lora_A.weight"))
         if key.endswith(".lora_magnitude_vector") and a is not None and a.ndim > 2:

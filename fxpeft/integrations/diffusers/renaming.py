@@ -129,8 +129,13 @@ def _lycoris(pipe: Pipeline, found: PipelineFile, sites: Mapping[str, dict[str, 
 def _with_rows(own: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     """These rows of a site's update, in its own method where it can be."""
     factors = {name: tensor for name, tensor in own.items() if name.startswith(LYCORIS)}
-    rest = {name: t.flatten()[rows] if name == "dora_scale" else t for name, t in own.items() if name not in factors}
-    if torch.equal(rows, torch.arange(flat(factors).out_features)):
+    out = flat(factors).out_features
+    rest = {
+        name: t.flatten()[rows] if name == "dora_scale" and t.numel() == out else t
+        for name, t in own.items()
+        if name not in factors
+    }
+    if torch.equal(rows, torch.arange(out)):
         return {**factors, **rest}
     if "hada_w1_a" in factors:
         side = 1 if "hada_t1" in factors else 0
