@@ -119,10 +119,10 @@ def end_call(module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of the root, called after errors too: the rows of the call are named no longer, and what is called
     by itself next has its own scale. A backward needs that of its forward: then it stays until the next call.
     """
-    _end_rows(module)
     state = vars(module).get(STATE)
     if state is not None and state.reaches():
         state.leave(output)
+    _end_rows(module)
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         set_factor(module, 1.0)
 

@@ -242,7 +242,7 @@ class ModelState:
         """Whether the tokens of calls matter to an adapter."""
         if self.serving is not None:
             return self.serving.reach is not None
-        return any(adapter.reach is not None for adapter in self.running())
+        return any(True for _ in self._invoked())
 
     def enter(self, call: Call) -> None:
         """A call of the model begins: find which of its tokens the adapters act on."""
@@ -266,7 +266,7 @@ class ModelState:
                 reach.mask = nowhere()
 
     def _invoked(self) -> Iterator[tuple[Reach, tuple[int, ...]]]:
-        for adapter in self.running():
+        for adapter in self.adapters.values() if self.apart else self.running():
             if adapter.reach is not None:
                 yield adapter.reach, method_of(adapter.config).invocation(adapter.config)
 

@@ -119,11 +119,6 @@ def _check(model: nn.Module, named: Named, mixtures: Sequence[list[Adapter]]) ->
     for weights, mixture in zip(named.mixtures, mixtures, strict=True):
         check_together(mixture)
         for adapter in mixture:
-            if method_of(adapter.config).invocation(adapter.config):
-                raise AdapterError(
-                    f"a row: {adapter.name}: alora_invocation_tokens are looked for in calls whose rows all have the "
-                    "active adapters; set it active instead"
-                )
             if method_of(adapter.config).feeds:
                 raise AdapterError(f"a row: {adapter.name}: a prompt is of all rows of a call; set it active instead")
             if weights[adapter.name] != 1:

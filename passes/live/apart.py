@@ -112,7 +112,14 @@ def by_groups(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
             container.show(own[number].parts)
         given = [_rows(leaf, rows, count) for leaf in leaves] if len(parted.picks) > 1 else leaves
         own_args, own_kwargs = pytree.tree_unflatten(given, spec)
-        outs.append(own[number].forward(module, *own_args, **own_kwargs))
+        reaches = [part.reach.calls for part in own[number].parts if hasattr(part, "reach")]
+        try:
+            for reach in reaches:
+                reach.rows = rows
+            outs.append(own[number].forward(module, *own_args, **own_kwargs))
+        finally:
+            for reach in reaches:
+                reach.rows = None
     return outs[0] if len(outs) == 1 else _together(outs, parted.order)
 
 

@@ -31,8 +31,10 @@ class Reach:
     """Of an adapter's calls without slots: it is the last one's, so that the backward of that has it.
 
     ``mask``: ``[rows, tokens]``, or :func:`everywhere` or :func:`nowhere` of a call whose tokens aren't known.
-    ``seen``: what its owner is to remember of it.
+    ``rows``: which of its rows are computed now, where they are taken apart. ``seen``: what its owner is to remember.
     """
+
+    rows: Tensor | None = None
 
     def __init__(self) -> None:
         self.mask, self.seen = nowhere(), None  # type: Tensor, Any
@@ -86,6 +88,8 @@ def reached(at: ReachAt, x: Tensor, scale: Tensor) -> Tensor:
     mask = at.calls.mask
     if mask.shape[0] == 0:
         return scale if mask.shape[1] == 0 else torch.zeros_like(scale)
+    if isinstance(at.calls, Reach) and at.calls.rows is not None:
+        mask = mask.index_select(0, at.calls.rows.to(mask.device))
     leading = x.shape[:-1]
     if len(leading) == 1 and leading[0] == mask.shape[0] * mask.shape[1]:
         mask = mask.reshape(-1)

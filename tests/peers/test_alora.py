@@ -174,6 +174,31 @@ def test_slots_and_what_they_hold(folder: str, wanted: Tensor, tmp_path: Path) -
     assert_close(logits(model, IDS), wanted)
 
 
+def test_rows_without_slots(folder: str, tmp_path: Path) -> None:
+    folders = {"a": folder}
+    for seed, (name, tokens) in enumerate({"b": OTHER, "c": None}.items()):
+        folders[name] = save(tiny_llama(), config(alora_invocation_tokens=tokens), tmp_path / name, seed=seed)
+    model, peer, alone = tiny_llama(), None, {}
+    for name, each in folders.items():
+        fxpeft.load_adapter(model, each, name)
+        plain = loaded(each)
+        alone[name] = logits(plain, IDS), generated(plain)
+        if peer is None:
+            peer = peft.PeftModel.from_pretrained(tiny_llama(), each, name).eval()
+        else:
+            peer.load_adapter(each, name)
+    alone["__base__"] = logits(tiny_llama(), IDS), generated(tiny_llama())
+    named = ["a", "c", "b", "__base__", "b"]
+    with torch.no_grad():
+        found = model(input_ids=IDS, adapter_names=named).logits
+        assert peer is not None
+        assert_close(found, peer(input_ids=IDS, adapter_names=named).logits)
+    assert_close(found, torch.stack([alone[name][0][row] for row, name in enumerate(named)]))
+    with fxpeft.rows(model, named):
+        tokens = generated(model)
+    assert torch.equal(tokens, torch.stack([alone[name][1][row] for row, name in enumerate(named)]))
+
+
 class Net(nn.Module):
     """An embedding, two linears and nothing else to compile."""
 
@@ -243,7 +268,6 @@ def test_what_it_can_not_be_with(folder: str, tmp_path: Path) -> None:
         (lambda: fxpeft.convert(model, "default"), "acts on the tokens from its invocation on"),
         (lambda: fxpeft.prepare_hotswap(model, lanes=2, methods=("lora", "alora")), "lanes=2: expected 1 with 'alora'"),
         (lambda: fxpeft.prepare_hotswap(model), "its method, alora: declare"),
-        (lambda: fxpeft.rows(model, ["default"]).__enter__(), "a row: default: alora_invocation_tokens"),
     ):
         with pytest.raises(fxpeft.AdapterError, match=message):
             change()
