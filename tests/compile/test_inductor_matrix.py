@@ -15,6 +15,7 @@ from method_cases import KINDS, MAX_RANK, METHODS, MethodCase, adapted, output, 
 from torch import Tensor, nn
 
 import fxpeft
+from fxpeft.methods import slot_needs
 
 pytestmark = [
     pytest.mark.slow,
@@ -177,7 +178,9 @@ def test_every_swap_in_a_package_of_all_kinds(tmp_path: Path) -> None:
     served = fxpeft.open_package(path)
     for name in models:
         served.load_adapter(tmp_path / name, name)
-    for name in pairs([*models, "off"]):
+    # every pair of what slots hold in other places; of all adapters each is in the graphs above
+    apart = {slot_needs()[name.partition("-")[0]]: name for name in models}
+    for name in [*pairs([*apart.values(), "off"]), *models, *reversed(models)]:
         if name == "off":
             served.disable()
         else:
