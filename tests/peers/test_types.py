@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import peft
@@ -95,3 +96,28 @@ def test_the_guide_says_so(request: pytest.FixtureRequest) -> None:
         GUIDE.write_text(before + START + table() + END + after, encoding="utf-8")
         said = table()
     assert said == table()
+
+
+FIELDS = "<!-- fields -->\n", "\n<!-- end fields -->"
+
+
+def test_every_field_of_a_lora_is_here_or_refused_with_the_reason(request: pytest.FixtureRequest) -> None:
+    ours, theirs = fxpeft.LoraConfig, {f.name for f in dataclasses.fields(peft.LoraConfig) if f.init}
+    known = {f.name for f in dataclasses.fields(ours)}
+    passed_over = {
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "runtime_config",
+    }  # beside another, or no matter
+    assert theirs - known - passed_over == set(ours.reasons)
+    assert set(ours.reasons) <= set(ours.unsupported)
+    wanted = "\n".join(
+        ["| field | why |", "|---|---|", *(f"| `{n}` | {why} |" for n, why in sorted(ours.reasons.items()))]
+    )
+    before, _, rest = GUIDE.read_text(encoding="utf-8").partition(FIELDS[0])
+    said, _, after = rest.partition(FIELDS[1])
+    if request.config.getoption("--fxpeft-update"):
+        GUIDE.write_text(before + FIELDS[0] + wanted + FIELDS[1] + after, encoding="utf-8")
+        said = wanted
+    assert said == wanted
