@@ -106,6 +106,7 @@ def test_every_field_of_a_lora_is_here_or_refused_with_the_reason(request: pytes
     known = {f.name for f in dataclasses.fields(ours)}
     passed_over = {
         "megatron_core",
+        "peft_type",
         "peft_version",
         "qalora_group_size",
         "runtime_config",
