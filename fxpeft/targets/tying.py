@@ -27,14 +27,14 @@ def with_tied_targets(
     """The targets with the embeddings, a config that means them, and beside these what follows the embeddings."""
     first, tied = _tied(config, modules)
     own, found = config.target_modules, [name for name in (first, *tied) if name in targets]
+    if not found or _named(config.modules_to_save or ()):
+        return config, list(targets), []  # where both are asked for PEFT ties what is saved
     if isinstance(own, list):
         asks = _named(own)
-    else:
-        asks = isinstance(own, str) and any(
-            map(Selection(own, "target_modules"), NAMED)
-        )  # by an end alone, in PEFT too
-    if not asks or not found or _named(config.modules_to_save or ()):
-        return config, list(targets), []  # where both are asked for PEFT ties what is saved
+    else:  # by an end alone, in PEFT too
+        asks = isinstance(own, str) and any(map(Selection(own, "target_modules"), NAMED))
+    if not asks:
+        return config, list(targets), []
     if isinstance(own, str):
         own = rf"(?:{own}|^{re.escape(first)}$)"
     elif isinstance(own, list):
