@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fxpeft.adapters.state import Adapter, ModelState
+from fxpeft.adapters.state import Adapter, ModelState, state_of
 from fxpeft.adapters.tensor_parallel import alike, parted_values
 from fxpeft.adapters.values import tie
 from fxpeft.errors import AdapterError, listing
@@ -44,6 +44,8 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
     tie(values, adapter.plan)
     method, parameters = method_of(adapter.config), adapter.parameter_sites()
     adapter.reach = Reach() if method.invocation(adapter.config) else None
+    if adapter.reach is not None:
+        state_of(model).reaching = True
     shared = SharedPart(values.shared, method.shared_trained(adapter.config)) if values.shared else None
 
     def part_of(site: str, host: nn.Module) -> SiteAdapter:

@@ -208,6 +208,8 @@ class ModelState:
         notes: of the ``with`` blocks that are open: which parameters are trained of the adapters that change inside.
         apart: inside of a ``with rows(...)`` block of a model without slots: nothing can change. in_rows: names of the
             modules that were found to see the rows of a batch.
+        reaching: an adapter was attached that acts on some tokens of a call. What a compiler guards in any call is this
+            alone, and no names.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -221,12 +223,14 @@ class ModelState:
     notes: list[TrainedBefore] = field(default_factory=list)
     apart: bool = False
     in_rows: set[str] = field(default_factory=set)
+    reaching: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "notes": []}  # a copy is in no block
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({"notes": [], "apart": False, "in_rows": set(), **state})  # older pickles have none
+        # older pickles have none of these
+        vars(self).update({"notes": [], "apart": False, "in_rows": set(), "reaching": False, **state})
 
     def get(self, name: str) -> Adapter:
         """The adapter of that name, or an error that lists the names there are."""
@@ -242,7 +246,7 @@ class ModelState:
         """Whether the tokens of calls matter to an adapter."""
         if self.serving is not None:
             return self.serving.reach is not None
-        return any(True for _ in self._invoked())
+        return self.reaching and any(True for _ in self._invoked())
 
     def enter(self, call: Call) -> None:
         """A call of the model begins: find which of its tokens the adapters act on."""

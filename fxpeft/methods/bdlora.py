@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Base, SiteAdapter, SitePlan, SlotValues
-from fxpeft.methods.blocks import whole
+from fxpeft.methods.blocks import unblocked
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.lora import Lora, LoraConfig, lora
 from fxpeft.passes.rewrite.inject import Rewrite
@@ -30,7 +30,7 @@ def bdlora(
     **operands: Any,
 ) -> Tensor:  # fmt: skip
     """The training subgraph."""
-    return lora(kind, base, x, lora_A=whole(lora_A, blocks[0]), lora_B=whole(lora_B, blocks[1]), **operands)
+    return lora(kind, base, x, lora_A=unblocked(lora_A, blocks[0]), lora_B=unblocked(lora_B, blocks[1]), **operands)
 
 
 class BdLora(Lora):
@@ -78,7 +78,7 @@ class BdLora(Lora):
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
         assert isinstance(plan, BlockPlan)
         parts = zip(("lora_A", "lora_B"), plan.blocks, strict=True)
-        full = {name: whole(parameters[name], count) for name, count in parts}
+        full = {name: unblocked(parameters[name], count) for name, count in parts}
         return super().lower(plan, full, base)
 
     def keep(self, plan: SitePlan, parameters: Mapping[str, Tensor], lowered: SlotValues) -> dict[str, Tensor]:

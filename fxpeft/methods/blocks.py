@@ -56,7 +56,7 @@ class BdLoraConfig:
 
 
 @one_node
-def whole(factor: Tensor, blocks: int) -> Tensor:
+def unblocked(factor: Tensor, blocks: int) -> Tensor:
     """``[rows, columns / blocks]`` to the block-diagonal ``[rows, columns]``."""
     if blocks == 1:
         return factor
