@@ -61,6 +61,7 @@ class BOFTConfig(AdapterConfig):
                 f"product is a site's inputs, found {sizes[0]} and {sizes[1]}"
             )
         self.check_positive("boft_n_butterfly_factor")
+        self.check_at_most(32, "boft_n_butterfly_factor")  # a site has two to that power of blocks
         self.check_probability("boft_dropout")
 
 

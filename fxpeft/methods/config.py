@@ -117,6 +117,12 @@ class AdapterConfig:
             if value <= 0:
                 raise AdapterError(f"{where}: expected a positive integer, found {value}")
 
+    def check_at_most(self, most: int, *names: str) -> None:
+        """Refuse these fields above a number: so many steps are made, and a file could ask for them without end."""
+        for where, value in self._values(names):
+            if value > most:
+                raise AdapterError(f"{where}: expected at most {most}, found {value}")
+
     def check_probability(self, *names: str) -> None:
         """Refuse these fields outside of [0, 1)."""
         for where, value in self._values(names):

@@ -25,6 +25,7 @@ from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.one_node import one_node
 
 ROTATION = "oft_R"
+MOST_TERMS = 100  # PEFT's default is 5
 
 
 @dataclass
@@ -64,6 +65,7 @@ class OFTConfig(AdapterConfig):
                 f"inputs, found {self.r} and {self.oft_block_size}"
             )
         self.check_positive("num_cayley_neumann_terms", "eps")
+        self.check_at_most(MOST_TERMS, "num_cayley_neumann_terms")
         self.check_probability("module_dropout")
 
 

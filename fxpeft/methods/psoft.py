@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Base, Kept, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig
-from fxpeft.methods.oft import cayley, neumann
+from fxpeft.methods.oft import MOST_TERMS, cayley, neumann
 from fxpeft.methods.parts import check_linear
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
@@ -64,6 +64,7 @@ class PsoftConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("r", "num_cayley_neumann_terms", "cayley_neumann_eps")
+        self.check_at_most(MOST_TERMS, "num_cayley_neumann_terms")
         self.check_probability("psoft_dropout")
 
 

@@ -43,9 +43,10 @@ def replicate(model: nn.Module, ranges: Sequence[Sequence[int]]) -> None:
         AdapterError: no layers are found where PEFT looks for them, or not so many.
     """
     owner, name, layers = _layers(model)
-    order = list(chain.from_iterable(range(*pair) for pair in check_ranges([list(pair) for pair in ranges])))
-    if max(order) >= len(layers):
-        raise AdapterError(f"layer_replication: the model has {len(layers)} layers, found number {max(order)}")
+    pairs = check_ranges([list(pair) for pair in ranges])
+    if (last := max(end for _, end in pairs) - 1) >= len(layers):
+        raise AdapterError(f"layer_replication: the model has {len(layers)} layers, found number {last}")
+    order = list(chain.from_iterable(range(*pair) for pair in pairs))
     made = []
     for place, number in enumerate(order):
         shared: dict[int, Any] = {id(parameter): parameter for parameter in layers[number].parameters()}
@@ -68,16 +69,17 @@ def check_replicated(model: nn.Module, ranges: Sequence[Sequence[int]]) -> None:
     Raises:
         AdapterError: they aren't.
     """
-    order = list(chain.from_iterable(range(*pair) for pair in ranges))
     _, _, layers = _layers(model)
     weights = [id(next(layer.parameters(), layer)) for layer in layers]
-    same = len(order) == len(layers) and all(
+    as_many = sum(end - start for start, end in ranges) == len(layers)  # a file can name ranges without end
+    order = list(chain.from_iterable(range(*pair) for pair in ranges)) if as_many else []
+    same = as_many and all(
         (weights[one] == weights[other]) == (order[one] == order[other])
         for one in range(len(order))
         for other in range(one)
     )
     if not same:
-        asked = [list(pair) for pair in ranges]
+        asked = short([list(pair) for pair in ranges])
         raise AdapterError(
             f"layer_replication={asked}: expected a model whose layers are repeated so, found {len(layers)} layers "
             f"that aren't: call fxpeft.replicate_layers(model, {asked}) on the bare model first"

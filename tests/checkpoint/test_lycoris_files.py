@@ -239,6 +239,18 @@ def test_saved_as_pefts(tmp_path: Path) -> None:
         assert close(output(theirs), output(ours))
 
 
+def test_small_factors_of_a_giant(tmp_path: Path) -> None:
+    """A few megabytes that say terabytes: without a model nothing else bounds them."""
+    giant = {f"lora_unet_b.lokr_w{number}": torch.zeros(1000, 1000) for number in (1, 2)}
+    beside = {f"lora_unet_a.{key}": t for key, t in loha(1, 8, 8).items()}  # one config says both of no file
+    save_file({**giant, **beside}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"b: small factors of an update of \[1000000, 1000000\]"):
+        fxpeft.checkpoint.read(tmp_path / "x.safetensors").tensors  # noqa: B018
+    third = {f"lora_unet_a.lora_{key}.weight": torch.zeros(500, 500) for key in ("down", "up")}
+    save_file({**third, "lora_unet_a.lora_mid.weight": torch.zeros(500, 500, 3, 3)}, tmp_path / "y.safetensors")
+    assert fxpeft.checkpoint.read(tmp_path / "y.safetensors").tensors  # in bounds
+
+
 def test_refused(tmp_path: Path) -> None:
     site = f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q"
     whole = {f"{site}.{key}": t for key, t in loha(1, 8, 8).items()}

@@ -75,8 +75,11 @@ def test_what_does_not_fit_is_named() -> None:
     model = tiny_llama()
     with pytest.raises(fxpeft.AdapterError, match=r"found 2 layers that aren't: call fxpeft.replicate_layers"):
         fxpeft.add_adapter(model, fxpeft.LoraConfig(**FIELDS))
+    with pytest.raises(fxpeft.AdapterError, match="found 2 layers that aren't"):  # as a file may ask for
+        fxpeft.add_adapter(model, fxpeft.LoraConfig(**{**FIELDS, "layer_replication": [[0, 10**12]]}))
     for ranges, message in (
         ([[0, 3]], "the model has 2 layers, found number 2"),
+        ([[0, 10**12]], "the model has 2 layers, found number 999999999999"),
         ([[1, 1]], "expected ranges of layers"),
         ([], "expected ranges of layers"),
         ("0-2", "expected ranges of layers"),

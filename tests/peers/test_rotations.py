@@ -193,6 +193,9 @@ def test_two_that_multiply_are_not_added() -> None:
         (lambda: fxpeft.BOFTConfig(boft_block_num=2), "boft_block_size, boft_block_num: expected one of them above 0"),
         (lambda: fxpeft.BOFTConfig(boft_dropout=1), "boft_dropout: expected a probability"),
         (lambda: fxpeft.HRAConfig(r=0), "r: expected a positive integer"),
+        (lambda: fxpeft.OFTConfig(num_cayley_neumann_terms=10**12), "num_cayley_neumann_terms: expected at most 100"),
+        (lambda: fxpeft.PsoftConfig(num_cayley_neumann_terms=101), "num_cayley_neumann_terms: expected at most 100"),
+        (lambda: fxpeft.BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=10**12), "expected at most 32"),
     ],
 )
 def test_wrong_settings_are_named(make: Any, message: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxpeft.checkpoint.formats.part import LYCORIS, Part, shaped, split
+from fxpeft.checkpoint.formats.part import LYCORIS, MOST, Part, shaped, split
 from fxpeft.errors import AdapterError, CheckpointError, listing
 from fxpeft.methods import method_of
 from fxpeft.methods.loha import PAIRS, LoHaConfig
@@ -79,6 +79,11 @@ def as_lora(part: Part, kinds: Mapping[str, Kind] | None) -> Part:
             continue
         size, kind = flat(own), kinds[site] if kinds is not None else flat(own)
         there = [kind.out_features, math.prod(kind.a_shape(1)[1:])]
+        if kinds is None and min(there) * sum(there) > MOST:
+            raise AdapterError(
+                f"{site}: small factors of an update of {there}: where no model is at hand, expected one of at most "
+                f"{MOST} numbers in its factors; load it into its model"
+            )
         if [size.out_features, size.in_features] != there or kind.groups > 1:
             groups = f" in {kind.groups} groups" if kind.groups > 1 else ""
             found = [size.out_features, size.in_features]

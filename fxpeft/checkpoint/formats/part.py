@@ -30,6 +30,7 @@ _REFUSED_FLAT = {"diff": "full, differences of whole weights", "diff_b": "full, 
 _FACTOR = re.compile(r"(?P<site>.+)\.(?:lora_A\.weight|hada_w1_a|lokr_w1(?:_a)?)")
 _KEY = re.compile(r"(?P<site>.+?)\.(?P<part>(?:lora|hada|lokr)_.+|[wb]_norm)")
 LYCORIS = ("hada_", "lokr_")
+MOST = 2**30  # numbers of what a file's factors are multiplied to, where nothing else bounds it
 NORM = {"w_norm": "weight", "b_norm": "bias"}
 _NAMED = {"down": "lora_A", "up": "lora_B", "A": "lora_A", "B": "lora_B"}
 
@@ -152,7 +153,9 @@ def shaped(part: Part) -> Part:
     for key in [key for key in part.tensors if key.endswith(".lora_mid")]:
         name = key.replace(".lora_mid", ".lora_A.weight")
         core, a = part.tensors[key], part.tensors.get(name)
-        if a is not None and a.dim() > 1 and tuple(core.shape[:2]) == (len(a), len(a)):  # else whoever assigns it tells
+        if a is None or a.dim() < 2 or tuple(core.shape[:2]) != (len(a), len(a)):
+            continue  # whoever assigns it tells
+        if core.numel() * a[:1].numel() <= MOST * len(a):
             dtype = torch.promote_types(torch.promote_types(core.dtype, a.dtype), torch.float32)
             part.tensors[name] = torch.einsum("ij...,jr->ir...", core.to(dtype), a.to(dtype).flatten(1))
             del part.tensors[key]
