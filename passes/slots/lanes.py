@@ -171,10 +171,9 @@ def summed(slot: Slot, x: Tensor) -> Tensor:
     return out.view(*x.shape[:-1], -1)
 
 
-# multiplications that take as long as one number of a factor takes to be copied and read again: on a CPU as measured
-# with one thread at 1,024 features and rank 16, elsewhere a guess
-MOVE = {"cpu": 2}
-MOVE_ELSEWHERE = 32
+# multiplications that take as long as one number of a factor takes to be copied and read again: in a compiled graph (of
+# eight rows the forms cross between 4 and 8 tokens), and as called on a CPU; one thread, 1,024 features, rank 16
+MOVE, MOVE_AS_CALLED = 32, 2
 
 
 def form_of(slot: Slot, x: Tensor) -> Callable[[Slot, Tensor], Tensor]:
@@ -184,19 +183,20 @@ def form_of(slot: Slot, x: Tensor) -> Callable[[Slot, Tensor], Tensor]:
     ``rows * tokens * r`` times for each feature, :func:`gathered` ``rows * tokens * w`` times, and moves ``rows * w``
     numbers: it costs less where ``tokens * (r - w)`` is above :data:`MOVE` times ``w``. A compiler doesn't know these
     ranks: ``r / w`` is taken for the number of lanes, since those that no row has may lie before one that some row has.
-    Of one token, compiled for a CPU, :func:`summed` moves nothing.
+    Of one token and four lanes or more, compiled for a CPU, :func:`summed` moves nothing.
     """
-    named, lanes = slot.lanes.named, slot.lanes
+    named, lanes, on_cpu = slot.lanes.named, slot.lanes, x.device.type == "cpu"
     if not slot.kind.gathers or not lanes.dynamic:
         return packed
     tokens = x.shape[named.mask.ndim - 1 : -1].numel()  # of a row, or 1, where each has a name of its own
-    move = MOVE.get(x.device.type, MOVE_ELSEWHERE)
     if not torch.compiler.is_compiling():
         packs, own = named.mask.shape[-1], named.ranks.shape[-1]
-        return gathered if tokens * (packs - own) > move * own else packed
-    if named.mask.ndim > 2 or tokens * (lanes.count - 1) <= move:
+        return gathered if tokens * (packs - own) > (MOVE_AS_CALLED if on_cpu else MOVE) * own else packed
+    if named.mask.ndim > 2:
         return packed
-    return summed if tokens == 1 and x.device.type == "cpu" and not torch.is_grad_enabled() else gathered
+    if tokens == 1 and lanes.count > 3 and on_cpu and not torch.is_grad_enabled():
+        return summed
+    return gathered if tokens * (lanes.count - 1) > MOVE else packed
 
 
 def of_rows(slot: Any, x: Tensor, values: Tensor) -> Tensor:
