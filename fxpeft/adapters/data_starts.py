@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxpeft.adapters.contexts import disabled
+from fxpeft.adapters.starting import asking, in_mode
 from fxpeft.adapters.state import Adapter, state_of
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods.base import Base
@@ -51,7 +51,7 @@ def initialize_corda(model: nn.Module, run_model: Callable[[], Any], name: str =
     sites = [site for site, plan in adapter.plan.sites.items() if plan.kind.is_linear]
     handles = [submodule(model, site).register_forward_pre_hook(gather(site)) for site in sites]
     try:
-        with torch.no_grad(), disabled(model), _mode(model, training=False):
+        with torch.no_grad(), disabled(model), in_mode(model, training=False):
             run_model()
     finally:
         for handle in handles:
@@ -84,7 +84,7 @@ def initialize_lora_ga(model: nn.Module, train_step: Callable[[], Any], name: st
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     handles = [submodule(model, s).register_full_backward_hook(lambda *_, s=s: counts.update([s])) for s in sites]
     try:
-        with disabled(model), _mode(model, training=True), torch.inference_mode(False), torch.enable_grad():
+        with disabled(model), in_mode(model, training=True), torch.inference_mode(False), torch.enable_grad():
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
             for weight in weights.values():
@@ -105,14 +105,10 @@ def initialize_lora_ga(model: nn.Module, train_step: Callable[[], Any], name: st
 
 def _fresh(model: nn.Module, name: str, start: str) -> tuple[Adapter, LoraConfig]:
     state = state_of(model)
-    adapter = state.get(name)
-    config = adapter.config
-    if not isinstance(config, LoraConfig) or config.init_lora_weights != start:
-        found = getattr(config, "init_lora_weights", config.peft_type)
-        raise AdapterError(f"adapter {name!r}: expected a LoraConfig with init_lora_weights={start!r}, found {found!r}")
+    found = asking(state, name, start)
     if state.serving is not None:
         raise AdapterError(f"{start} is a start of what is trained: call release_hotswap(model) before it")
-    return adapter, config
+    return found
 
 
 def _as_stored(model: nn.Module, site: str, grad: Tensor) -> Tensor:
@@ -141,15 +137,3 @@ def _start(
         for site, values in made.items():
             for name, value in zip(("lora_A", "lora_B", "lora_A0", "lora_B0"), (*values, *values), strict=True):
                 attribute(adapter.parts[site], name).copy_(value)
-
-
-@contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Training or evaluation inside a ``with`` block; afterwards every module has its own mode again."""
-    before = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, own in before.items():
-            module.training = own

@@ -11,7 +11,6 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from fxpeft.adapters.change import ordinary
 from fxpeft.adapters.contexts import disabled
 from fxpeft.adapters.installing import replace_attached
+from fxpeft.adapters.starting import asking, in_mode
 from fxpeft.adapters.state import Adapter, state_of
 from fxpeft.adapters.values import fresh_values
 from fxpeft.errors import AdapterError, listing
@@ -66,11 +66,7 @@ def initialize_eva(
             than a site needs components; nothing was changed.
     """
     model, state = unwrap(model), state_of(model)
-    adapter = state.get(name)
-    config = adapter.config
-    if not isinstance(config, LoraConfig) or config.init_lora_weights != "eva" or config.eva_config is None:
-        found = getattr(config, "init_lora_weights", config.peft_type)
-        raise AdapterError(f"adapter {name!r}: expected a LoraConfig with init_lora_weights='eva', found {found!r}")
+    adapter, config = asking(state, name, "eva")
     if state.serving is not None:
         raise AdapterError("initialize_eva changes ranks that are trained: call release_hotswap(model) before it")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -79,8 +75,8 @@ def initialize_eva(
             "save_adapter, and load_adapter(..., trainable=True) in all of them"
         )
     plans = {site: plan for site, plan in adapter.plan.sites.items() if plan.kind.is_linear}
-    run = _Run(model, config.eva_config, forward or _forward, rows or language_rows)
-    with torch.no_grad(), disabled(model), _evaluation(model):
+    run = _Run(model, config.eva_config or EvaConfig(), forward or _forward, rows or language_rows)
+    with torch.no_grad(), disabled(model), in_mode(model, training=False):
         sites = _search(run, dataloader, plans, max_passes, progress)
     new = _with_components(model, adapter, config, sites)
     replace_attached(model, state, new)
@@ -328,15 +324,3 @@ def _moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {key: _moved(value, device) for key, value in batch.items()}
     return type(batch)(_moved(value, device) for value in batch) if isinstance(batch, list | tuple) else batch
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside a ``with`` block; afterwards every module has its own mode again."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training

@@ -7,7 +7,7 @@ A and B are shared by all sites and cut to each one's size, as VeRA's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -15,13 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft.errors import AdapterError
-from fxpeft.methods.base import Base, Kept, Method, SiteAdapter, SitePlan, SlotValues
+from fxpeft.methods.base import Kept, SiteAdapter, SitePlan
 from fxpeft.methods.config import AdapterConfig
-from fxpeft.methods.parts import check_linear
+from fxpeft.methods.vera import Projected
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
-
-SHARED, NAMES = ("pvera_A", "pvera_B"), ("pvera_lambda_b", "pvera_lambda_d")
 
 
 @dataclass
@@ -110,45 +108,22 @@ def pvera(
     return out
 
 
-class Pvera(Method[PveraConfig]):
+class Pvera(Projected[PveraConfig]):
     """Parameters ``pvera_lambda_b`` [out] and ``pvera_lambda_d`` [2 r]."""
 
     name = "pvera"
     peft_type = "PVERA"
     config_class = PveraConfig
-    shared_keys: ClassVar[Mapping[str, str]] = {name: f"base_model.{name}" for name in SHARED}
-
-    def plan(self, config: PveraConfig, site: str, kind: Kind) -> SitePlan:
-        check_linear("PVeRA", site, kind)
-        return SitePlan(kind, config.r, 1.0)
-
-    def shared(self, config: PveraConfig, plans: Mapping[str, SitePlan]) -> dict[str, tuple[int, ...]]:
-        kinds = [plan.kind for plan in plans.values()]
-        widest, most = max(kind.in_features for kind in kinds), max(kind.out_features for kind in kinds)
-        return {"pvera_A": (2 * config.r, widest), "pvera_B": (most, config.r)}
+    per_rank = 2
+    title = "PVeRA"
+    vectors = ("pvera_lambda_b", "pvera_lambda_d")
+    factors = ("pvera_A", "pvera_B")
+    shared_keys: ClassVar[Mapping[str, str]] = {name: f"base_model.{name}" for name in factors}
 
     def initialise_shared(self, config: PveraConfig, shared: Mapping[str, Tensor]) -> None:
         generator = torch.Generator().manual_seed(config.projection_prng_key)
-        for name in SHARED:
+        for name in self.factors:
             shared[name].copy_(nn.init.kaiming_uniform_(torch.empty(shared[name].shape), generator=generator))
-
-    def shared_stored(self, config: PveraConfig) -> Collection[str]:
-        return SHARED if config.save_projection else ()
-
-    def shapes(self, config: PveraConfig, plan: SitePlan) -> dict[str, tuple[int, ...]]:
-        return dict(zip(NAMES, ((plan.kind.out_features,), (2 * plan.rank,)), strict=True))
-
-    def keys(self, kind: Kind) -> dict[str, str]:
-        return {name: name for name in NAMES}
-
-    def initialise(self, config: PveraConfig, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
-        b, d = (parameters[name] for name in NAMES)
-        if config.init_weights:
-            nn.init.zeros_(b)
-            nn.init.constant_(d, config.d_initial)
-        else:
-            nn.init.ones_(b)
-            nn.init.normal_(d)
 
     def dropout(self, config: PveraConfig, kind: Kind) -> float:
         return config.pvera_dropout
@@ -161,19 +136,9 @@ class Pvera(Method[PveraConfig]):
         return made
 
     def rewrite(self, name: str, config: PveraConfig, site: SiteAdapter) -> Rewrite:
-        held = site.operands(name, (*NAMES, "drawn", "dropout"))
-        shared = {f"{name}.shared.{key}": getattr(site.shared, key) for key in SHARED}
-        return Rewrite(f"pvera:{name}", pvera, {**held, **shared}, shared=tuple(shared))
-
-    def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
-        b, d = (parameters[name] for name in NAMES)
-        a0, b0 = (base.shared[name].to(d) for name in SHARED)
-        rows = (b0[: plan.kind.out_features] * b.unsqueeze(1)).t()
-        return SlotValues(a0[: plan.rank, : plan.kind.in_features], rows, d[: plan.rank].float())
+        held, shared = self.operands(name, site, "drawn")
+        return Rewrite(f"pvera:{name}", pvera, held, shared=shared)
 
     def kept(self, config: PveraConfig, plan: SitePlan) -> Kept:
         # after A for d, what is drawn and of what, and what b multiplies
         return Kept(input=False, own=6 * plan.rank + plan.kind.out_features)
-
-    def scales(self, config: PveraConfig) -> bool:
-        return False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from fxpeft.methods.parts import check_linear
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
 
-SHARED = ("vera_A", "vera_B")
+C = TypeVar("C", bound=AdapterConfig)
 
 
 @dataclass
@@ -75,63 +75,87 @@ def vera(
     return out
 
 
-class Vera(Method[VeraConfig]):
+class Projected(Method[C]):
+    """Parameters ``<name>_lambda_b`` [out] and ``<name>_lambda_d``, beside frozen factors A and B that all sites share.
+
+    ``per_rank``: how many rows A and d have for each rank. In evaluation the first r of them count.
+    """
+
+    per_rank: ClassVar[int] = 1
+    title: ClassVar[str]
+    vectors: ClassVar[tuple[str, str]]
+    factors: ClassVar[tuple[str, str]]
+
+    def plan(self, config: C, site: str, kind: Kind) -> SitePlan:
+        own: Any = config
+        check_linear(self.title, site, kind)
+        return SitePlan(kind, own.r, 1.0)
+
+    def shared(self, config: C, plans: Mapping[str, SitePlan]) -> dict[str, tuple[int, ...]]:
+        own: Any = config
+        kinds = [plan.kind for plan in plans.values()]
+        widest, most = max(kind.in_features for kind in kinds), max(kind.out_features for kind in kinds)
+        return dict(zip(self.factors, ((self.per_rank * own.r, widest), (most, own.r)), strict=True))
+
+    def shared_stored(self, config: C) -> Collection[str]:
+        own: Any = config
+        return self.factors if own.save_projection else ()
+
+    def shapes(self, config: C, plan: SitePlan) -> dict[str, tuple[int, ...]]:
+        return dict(zip(self.vectors, ((plan.kind.out_features,), (self.per_rank * plan.rank,)), strict=True))
+
+    def keys(self, kind: Kind) -> dict[str, str]:
+        return {name: name for name in self.vectors}
+
+    def initialise(self, config: C, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
+        own: Any = config
+        b, d = (parameters[name] for name in self.vectors)
+        if own.init_weights:
+            nn.init.zeros_(b)
+            nn.init.constant_(d, own.d_initial)
+        else:
+            nn.init.ones_(b)
+            nn.init.normal_(d)
+
+    def operands(self, name: str, site: SiteAdapter, *more: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """What a site's subgraph takes, and which of it all sites share."""
+        shared = {f"{name}.shared.{key}": getattr(site.shared, key) for key in self.factors}
+        return {**site.operands(name, (*self.vectors, *more, "dropout")), **shared}, tuple(shared)
+
+    def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
+        b, d = (parameters[name] for name in self.vectors)
+        a0, b0 = (base.shared[name].to(d) for name in self.factors)
+        rows = (b0[: plan.kind.out_features] * b.unsqueeze(1)).t()
+        return SlotValues(a0[: plan.rank, : plan.kind.in_features], rows, d[: plan.rank].float())
+
+    def scales(self, config: C) -> bool:
+        return False
+
+
+class Vera(Projected[VeraConfig]):
     """Parameters ``vera_lambda_b`` [out] and ``vera_lambda_d`` [r]."""
 
     name = "vera"
     peft_type = "VERA"
     config_class = VeraConfig
-    shared_keys: ClassVar[Mapping[str, str]] = {name: f"base_model.{name}" for name in SHARED}
-
-    def plan(self, config: VeraConfig, site: str, kind: Kind) -> SitePlan:
-        check_linear("VeRA", site, kind)
-        return SitePlan(kind, config.r, 1.0)
-
-    def shared(self, config: VeraConfig, plans: Mapping[str, SitePlan]) -> dict[str, tuple[int, ...]]:
-        kinds = [plan.kind for plan in plans.values()]
-        widest, most = max(kind.in_features for kind in kinds), max(kind.out_features for kind in kinds)
-        return {"vera_A": (config.r, widest), "vera_B": (most, config.r)}
+    title = "VeRA"
+    vectors = ("vera_lambda_b", "vera_lambda_d")
+    factors = ("vera_A", "vera_B")
+    shared_keys: ClassVar[Mapping[str, str]] = {name: f"base_model.{name}" for name in factors}
 
     def initialise_shared(self, config: VeraConfig, shared: Mapping[str, Tensor]) -> None:
         generator = torch.Generator().manual_seed(config.projection_prng_key)
-        for name in SHARED:
+        for name in self.factors:
             bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shared[name].shape[1]))  # as PEFT rounds it
             shared[name].copy_(torch.empty(shared[name].shape).uniform_(-bound, bound, generator=generator))
-
-    def shared_stored(self, config: VeraConfig) -> Collection[str]:
-        return SHARED if config.save_projection else ()
-
-    def shapes(self, config: VeraConfig, plan: SitePlan) -> dict[str, tuple[int, ...]]:
-        return {"vera_lambda_b": (plan.kind.out_features,), "vera_lambda_d": (plan.rank,)}
-
-    def keys(self, kind: Kind) -> dict[str, str]:
-        return {name: name for name in ("vera_lambda_b", "vera_lambda_d")}
-
-    def initialise(self, config: VeraConfig, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
-        if config.init_weights:
-            nn.init.zeros_(parameters["vera_lambda_b"])
-            nn.init.constant_(parameters["vera_lambda_d"], config.d_initial)
-        else:
-            nn.init.ones_(parameters["vera_lambda_b"])
-            nn.init.normal_(parameters["vera_lambda_d"])
 
     def dropout(self, config: VeraConfig, kind: Kind) -> float:
         return config.vera_dropout
 
     def rewrite(self, name: str, config: VeraConfig, site: SiteAdapter) -> Rewrite:
-        held = site.operands(name, ("vera_lambda_b", "vera_lambda_d", "dropout"))
-        shared = {f"{name}.shared.{key}": getattr(site.shared, key) for key in SHARED}
-        return Rewrite(f"vera:{name}", vera, {**held, **shared}, shared=tuple(shared))
-
-    def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
-        b, d = parameters["vera_lambda_b"], parameters["vera_lambda_d"]
-        a0, b0 = (base.shared[name].to(d) for name in SHARED)
-        rows = (b0[: plan.kind.out_features] * b.unsqueeze(1)).t()
-        return SlotValues(a0[:, : plan.kind.in_features], rows, d.float())
+        held, shared = self.operands(name, site)
+        return Rewrite(f"vera:{name}", vera, held, shared=shared)
 
     def kept(self, config: VeraConfig, plan: SitePlan) -> Kept:
         # after A for d, times d for B, and what b multiplies
         return Kept(input=False, own=2 * plan.rank + plan.kind.out_features)
-
-    def scales(self, config: VeraConfig) -> bool:
-        return False
