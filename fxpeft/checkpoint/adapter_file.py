@@ -14,6 +14,7 @@ from torch import Tensor
 from fxpeft.checkpoint.reading import Checkpoint
 from fxpeft.errors import AdapterError, CheckpointError, listing
 from fxpeft.methods import method_of
+from fxpeft.methods.blocks import unblocked
 from fxpeft.methods.config import AdapterConfig, matching
 from fxpeft.outside import why_unfit
 from fxpeft.passes.targets.names import pattern_value
@@ -27,9 +28,8 @@ class FileSite:
 
     Args:
         rank: 0 for a method without one, and for a parameter, whose experts' ranks lie in one tensor.
-        shapes: tensor -> its shape. norm: Frobenius norm of the
-            update to the weight, scale and all; of the parameters, for a method that adds none;
-            ``None`` for a grouped convolution and a parameter.
+        shapes: tensor -> its shape. norm: Frobenius norm of the update to the weight, scale and all, of a LoRA, and
+            ``None`` for a grouped convolution and a parameter; of another method's parameters.
     """
 
     name: str
@@ -104,6 +104,8 @@ def factors(config: AdapterConfig, site: str, tensors: Mapping[str, Tensor]) -> 
     if config.peft_type != "LORA" or of_parameter(config, site) or not {"lora_A", "lora_B"} <= set(tensors):
         return None
     a, b = tensors["lora_A"].double().flatten(1), tensors["lora_B"].double().flatten(1)
+    if (blocks := getattr(config, "use_bdlora", None)) is not None:
+        a, b = (unblocked(part, count) for part, count in zip((a, b), blocks.blocks(site), strict=True))
     return None if len(a) != b.shape[1] else (a, b * site_scale(config, site, len(a)))
 
 

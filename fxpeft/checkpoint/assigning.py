@@ -52,6 +52,7 @@ def assign(
     misfit: Misfit | None = None,
     declared: Collection[str] = (),
     partial: bool = False,
+    shapes_only: bool = False,
 ) -> Values:
     """Find the place of every tensor of a checkpoint whose names are the model's.
 
@@ -61,6 +62,8 @@ def assign(
         partial: the model is a part of what the checkpoint is for: tensors of modules that it lacks are left out.
         misfit: is told what is missing, unexpected or of another shape, which is then no error: the
             values lack those places.
+        shapes_only: what is found is on the meta device, and nothing is worked out of the base's weights, which may
+            be there too.
 
     Raises:
         CheckpointError: keys that have no place, places that got no tensor, wrong shapes, NaN or
@@ -143,8 +146,8 @@ def assign(
             + "\nIs it an adapter of another base model, or are target_modules or rank_pattern in its config wrong?"
             + (_PARTIAL if left and not (partial or missing or wrong) else "")
         )
-    _restore(model, plan, values, found.source)
-    return values
+    _restore(model, plan, values, found.source, shapes_only=shapes_only)
+    return values.each(lambda tensor: tensor.to("meta")) if shapes_only else values
 
 
 def _turn_stacks(plan: AdapterPlan, left: dict[str, Tensor], release: str | None) -> None:
@@ -228,7 +231,7 @@ def _leave_absent(modules: Modules, method: Method[Any], left: dict[str, Tensor]
         warnings.warn(f"{source}: partial=True: the model has none of these modules\n{listing(lines)}", stacklevel=5)
 
 
-def _restore(model: nn.Module, plan: AdapterPlan, values: Values, source: str) -> None:
+def _restore(model: nn.Module, plan: AdapterPlan, values: Values, source: str, *, shapes_only: bool) -> None:
     """Work out what no file holds, from the base's weights."""
     method, config = method_of(plan.config), plan.config
     stored = method.shared_stored(config)
@@ -246,6 +249,8 @@ def _restore(model: nn.Module, plan: AdapterPlan, values: Values, source: str) -
         shapes = {n: s for n, s in method.shapes(config, site_plan).items() if n in method.frozen(config)}
         device = attribute(base.module, "weight").device if shapes else None
         values.sites[site] |= {n: torch.empty(shape, device=device, dtype=torch.float32) for n, shape in shapes.items()}
+        if shapes_only:
+            continue
         try:
             method.restore(config, site_plan, values.sites[site], base)
         except PassError as error:

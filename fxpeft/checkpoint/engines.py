@@ -64,7 +64,7 @@ def for_engine(found: Checkpoint, engine: Engine) -> tuple[Checkpoint, dict[str,
         AdapterError: no plain LoRA, or it brings what the engine doesn't read; all is named.
     """
     if not engine.rest:
-        found = _without_base(found, engine)
+        found = _without_layers(_without_base(found, engine), engine)
     config = found.config
     problems = _problems(found, engine)
     sites, rest = site_tensors(found)
@@ -145,6 +145,19 @@ def _without_base(found: Checkpoint, engine: Engine) -> Checkpoint:
         stacklevel=4,
     )
     return replace(found, tensors={key: tensor for key, tensor in found.tensors.items() if key not in left})
+
+
+def _without_layers(found: Checkpoint, engine: Engine) -> Checkpoint:
+    """Without the request for repeated layers, which no engine follows; each layer's factors are there."""
+    layers = getattr(found.config, "layer_replication", None)
+    if not layers:
+        return found
+    warnings.warn(
+        f"{engine.name} repeats no layers (layer_replication): serve a base that has them, such as one of the config "
+        f"and the state_dict of a model after fxpeft.replicate_layers(model, {layers})",
+        stacklevel=4,
+    )
+    return replace(found, config=found.config.changed(layer_replication=None))
 
 
 def _problems(found: Checkpoint, engine: Engine) -> list[str]:

@@ -18,6 +18,7 @@ from rich.table import Table
 import fxpeft
 from fxpeft.errors import AdapterError
 from fxpeft.tools.answers import Json, Source, show
+from fxpeft.tools.check import check
 from fxpeft.tools.convert import Folded, adapted, convert
 from fxpeft.tools.gpu_check import gpu_check
 from fxpeft.tools.serve import serve
@@ -27,7 +28,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )  # fmt: skip
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or hub id.")]
-Base = Annotated[str, typer.Option("--model", metavar="MODEL", help="The base model's folder or hub id.")]
 Target = Annotated[
     list[str] | None, typer.Option("--target", help="A pattern or name, repeatable; default: the architecture's.")
 ]
@@ -119,51 +119,7 @@ def inspect(adapter: Source, as_json: Json = False) -> None:
     show(as_json, content, *lines, table, *(f"{k} {v}" for k, v in other.items()))
 
 
-@app.command()
-def check(
-    adapter: Source,
-    model: Base,
-    max_rank: Annotated[int, typer.Option(min=2, help="Ranks that a slot holds.")] = 128,
-    slots: Annotated[str, typer.Option(help="What has slots: a pattern.")] = "all-linear",
-    as_json: Json = False,
-) -> None:
-    """Tell whether an adapter loads on a model, and whether it swaps there without recompiling; and why not."""
-    import torch
-
-    from fxpeft.adapters.loading import load
-    from fxpeft.adapters.state import Adapter, state_of
-    from fxpeft.checkpoint import read
-    from fxpeft.methods import method_of
-    from fxpeft.model.empty import empty_model
-    from fxpeft.model.modules import Modules
-    from fxpeft.serving.declared import servable
-    from fxpeft.serving.swap import lower, serving_of
-
-    found, bare = read(adapter), empty_model(model)
-    answer: dict[str, Any] = {"loads": False, "swaps": False, "why_not": None, "sites": 0}
-    try:
-        made, values = load(Modules(bare), found, check_finite=True)
-        answer.update(loads=True, sites=len(made.sites))
-        declared = method_of(found.config).declared(found.config)
-        if declared in servable():
-            with torch.device("meta"):
-                methods = [*dict.fromkeys((declared, *(["trainable_tokens"] if made.tokens else [])))]
-                room = max((len(rows.tokens) for rows in made.tokens.values()), default=None)
-                fxpeft.prepare_hotswap(
-                    bare, max_rank, targets=slots, methods=methods, modules_to_save=list(values.saved),
-                    token_modules=list(made.tokens) or None, max_tokens=room,
-                )  # fmt: skip
-            lower(bare, serving_of(state_of(bare)), Adapter("checked", made, values))
-            answer["swaps"] = True
-        else:
-            answer["why_not"] = f"{declared} has no slot"
-    except AdapterError as error:
-        answer["why_not"] = str(error)
-    words = [f"loads: {'yes' if answer['loads'] else 'no'}", f"swaps: {'yes' if answer['swaps'] else 'no'}"]
-    show(as_json, answer, *words, *([answer["why_not"]] if answer["why_not"] else []))
-    raise typer.Exit(0 if answer["swaps"] else 1)
-
-
+app.command()(check)
 app.command()(convert)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import warnings
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -82,7 +83,7 @@ def convert(
     errors: dict[str, float] = {}
     if to is not None or (engine is not None and _needs_base(found)):
         with tempfile.TemporaryDirectory() as folder:  # an engine that can't take it leaves nothing behind
-            found = _as_lora(adapter, model, rank, output if engine is None else Path(folder))
+            found, errors = _as_lora(adapter, model, rank, output if engine is None else Path(folder))
     elif rank is not None:
         found, errors = shrink(found, rank)
     if rest is not None:
@@ -133,22 +134,25 @@ def adapted(adapter: str, base: str | None) -> tuple[Any, str]:
     from fxpeft.checkpoint import read
     from fxpeft.model.empty import loaded_model
 
-    base = _base_of(read(adapter), adapter, base)
-    whole = loaded_model(base)
+    found = read(adapter)
+    base = _base_of(found, adapter, base)
+    whole, repeated = loaded_model(base), getattr(found.config, "layer_replication", None)
+    if repeated:  # as PEFT does while it adds the adapter
+        fxpeft.replicate_layers(whole, repeated)
     fxpeft.load_adapter(whole, adapter, check_finite=True)
     return whole, base
 
 
-def _as_lora(adapter: str, base: str | None, rank: int | None, output: Path) -> Checkpoint:
-    """The adapter as plain LoRA; how far off that is goes to stderr."""
+def _as_lora(adapter: str, base: str | None, rank: int | None, output: Path) -> tuple[Checkpoint, dict[str, float]]:
+    """The adapter as plain LoRA, and how far off it is at each site; the worst of these goes to stderr."""
     from fxpeft.checkpoint import read
 
     whole, _ = adapted(adapter, base)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        fxpeft.convert(whole, "default", new_name="converted", rank=rank)
+        errors = fxpeft.convert(whole, "default", new_name="converted", rank=rank)
     for warning in told:
         if "approximates" in str(warning.message):
             print(f"warning: {warning.message}", file=sys.stderr)
     fxpeft.save_adapter(whole, output, "converted")
-    return read(output)
+    return replace(read(output), source=adapter), errors

@@ -25,7 +25,7 @@ from fxpeft.transform.derived import add_lora, brought, factorise, in_order, ref
 @torch.no_grad()
 def convert(
     model: nn.Module, name: str, to: Literal["lora"] = "lora", *, new_name: str | None = None, rank: int | None = None
-) -> None:
+) -> dict[str, float]:
     """Add a plain LoRA (scale 1, no rsLoRA) that computes what another adapter does, and make it the active one.
 
     Exact up to rounding, at the same ranks, from AdaLoRA (singular values go into B, ranks that are off
@@ -38,6 +38,9 @@ def convert(
     Args:
         new_name: ``<name>_lora`` by default.
         rank: the most ranks at each site; also makes a LoRA smaller. A layer can't have more than its size.
+
+    Returns:
+        Site -> ``|W - W'| / |W|`` of its update W, where ``rank`` was asked for; what is exact has none.
 
     Raises:
         AdapterError: a method that needs ``rank``, an update that is no change of the weight, or a folded
@@ -92,6 +95,7 @@ def convert(
             stacklevel=4,
         )
     add_lora(model, new_name, values, [adapter])
+    return errors
 
 
 def _factors(
@@ -107,6 +111,9 @@ def _factors(
         )
     a, rows = lowered.a.float(), lowered.b.float() * lowered.d.to(lowered.b.device).unsqueeze(1)
     grouped = kind.groups > 1
+    if not len(a):  # a shift alone, and a LoRA of rank 0 there isn't
+        a, rows = a.new_zeros(kind.a_shape(1)), rows.new_zeros(1, kind.out_features)
+        lowered = lowered._replace(d=lowered.d.new_zeros(1))
     if rank is None:
         on = lowered.d != 0
         if not grouped and not on.all():  # at least one is kept: a LoRA of rank 0 there isn't

@@ -55,6 +55,7 @@ def _plan(model: nn.Module, values: Values, sources: Sequence[Adapter], fields: 
         "bias": next((mode for mode in ("all", "lora_only") if mode in modes), "none"),
         "modules_to_save": list(dict.fromkeys(m for c in configs for m in c.modules_to_save or ())) or None,
         "trainable_token_indices": {n: list(t.tokens) for a in sources for n, t in a.plan.tokens.items()} or None,
+        "layer_replication": next((r for c in configs if (r := getattr(c, "layer_replication", None))), None),
         "lora_bias": any("lora_B_bias" in parts for parts in values.sites.values()), **fields,
     }  # fmt: skip
     why = "they select others"
