@@ -220,7 +220,13 @@ from fxpeft.methods import (
     PveraConfig as PveraConfig,
 )
 from fxpeft.methods import (
+    TinyLoraConfig as TinyLoraConfig,
+)
+from fxpeft.methods import (
     TrainableTokensConfig as TrainableTokensConfig,
+)
+from fxpeft.methods import (
+    UniLoraConfig as UniLoraConfig,
 )
 from fxpeft.methods import (
     VBLoRAConfig as VBLoRAConfig,

@@ -153,6 +153,14 @@ METHODS = {
         fxpeft.PveraConfig, peft.PveraConfig, {"r": 4, "projection_prng_key": 3}, "pvera", refused=LINEAR,
         other={"r": 7},
     ),
+    "TinyLoRA": MethodCase(
+        fxpeft.TinyLoraConfig, peft.TinyLoraConfig, {"r": 4, "u": 25}, "tinylora",
+        refused=("Conv1d", "Conv2d", "Conv3d"), other={"r": 2, "weight_tying": 1.0},
+    ),
+    "UniLoRA": MethodCase(
+        fxpeft.UniLoraConfig, peft.UniLoraConfig, {"r": 3, "theta_d_length": 19}, "unilora", refused=LINEAR,
+        other={"r": 5, "theta_d_length": 300},
+    ),
     "OFT": MethodCase(
         fxpeft.OFTConfig, peft.OFTConfig, {"oft_block_size": 6}, "oft", refused=LINEAR, alone=("Conv1D",),
         other={"r": 2, "oft_block_size": 0, "use_cayley_neumann": False},
@@ -188,17 +196,28 @@ def served(kind: KindCase, name: str) -> Net:
     return net
 
 
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Those of the tensors that a file holds, by their keys, parts of parameters too; VeRA's factors have none."""
+    owners = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
+    found: dict[str, Tensor] = {}
+    for key, tensor in fxpeft.adapter_state_dict(model).items():
+        owner = owners.get(tensor.untyped_storage().data_ptr())
+        if owner is not None and owner.grad is not None:
+            grad = owner.grad.contiguous()
+            found[key] = grad.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return found
+
+
 def grads_of(peer: Any, model: Any, loss: Any) -> None:
     """The same gradients for everything that a file holds of both."""
     for each in (peer, model):
         each.zero_grad()
         loss(each).backward()
-    theirs = {n.replace(".default", ""): p.grad for n, p in peer.named_parameters() if p.grad is not None}
-    parameters = {p.data_ptr(): p for p in model.parameters()}
-    tensors = fxpeft.adapter_state_dict(model).items()  # VeRA's factors are no parameters
-    held = {k: parameters[t.data_ptr()].grad for k, t in tensors if t.data_ptr() in parameters}
+    held, names = gradients(model), dict[nn.Parameter, list[str]]()
+    for name, p in peer.named_parameters(remove_duplicate=False):  # what sites share has several
+        names.setdefault(p, []).append(name.replace(".default", ""))
+    theirs = {next((n for n in own if n in held), own[0]): p.grad for p, own in names.items() if p.grad is not None}
     assert held.keys() == theirs.keys()
     for key, grad in held.items():
-        assert grad is not None
         assert theirs[key].abs().max() > 0
         assert_close(grad, theirs[key], size=float(theirs[key].abs().max()) + 0.1)

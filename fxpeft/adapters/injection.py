@@ -137,7 +137,7 @@ def _empty_values(model: nn.Module, plan: AdapterPlan, *, autocast: bool) -> Val
         module, leaf = site_module(model, site)
         _, dtype = placement(module, model, autocast, leaf)
         shapes = method.shapes(plan.config, own)
-        values.sites[site] = {n: torch.empty(shape, dtype=dtype, device="meta") for n, shape in shapes.items()}
+        values.sites[site] = {n: torch.empty(s, dtype=method.dtype(n, dtype), device="meta") for n, s in shapes.items()}
     shared = method.shared(plan.config, plan.sites)
     values.shared = {n: torch.empty(shape, dtype=shared_placement(model, plan.sites, autocast)[1], device="meta")
                      for n, shape in shared.items()}  # fmt: skip

@@ -70,6 +70,11 @@ def assign(
             infinity with ``check_finite``; all of them are named.
     """
     modules, method, config = Modules.of(model), method_of(plan.config), plan.config
+    if partial and method.ordered:
+        raise CheckpointError(
+            f"{found.source}: partial=True: what a site of {method.name} has follows from its place among all sites of "
+            "the whole model"
+        )
     model = modules.model
     shared, kept = apart(found.tensors, method.shared_keys)
     kept = {key: tensor for key, tensor in kept.items() if ".original_module." not in key}
@@ -97,7 +102,8 @@ def assign(
 
     for site, site_plan in plan.sites.items():
         shapes = {n: s for n, s in method.shapes(config, site_plan).items() if n not in method.frozen(config)}
-        taken = {n: take(_short(method.key(site, site_plan, n), method.prefix), s) for n, s in shapes.items()}
+        keys = {n: _short(method.key(site, site_plan, n), method.prefix) for n in shapes}
+        taken = {n: take(keys[n], s, method.dtype(n)) for n, s in shapes.items()}
         values.sites[site] = {n: t for n, t in taken.items() if t is not None}
     for name, shape in method.shared(config, plan.sites).items():
         if name in method.shared_stored(config) and (tensor := take(method.shared_keys[name], shape)) is not None:
@@ -248,7 +254,7 @@ def _restore(model: nn.Module, plan: AdapterPlan, values: Values, source: str, *
         base = Base(submodule(model, site), brings.get(site, {}), shared=values.shared)
         shapes = {n: s for n, s in method.shapes(config, site_plan).items() if n in method.frozen(config)}
         device = attribute(base.module, "weight").device if shapes else None
-        values.sites[site] |= {n: torch.empty(shape, device=device, dtype=torch.float32) for n, shape in shapes.items()}
+        values.sites[site] |= {n: torch.empty(s, device=device, dtype=method.dtype(n)) for n, s in shapes.items()}
         if shapes_only:
             continue
         try:

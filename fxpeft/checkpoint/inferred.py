@@ -62,8 +62,8 @@ def peft_keys(state_dict: Mapping[str, Tensor], *, shapes_only: bool = False) ->
         }  # fmt: skip
     found = file_keys(dense(state_dict, source), source)
     check_adapters_own(found, source)
-    bare = parts_known().bare
-    return {key if key in bare else f"{Method.prefix}{_bare(key)}": tensor for key, tensor in found.items()}
+    parts = parts_known()
+    return {key if parts.is_bare(key) else f"{Method.prefix}{_bare(key)}": tensor for key, tensor in found.items()}
 
 
 @matching()
@@ -208,7 +208,7 @@ def saved_of(tensors: Mapping[str, Tensor], parts: Mapping[str, object]) -> list
     """Modules of which the tensors bring more than a bias."""
     owners: dict[str, set[str]] = {}
     known = parts_known()
-    for key in [key for key in tensors if key not in known.bare]:
+    for key in [key for key in tensors if not known.is_bare(key)]:
         short = _bare(key).replace(".modules_to_save.", ".")
         owner, _, leaf = short.rpartition(".")
         if known.part.fullmatch(short) is None and owner and owner not in parts and not owner.endswith(".base_layer"):

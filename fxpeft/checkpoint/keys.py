@@ -40,6 +40,11 @@ class Parts:
     leafed: frozenset[str]
     bare: frozenset[str]
 
+    def is_bare(self, key: str) -> bool:
+        """Whether a key names no module; what there is several of, as TinyLoRA's vectors, is numbered."""
+        whole, _, number = key.rpartition(".")
+        return key in self.bare or (number.isdecimal() and whole in self.bare)
+
 
 def parts_known() -> Parts:
     """Those of all methods that there are now."""
@@ -94,8 +99,9 @@ def _in_file(key: str, names: set[str], parts: Parts) -> str:
         leaf = match["leaf"] if match["part"] in parts.leafed else None
         return ".".join(atom for atom in (match["site"], match["part"], leaf) if atom)
     for name in names:
-        if (bare := key.removesuffix(f".{name}")) in parts.bare:
-            return bare
+        for bare in (key.removesuffix(f".{name}"), key.replace(f".{name}.", ".")):
+            if parts.is_bare(bare):
+                return bare
         key = key.replace(f".modules_to_save.{name}.", ".")
     return key
 

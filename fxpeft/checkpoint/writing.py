@@ -26,8 +26,7 @@ def to_tensors(plan: AdapterPlan, values: Values) -> dict[str, Tensor]:
     for site, parameters in values.sites.items():
         stored = method.stored(plan.config, site, plan.sites[site], parameters)
         tensors.update({method.key(site, plan.sites[site], name): value for name, value in stored.items()})
-    stored_shared = method.shared_stored(plan.config)
-    tensors.update({method.shared_keys[name]: v for name, v in values.shared.items() if name in stored_shared})
+    tensors.update(method.stored_shared(plan.config, values.shared))
     for path, parts in values.saved.items():
         tensors.update({method.prefix + method.saved_key(plan.config, path, k): v for k, v in parts.items()})
     for name, rows in values.tokens.items():

@@ -27,7 +27,9 @@ from fxpeft.methods.prompt_tuning import PromptTuningConfig
 from fxpeft.methods.psoft import PsoftConfig
 from fxpeft.methods.pvera import PveraConfig
 from fxpeft.methods.registry import METHODS, config_class, following, method_of, register, slot_needs
+from fxpeft.methods.tinylora import TinyLoraConfig
 from fxpeft.methods.tokens import TrainableTokensConfig
+from fxpeft.methods.unilora import UniLoraConfig
 from fxpeft.methods.values import Values
 from fxpeft.methods.vblora import VBLoRAConfig
 from fxpeft.methods.vera import VeraConfig
@@ -62,7 +64,9 @@ __all__ = [
     "PromptTuningConfig",
     "PsoftConfig",
     "PveraConfig",
+    "TinyLoraConfig",
     "TrainableTokensConfig",
+    "UniLoraConfig",
     "VBLoRAConfig",
     "Values",
     "VeraConfig",

@@ -148,6 +148,10 @@ class Method(abc.ABC, Generic[C]):
     tokens_key: ClassVar[str] = "token_adapter.trainable_tokens_delta"
     #: whether :meth:`lower` reads the base's weights, so that it is done anew where these are others
     follows_base: ClassVar[bool] = False
+    #: a site's plan follows from its place among all of them (:meth:`arranged`), so that a part of a model has others
+    ordered: ClassVar[bool] = False
+    #: those of :meth:`shapes` that are whole numbers: ``torch.int64``, never trained
+    integers: ClassVar[Collection[str]] = ()
     #: what of its kind only one can be active at a time, of all methods that say the same word: ``prompt``
     alone: ClassVar[str] = ""
 
@@ -171,6 +175,10 @@ class Method(abc.ABC, Generic[C]):
     def plan(self, config: C, site: str, kind: Kind) -> SitePlan:
         """Rank and scaling at a site; ``AdapterError`` where the method can't serve its kind."""
 
+    def arranged(self, config: C, plans: Mapping[str, SitePlan]) -> dict[str, SitePlan]:
+        """The plans of all sites, in the model's order, with what follows from that order; see :attr:`ordered`."""
+        return dict(plans)
+
     @abc.abstractmethod
     def shapes(self, config: C, plan: SitePlan) -> dict[str, tuple[int, ...]]:
         """Parameter name -> shape at one site."""
@@ -188,9 +196,15 @@ class Method(abc.ABC, Generic[C]):
     ) -> dict[str, Tensor]:
         """A fresh adapter's parameters at one site."""
         shapes = self.shapes(config, plan)
-        parameters = {name: torch.empty(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
+        parameters = {
+            name: torch.empty(shape, device=device, dtype=self.dtype(name, dtype)) for name, shape in shapes.items()
+        }
         self.initialise(config, plan, parameters, base)
         return parameters
+
+    def dtype(self, name: str, usual: torch.dtype = torch.float32) -> torch.dtype:
+        """Of one of :meth:`shapes`, where what is trained has the usual one."""
+        return torch.int64 if name in self.integers else usual
 
     def shared(self, config: C, plans: Mapping[str, SitePlan]) -> dict[str, tuple[int, ...]]:
         """Name -> shape of what all sites of an adapter share, as VeRA's factors; the names of ``shared_keys``.
@@ -214,6 +228,11 @@ class Method(abc.ABC, Generic[C]):
     def shared_stored(self, config: C) -> Collection[str]:
         """Those of :meth:`shared` that a checkpoint holds; :meth:`initialise_shared` finds the others again."""
         return self.shared_keys.keys()
+
+    def stored_shared(self, config: C, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole key -> tensor of what all sites share, as a checkpoint holds it."""
+        stored = self.shared_stored(config)
+        return {self.shared_keys[name]: value for name, value in shared.items() if name in stored}
 
     def frozen(self, config: C) -> Collection[str]:
         """Those of :meth:`shapes` that are never trained and in no checkpoint: they follow from the base."""
@@ -276,7 +295,7 @@ class Method(abc.ABC, Generic[C]):
 
     def stored(self, config: C, site: str, plan: SitePlan, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters as a checkpoint holds them."""
-        return dict(parameters)
+        return {name: value for name, value in parameters.items() if name not in self.frozen(config)}
 
     def stored_keys(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A file's tensors under the keys of today; of a method that isn't ``targeted``: whose keys name no modules."""

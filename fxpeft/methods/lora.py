@@ -336,11 +336,6 @@ class Lora(Method[LoraConfig]):
             for name in parameters.keys() & self.frozen(config):
                 parameters[name].copy_(fresh[name])
 
-    def stored(
-        self, config: LoraConfig, site: str, plan: SitePlan, parameters: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        return {name: value for name, value in parameters.items() if name not in self.frozen(config)}
-
     def dropout(self, config: LoraConfig, kind: Kind) -> float:
         return 0.0 if kind.looks_up else config.lora_dropout
 

@@ -190,11 +190,6 @@ class Psoft(Method[PsoftConfig]):
         parameters["psoft_A"].copy_(right.unsqueeze(1) * vh[:r])
         parameters["psoft_B"].copy_(u[:, :r] * left)
 
-    def stored(
-        self, config: PsoftConfig, site: str, plan: SitePlan, parameters: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        return {name: value for name, value in parameters.items() if name not in FIXED}
-
     def dropout(self, config: PsoftConfig, kind: Kind) -> float:
         return config.psoft_dropout
 

@@ -109,9 +109,10 @@ def rewrites_of(
     shared = SharedPart(values.shared, method.shared_trained(plan.config)).requires_grad_(
         not plan.config.inference_mode
     )
+    frozen = {*method.frozen(plan.config), *method.untrained(plan.config)}
     for site, own in plan.sites.items():
         dropout = method.dropout(plan.config, own.kind) if training else 0.0
-        part = SiteAdapter(own, values.sites[site], dropout=dropout, frozen=method.untrained(plan.config))
+        part = SiteAdapter(own, values.sites[site], dropout=dropout, frozen=frozen)
         part.share(shared)
         for parameter in part.parameters():
             parameter.requires_grad_(not plan.config.inference_mode)
@@ -133,6 +134,11 @@ def _plan(
         raise AdapterError(
             f"{method.name} prepares the inputs of a model's forward, and a program has none: add the adapter to the "
             "live model, then capture it"
+        )
+    if method.ordered:
+        raise AdapterError(
+            f"{method.name}: what a site has follows from its place in the model, and this is a program: add the "
+            "adapter to the live model, then capture it; or pass fxpeft.targets.sites.make_plan(model, config)"
         )
     if method.invocation(config):
         raise AdapterError(

@@ -43,6 +43,8 @@ from fxpeft.targets.saved import passed_over, with_heads, with_saved
 from fxpeft.targets.tokens import one_weight, with_tokens
 from fxpeft.targets.tying import check_tied, with_tied_saved, with_tied_targets
 
+NAMED = "exclude_modules names it"  # why a target is left out
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -126,7 +128,12 @@ def make_plan(
         return AdapterPlan(config, whole, saved, tokens=tokens)
     found = find_targets(modules, config, heads=heads, roles=roles, of_file=of_file)
     config = found.config
-    sites = {site: method.plan(config, site, kind) for site, kind in found.kinds.items()}
+    if method.ordered and (idle := [name for name, why in found.left_out.items() if why != NAMED]):
+        raise AdapterError(
+            f"{method.name}: what a site has follows from its place among all targets, and here these do nothing:\n"
+            f"{listing(idle)}\nname them in exclude_modules, and train the adapter without them"
+        )
+    sites = method.arranged(config, {site: method.plan(config, site, kind) for site, kind in found.kinds.items()})
     sites |= {site: replace(sites[site], wrapped=count) for site, count in found.wrapped.items()}
     sites |= {n: replace(sites[n], rank=sites[first].rank) for n, first in found.tied.items() if n in sites}
     _check_patterns(config, sites, of_file)
@@ -219,7 +226,7 @@ def _without_idle(
 ) -> tuple[AdapterConfig, list[str], dict[str, str]]:
     """Leave out the targets at which an adapter would do nothing: the config excludes them, and name -> why."""
     idle = {name: why for name in targets if (why := modules.idle(name))}
-    out = {name: "exclude_modules names it" for name, why in why_not.items() if why == EXCLUDED} | idle
+    out = {name: NAMED for name, why in why_not.items() if why == EXCLUDED} | idle
     if idle:
         given = config.exclude_modules
         exclude = [*given, *idle] if isinstance(given, list) else spelled(list(out), modules)

@@ -36,6 +36,10 @@ KIND = KindCase(lambda: nn.Linear(12, 6), lambda: torch.randn(3, 2, 12))
         fxpeft.PveraConfig(r=3, d_initial=2.0),
         fxpeft.HiraConfig(r=4, init_weights="gaussian"),
         fxpeft.FourierFTConfig(n_frequency=11, scaling=12.0, random_loc_seed=5),
+        fxpeft.TinyLoraConfig(r=9, u=5, weight_tying=0.5),
+        fxpeft.TinyLoraConfig(u=5, save_projection=False, projection_seed=7, target_modules=BOTH),
+        fxpeft.UniLoraConfig(r=2, theta_d_length=13, save_indices=True),
+        fxpeft.UniLoraConfig(r=2, theta_d_length=200, proj_seed=3),
     ],
     ids=lambda config: config.peft_type,
 )  # fmt: skip
@@ -59,6 +63,7 @@ def test_other_forms(config: Any, tmp_path: Path) -> None:
     fxpeft.GraloraConfig(r=4, hybrid_r=2, gralora_dropout=0.5), fxpeft.DeftConfig(r=3, deft_dropout=0.5),
     fxpeft.HiraConfig(r=3, hira_dropout=0.5), fxpeft.PsoftConfig(r=3, psoft_dropout=0.5),
     fxpeft.PveraConfig(r=3, pvera_dropout=0.5), fxpeft.PveraConfig(r=3, generator_seed=7),
+    fxpeft.TinyLoraConfig(tinylora_dropout=0.5), fxpeft.UniLoraConfig(theta_d_length=21, unilora_dropout=0.5),
 ], ids=lambda config: config.peft_type)  # fmt: skip
 def test_what_is_drawn_is_drawn_as_in_peft(config: Any, tmp_path: Path) -> None:
     net, x = KIND.net(), KIND.input()
@@ -76,7 +81,7 @@ def test_what_is_drawn_is_drawn_as_in_peft(config: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", [
     fxpeft.BeftConfig(), fxpeft.GraloraConfig(hybrid_r=2), fxpeft.DeftConfig(alpha=5), fxpeft.HiraConfig(),
     fxpeft.C3AConfig(block_size=3, init_weights=True), fxpeft.PsoftConfig(r=4), fxpeft.PveraConfig(r=3),
-    fxpeft.FourierFTConfig(n_frequency=5, init_weights=True),
+    fxpeft.FourierFTConfig(n_frequency=5, init_weights=True), fxpeft.TinyLoraConfig(weight_tying=1.0),
 ], ids=lambda config: config.peft_type)  # fmt: skip
 def test_a_fresh_one_changes_nothing_and_has_pefts_tensors(config: Any) -> None:
     net, x = KIND.net(), KIND.input()

@@ -22,7 +22,7 @@ COLUMNS = {  # in the README's table of what each method can do
 }  # fmt: skip
 ROWS = {  # in the guide's table of what each method can do
     "BEFT": "BEFT", "GRALORA": "GraLoRA", "DEFT": "DEFT", "HIRA": "HiRA", "C3A": "C3A", "FOURIERFT": "FourierFT",
-    "PSOFT": "PSOFT", "PVERA": "PVeRA",
+    "PSOFT": "PSOFT", "PVERA": "PVeRA", "TINYLORA": "TinyLoRA", "UNILORA": "UniLoRA",
 }  # fmt: skip
 EXACT = "**exact**: trains, files both ways, swaps"
 FULL = ("C3A", "FOURIERFT", "HIRA")
@@ -32,8 +32,6 @@ REST = {
     "CARTRIDGE": (SLOT, "keys and values in front, as prefix tuning"),
     "CPT": (SLOT, "a prompt, trained under other constraints"),
     "MULTITASK_PROMPT_TUNING": (SLOT, "a prompt for each task"),
-    "TINYLORA": (SLOT, "`B R A` with the base's singular vectors"),
-    "UNILORA": (SLOT, "a LoRA whose entries are picked from one vector"),
     "FROD": (FOLD, "the whole weight anew"),
     "GLORA": (FOLD, "a product with the base's weight, of full rank"),
     "OSF": (FOLD, "a part of the base's decomposition, of most of its rank"),
