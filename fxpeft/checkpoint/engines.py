@@ -1,20 +1,25 @@
 """An adapter for engines that take one plain LoRA alone: one rank, one alpha, every other scale folded into B.
 
-What each reads (their sources, November 2026): vLLM ``vllm/lora/peft_helper.py`` and ``lora_model.py``: ``r`` and
-``lora_alpha`` for all sites, no ``modules_to_save``, no DoRA, ranks up to 512. SGLang ``python/sglang/srt/lora``: ``r``
-and ``lora_alpha`` for all sites. llama.cpp ``convert_lora_to_gguf.py``, which makes its GGUF of the two files:
-``lora_alpha`` over the rank of each tensor. None of them reads ``bias``, and only vLLM reads ``use_rslora``.
+What each reads, by its source:
+
+- vLLM 0.33, ``vllm/lora/peft_helper.py`` and ``lora_model.py``: one rank up to ``max_lora_rank``, 512 at most; of
+  ``modules_to_save`` one ``score`` or ``classifier``; no bias, DoRA, aLoRA, BD-LoRA, repeated layers, and no start that
+  changes the base's weights. (It has patterns and ``use_rslora`` too, which its older releases hadn't.)
+- SGLang 0.5.23, ``sglang/srt/lora/lora.py`` and ``lora_config.py``: ``r`` and ``lora_alpha`` for all sites, a list of
+  targets, no DoRA, no new tokens; q, k and v (and gate and up) of a layer only together.
+- llama.cpp, ``convert_lora_to_gguf.py``, which makes its GGUF of the two files: ``lora_alpha`` over the rank of each
+  tensor.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxpeft.checkpoint.adapter_file import factors, of_parameter, product_norm, site_keys, site_scale, site_tensors
 from fxpeft.checkpoint.reading import Checkpoint
@@ -23,8 +28,17 @@ from fxpeft.methods import method_of
 from fxpeft.methods.alora import Alora
 from fxpeft.methods.base import Method
 from fxpeft.methods.config import matching
+from fxpeft.model.wrappers import submodule
+from fxpeft.passes.base import attribute, join
 
 LARGEST = 512  # vLLM's largest max_lora_rank
+
+
+STACKED = (
+    frozenset({"q_proj", "k_proj", "v_proj"}),
+    frozenset({"gate_proj", "up_proj"}),
+    frozenset({"q_a_proj", "kv_a_proj_with_mqa"}),
+)
 
 
 @dataclass(frozen=True)
@@ -32,36 +46,46 @@ class Engine:
     """What takes a plain LoRA.
 
     Args:
-        rest: whether it reads what an adapter brings beside its sites. most: its largest rank.
-        invokes: whether it has aLoRA's invocations.
+        rest: whether it reads what an adapter brings beside its sites. heads: modules of which it reads one whole.
+        most: its largest rank. invokes: whether it has aLoRA's invocations.
+        together: names of modules of one parent that it multiplies as one, so that it needs all of them.
     """
 
     name: str
     rest: bool = False
+    heads: frozenset[str] = frozenset()
     most: int | None = None
     invokes: bool = False
+    together: tuple[frozenset[str], ...] = ()
 
 
 ENGINES: Mapping[str, Engine] = {
     engine.name: engine
     for engine in (
         Engine("peft", rest=True, invokes=True),
-        Engine("vllm", most=LARGEST),
-        Engine("sglang"),
+        Engine("vllm", most=LARGEST, heads=frozenset({"score", "classifier"})),
+        Engine("sglang", together=STACKED),
         Engine("llama.cpp", invokes=True),
     )
 }
 
 
 @matching()
-def for_engine(found: Checkpoint, engine: Engine) -> tuple[Checkpoint, dict[str, float]]:
+def for_engine(
+    found: Checkpoint, engine: Engine, base: Callable[[], nn.Module] | None = None
+) -> tuple[Checkpoint, dict[str, float]]:
     """The same LoRA at one rank and with the scale 1: smaller ranks are filled up with zeros, scales go into B.
+
+    Args:
+        base: makes the base model, on the meta device, which is asked for the sizes of modules that the engine needs
+            beside a site; they get an update of zeros.
 
     Returns:
         The adapter, and for each site ``|W - W'| / |W|`` of its update W, made in float64: rounding alone.
 
     Raises:
-        AdapterError: no plain LoRA, or it brings what the engine doesn't read; all is named.
+        AdapterError: no plain LoRA, or it brings what the engine doesn't read, or no base where one is asked; all is
+            named.
     """
     if not engine.rest:
         found = _without_layers(_without_base(found, engine), engine)
@@ -89,12 +113,45 @@ def for_engine(found: Checkpoint, engine: Engine) -> tuple[Checkpoint, dict[str,
         "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
         "init_lora_weights": True, "eva_config": None, "corda_config": None, "lora_ga_config": None,
     }  # fmt: skip
-    if not isinstance(config.target_modules, list) or config.exclude_modules or config.layers_to_transform is not None:
+    beside = _beside(found.source, engine, sites, base)
+    for module, (site, out) in beside.items():
+        into, up = (keys[site][part] for part in ("lora_A", "lora_B"))
+        tensors[into.replace(site, module)] = torch.zeros_like(tensors[into])
+        tensors[up.replace(site, module)] = tensors[up].new_zeros(out, rank)
+    listed = isinstance(config.target_modules, list)
+    if not listed or beside or config.exclude_modules or config.layers_to_transform is not None:
         fields |= {
-            "target_modules": sorted(sites), "exclude_modules": None, "layers_to_transform": None,
+            "target_modules": sorted([*sites, *beside]), "exclude_modules": None, "layers_to_transform": None,
             "layers_pattern": None,
         }  # fmt: skip
     return replace(found, config=replace(config, **fields), tensors=tensors), errors
+
+
+def _beside(
+    source: str, engine: Engine, sites: Collection[str], base: Callable[[], nn.Module] | None
+) -> dict[str, tuple[str, int]]:
+    """Module of the base that the engine needs beside a site -> that site, and how many outputs the module has."""
+    needed: dict[str, str] = {}
+    for site in sites:
+        parent, _, leaf = site.rpartition(".")
+        for names in engine.together:
+            if leaf in names:
+                others = (join(parent, other) for other in sorted(names))
+                needed |= {other: site for other in others if other not in sites}
+    if not needed:
+        return {}
+    module, site = next(iter(needed.items()))
+    if base is None:
+        raise AdapterError(
+            f"{source}: {engine.name} takes {site} only with {module}, whose size the base says: give it (--model)"
+        )
+    model, found = base(), dict[str, tuple[str, int]]()
+    for module, site in needed.items():
+        try:
+            found[module] = site, len(attribute(submodule(model, module), "weight"))
+        except AttributeError:  # this base has none, so neither has the engine
+            continue
+    return found
 
 
 def split(found: Checkpoint) -> tuple[Checkpoint, Checkpoint | None]:
@@ -171,10 +228,13 @@ def _problems(found: Checkpoint, engine: Engine) -> list[str]:
     grouped = [name for name, own in sites.items() if "lora_B" in own and own["lora_B"].shape[1] != len(own["lora_A"])]
     problems += [f"{name}: a grouped convolution's" for name in grouped]
     if not engine.rest:
+        heads = {name for key in rest for name in key.split(".")[-2:-1] if name in engine.heads}
+        headed = heads.pop() if len(heads) == 1 else None
         problems += [
             f"{key}: it reads nothing beside the sites (whole modules, biases, rows of tokens): split those off "
             "(--rest FOLDER), fold that into the base, and serve what comes out"
             for key in rest
+            if not (headed and key.split(".")[-2:-1] == [headed])
         ]
     return problems
 

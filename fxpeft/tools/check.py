@@ -24,6 +24,7 @@ from fxpeft.passes.slots.rotation import BLOCK
 from fxpeft.serving.declared import servable
 from fxpeft.serving.swap import lower, serving_of
 from fxpeft.tools.answers import Json, Source, show
+from fxpeft.tools.convert import repeated
 
 Base = Annotated[str, typer.Option("--model", metavar="MODEL", help="The base model's folder or hub id.")]
 
@@ -36,11 +37,10 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Tell whether an adapter loads on a model, and whether it swaps there without recompiling; and why not."""
-    found, bare = checkpoint.read(adapter), empty_model(model)
+    found = checkpoint.read(adapter)
+    bare = repeated(empty_model(model), found.config)
     answer: dict[str, Any] = {"loads": False, "swaps": False, "why_not": None, "sites": 0}
     layers = getattr(found.config, "layer_replication", None)
-    if layers:  # as PEFT does while it adds the adapter
-        fxpeft.replicate_layers(bare, layers)
     try:
         modules = Modules(bare)
         named = in_layout_of(modules, found)

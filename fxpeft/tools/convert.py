@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from dataclasses import replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from fxpeft.tools.answers import Json, Source, show
 
 if TYPE_CHECKING:
     from fxpeft.checkpoint import Checkpoint
+    from fxpeft.methods.config import AdapterConfig
 
 Folded = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help="The base; default: the one that the adapter names.")
@@ -72,7 +74,7 @@ def convert(
     from fxpeft.checkpoint.engines import ENGINES, for_engine, split
     from fxpeft.checkpoint.gguf_file import SUFFIX, write_gguf
     from fxpeft.checkpoint.writing import write_files
-    from fxpeft.model.empty import model_config
+    from fxpeft.model.empty import empty_model, model_config
 
     if dtype is None and rank is None and to is None and engine is None:
         raise AdapterError("convert: say what to: --dtype, --rank, --to or --for")
@@ -89,12 +91,13 @@ def convert(
     if rest is not None:
         found, beside = split(found)
     if engine is not None:
-        found, rounding = for_engine(found, ENGINES[engine.value])
+        asked, base_of = found.config, partial(_base_of, found, adapter, model)
+        found, rounding = for_engine(found, ENGINES[engine.value], lambda: repeated(empty_model(base_of()), asked))
         errors = errors or rounding
     if dtype is not None:
         found = cast(found, getattr(torch, dtype.value))
     if as_gguf:
-        write_gguf(output, found, model_config(_base_of(found, adapter, model)))
+        write_gguf(output, found, model_config(base_of()))
     for folder_of, each in ((rest, beside), (None if as_gguf else output, found)):
         if folder_of is not None and each is not None:
             values = each.config.to_dict()
@@ -129,6 +132,13 @@ def _base_of(found: Checkpoint, adapter: str, base: str | None) -> str:
     return base
 
 
+def repeated(model: Any, config: AdapterConfig) -> Any:
+    """The base with its layers repeated as an adapter asks for, which PEFT does while it adds the adapter."""
+    if layers := getattr(config, "layer_replication", None):
+        fxpeft.replicate_layers(model, layers)
+    return model
+
+
 def adapted(adapter: str, base: str | None) -> tuple[Any, str]:
     """The base model with the adapter on it, and where it came from."""
     from fxpeft.checkpoint import read
@@ -136,9 +146,7 @@ def adapted(adapter: str, base: str | None) -> tuple[Any, str]:
 
     found = read(adapter)
     base = _base_of(found, adapter, base)
-    whole, repeated = loaded_model(base), getattr(found.config, "layer_replication", None)
-    if repeated:  # as PEFT does while it adds the adapter
-        fxpeft.replicate_layers(whole, repeated)
+    whole = repeated(loaded_model(base), found.config)
     fxpeft.load_adapter(whole, adapter, check_finite=True)
     return whole, base
 
