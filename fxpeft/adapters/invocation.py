@@ -34,41 +34,72 @@ class Seen(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What is known of a call: its tokens ``[rows, tokens]``, or how many there are; the cache that it goes on from."""
+    """What is known of a call.
+
+    ``ids``: its tokens ``[rows, tokens]``; ``sizes``: how many there are, if that is known. ``cache``: what it goes on
+    from. ``packed``: its rows hold several sequences each. ``found``: what it was found to have, for each invocation.
+    """
 
     ids: Tensor | None
     sizes: tuple[int, ...]
     cache: Any
+    packed: bool
+    found: dict[Tokens, Seen]
+
+    def places(self) -> Tensor:
+        """Where its tokens are in their rows, ``[tokens]``."""
+        past = 0 if self.cache is None else self.cache.get_seq_length()
+        return past + torch.arange(self.sizes[1], device=None if self.ids is None else self.ids.device)
 
 
 def call_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
     """A call of a whole model: its tokens are ``input_ids``, or what comes first, if those are whole numbers."""
     ids, cache = kwargs.get("input_ids", args[0] if args else None), cache_in([*args, *kwargs.values()])
+    packed = kwargs.get("cu_seq_lens_q") is not None
     if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.ndim == 2:
-        return Call(ids, tuple(ids.shape), cache)
+        return Call(ids.detach(), tuple(ids.shape), cache, packed, {})
     given = kwargs.get("inputs_embeds", ids)
-    return Call(None, tuple(given.shape[:2]) if isinstance(given, Tensor) and given.ndim > 2 else (), cache)
+    sizes = tuple(given.shape[:2]) if isinstance(given, Tensor) and given.ndim > 2 else ()
+    return Call(None, sizes, cache, packed, {})
 
 
 def mask_of(call: Call, tokens: Tokens) -> tuple[Tensor, Seen | None]:
-    """Which tokens of a call ``[rows, tokens]`` an adapter acts on, and what its cache is to be marked with.
+    """Which tokens of a call ``[rows, tokens]`` an adapter acts on, and what a cache that it makes is marked with.
 
     Args:
         tokens: of the invocation; none: all tokens of the call are acted on.
 
     Raises:
-        AdapterError: the cache is of another number of rows.
+        AdapterError: as :func:`seen_in`.
     """
     if not tokens:
         return everywhere(*call.sizes), None
+    seen = seen_in(call, tokens)
+    return (nowhere() if seen is None else call.places() >= seen.starts.unsqueeze(1)), seen
+
+
+def seen_in(call: Call, tokens: Tokens) -> Seen | None:
+    """Where an invocation is in a call and those before it; ``None``: its tokens aren't known. The cache is marked.
+
+    Raises:
+        AdapterError: the cache is of another number of rows, or a row of the call holds several sequences.
+    """
+    if tokens in call.found:
+        return call.found[tokens]
+    if call.packed:
+        raise AdapterError(
+            "alora_invocation_tokens: this call holds several sequences in one row (cu_seq_lens_q), as generate_batch "
+            "and padding-free batches do, and an invocation is looked for in a row: call with a row for each sequence "
+            "(generate), or name adapters for each token: fxpeft serve does, and fxpeft.tokens with lanes"
+        )
     if call.ids is None:
         warnings.warn(
             "alora_invocation_tokens are looked for in input_ids, and this call has none: the adapter acts on none of "
             "its tokens, as in PEFT",
             stacklevel=2,
         )
-        return nowhere(), None
-    ids, past = call.ids.detach(), 0 if call.cache is None else call.cache.get_seq_length()
+        return None
+    ids, past = call.ids, 0 if call.cache is None else call.cache.get_seq_length()
     rows, count = ids.shape
     before: Seen | None = getattr(call.cache, MARK, {}).get(tokens)
     starts, text = torch.full((rows,), FAR, device=ids.device), ids
@@ -78,8 +109,9 @@ def mask_of(call: Call, tokens: Tokens) -> tuple[Tensor, Seen | None]:
         text = torch.cat((last, ids), 1)
     if before is None or count > 1:  # a token that generate has just made is none of the prompt's
         starts = _found(text, tokens, past - (text.shape[1] - count), starts)
-    mask = past + torch.arange(count, device=ids.device) >= starts.unsqueeze(1)
-    return mask, Seen(starts, text[:, max(text.shape[1] - len(tokens) + 1, 0) :])
+    seen = call.found[tokens] = Seen(starts, text[:, max(text.shape[1] - len(tokens) + 1, 0) :])
+    mark(call.cache, tokens, seen)
+    return seen
 
 
 def cache_in(values: Any) -> Any:

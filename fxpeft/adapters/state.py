@@ -255,7 +255,6 @@ class ModelState:
             return
         for reach, tokens in self._invoked():
             reach.mask, seen = mask_of(call, tokens)
-            mark(call.cache, tokens, seen)
             reach.seen = seen if call.cache is None else None
 
     def leave(self, output: Any) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxpeft.adapters.invocation import Tokens
 from fxpeft.adapters.lock import SwapLock
 from fxpeft.adapters.state import Adapter
 from fxpeft.errors import AdapterError
+from fxpeft.methods import method_of
 from fxpeft.passes.base import attribute
 from fxpeft.passes.live.lane_modules import LaneModules
 from fxpeft.passes.slots.lanes import Lanes, RowTensors
@@ -24,6 +26,7 @@ from fxpeft.serving import tokens as tokens_serving
 from fxpeft.serving.brought import Holds
 from fxpeft.serving.places import Place, clear_windows, lane_copies
 from fxpeft.serving.prompts import PromptSlot
+from fxpeft.serving.reach import RowStarts, SlotReach
 from fxpeft.serving.staging import StreamOrder
 
 TOKENS, MODULE, PROMPT = "tokens", "module", "prompt"  # what a lane may hold beside features
@@ -64,6 +67,7 @@ class Board:
         modules: those of which each lane has a copy. token_slots: with rows for each lane. prompts: with one for each.
         for_all: module that an adapter may bring -> why rows can't have it each of their own.
         holds: of which values of the base the lanes' copies for no adapter are.
+        reach: finds the tokens of a call that its rows' adapters act on, where such with an invocation were declared.
     """
 
     lanes: Lanes
@@ -81,13 +85,14 @@ class Board:
     holds: Holds = field(default_factory=dict)
     device: torch.device | None = None
     order: StreamOrder | None = None
+    reach: SlotReach | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "pins": {}, "used": {}, "order": None}  # nobody has named rows of a copy
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(
-            {"modules": {}, "token_slots": {}, "prompts": None, "for_all": {}, "holds": {}, **state}
+            {"modules": {}, "token_slots": {}, "prompts": None, "for_all": {}, "holds": {}, "reach": None, **state}
         )  # older ones
 
     # --- who is resident ---
@@ -309,23 +314,31 @@ class Board:
 
     def sync(self) -> None:
         """Let this thread's calls have the rows that are named in its context."""
-        named = self.named()
+        named, lanes, reach = self.named(), self.lanes, self.reach
         if named is None:
-            if self.lanes.held is not None:
-                self.lanes.clear()
-        elif self.lanes.held != (named, self.version):
-            with torch.inference_mode(False), torch.no_grad():
+            if lanes.held is not None:
+                lanes.clear()
+            if reach is not None:
+                reach.find()
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            if lanes.held is None or lanes.held[:2] != (named, self.version):
                 prompted = any(self.placed[name].adapter.prompt is not None for name in named.names())
-                self.lanes.name(self._tensors(named), named.repeats, prompted)
-            self.lanes.held = (named, self.version)
+                tensors, starts = self._tensors(named)
+                lanes.name(tensors, named.repeats, prompted)
+                lanes.held = (named, self.version, starts)
+            if reach is not None and named.ids.ndim == 1:  # what is named for a token acts there
+                lanes.act(reach.of_rows(lanes.held[2], named.repeats))
 
-    def _tensors(self, named: Named) -> RowTensors:
+    def _tensors(self, named: Named) -> tuple[RowTensors, RowStarts]:
         lanes, places, count = self.lanes, self.placed, len(named.mixtures)
         end = max((places[n].start + places[n].width for n in named.names()), default=0)
         most = max((sum(places[name].width for name in mixture) for mixture in named.mixtures), default=0)
         sizes = (max(LEAST, end), max(LEAST, most)) if lanes.dynamic else (lanes.max_rank, lanes.max_rank)
         mask, own, ranks = torch.zeros(count, sizes[0]), torch.zeros(count, sizes[1]), torch.zeros(count, sizes[1])
         weights, picks = torch.zeros(count, lanes.count), torch.full((count,), lanes.count)
+        packed_starts, own_starts = mask.long(), own.long()
+        invocations = dict[Tokens, int]()
         for row, mixture in enumerate(named.mixtures):
             at = 0
             for name, weight in mixture.items():
@@ -333,12 +346,17 @@ class Board:
                 start, width = place.start, place.width
                 mask[row, start : start + width] = own[row, at : at + width] = weight
                 ranks[row, at : at + width] = torch.arange(start, start + width)
+                if tokens := method_of(place.adapter.config).invocation(place.adapter.config):
+                    number = invocations.setdefault(tokens, 1 + len(invocations))
+                    packed_starts[row, start : start + width] = own_starts[row, at : at + width] = number
                 weights[row, place.lane] = weight
                 if place.gains:
                     picks[row] = place.lane
                 at += width
         tensors = RowTensors(mask, weights, picks, ranks.long(), own)
-        return RowTensors._make(values[named.ids].to(self.device) for values in tensors)
+        ids, device = named.ids, self.device
+        starts = RowStarts(tuple(invocations), packed_starts[ids].to(device), own_starts[ids].to(device))
+        return RowTensors._make(values[ids].to(device) for values in tensors), starts
 
 
 skip_frame(Board.before_read, deep=True)  # Dynamo begins behind it

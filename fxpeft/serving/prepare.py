@@ -120,15 +120,15 @@ def prepare_hotswap(
     serving.block = _block(serving, adapters, max_block)
     check_parted(model, serving.hosts(), methods, lanes)
     if Alora.name in methods:
-        if lanes > 1:
-            raise AdapterError(
-                f"lanes={lanes}: expected 1 with {Alora.name!r} among the methods: in lanes fxpeft.tokens names which "
-                "tokens have which adapter"
-            )
         serving.reach = SlotReach(serving)
     if lanes > 1:
-        serving.board = Board(Lanes(lanes, max_rank, rank == "dynamic"))
+        serving.board = Board(Lanes(lanes, max_rank, rank == "dynamic"), reach=serving.reach)
     prompts = prompts_serving.declare(model, methods, num_virtual_tokens, adapters)
+    if serving.reach is not None and prompts is not None and not prompts[1].prefix:
+        raise AdapterError(
+            f"methods: {Alora.name!r} beside a prompt of embeddings, whose tokens lie before those that invocations "
+            "are looked for in: prepare one model for each, or declare 'prefix_tuning'"
+        )
     own_lanes = None if serving.board is None else serving.board.lanes
     if prompts is not None:
         serving.prompts = prompts_serving.PromptSlot.of(model, *prompts, own_lanes)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from _thread import get_ident
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from fxpeft.adapters.invocation import Call, Tokens, cache_in, mark, mask_of
+import torch
+from torch import Tensor
+
+from fxpeft.adapters.invocation import FAR, Call, Tokens, cache_in, mark, mask_of, seen_in
+from fxpeft.adapters.lock import SwapLock
 from fxpeft.adapters.state import Adapter
 from fxpeft.errors import AdapterError
 from fxpeft.methods import method_of
-from fxpeft.passes.slots.reach import ThreadReach, everywhere, nowhere
+from fxpeft.passes.slots.reach import LaneReach, ThreadReach, everywhere, nowhere
 from fxpeft.passes.torch_private import skip_frame
 from fxpeft.serving.staging import StreamOrder
 
@@ -19,6 +24,22 @@ class Shows(Protocol):
 
     shown: list[Adapter]
     order: StreamOrder | None
+    board: Any
+
+    @property
+    def lock(self) -> SwapLock: ...
+
+
+class RowStarts(NamedTuple):
+    """From what on the ranks of named rows act.
+
+    ``packed``: ``[rows, r]``, and ``own``: ``[rows, w]``, as those of :class:`LaneReach`: 0, everywhere, or the number
+    of one of the ``invocations``, from 1 on.
+    """
+
+    invocations: Sequence[Tokens]
+    packed: Tensor
+    own: Tensor
 
 
 class SlotReach:
@@ -27,7 +48,7 @@ class SlotReach:
     Args:
         serving: whose slots.
 
-    ``calls``: what the slots read.
+    ``calls``: what the slots read where no rows are named.
     """
 
     def __init__(self, serving: Shows) -> None:
@@ -36,28 +57,56 @@ class SlotReach:
     def enter(self, call: Call) -> None:
         """A thread calls the model."""
         self.calls.told, self.calls.tokens = call, None
-        self._find()
+        board = self.serving.board
+        if board is None:
+            self.find()
+        elif self.serving.lock.reads(get_ident()):  # else it does so next, and the places stay as they are meanwhile
+            board.sync()
 
     def before_read(self) -> None:
         """Part of every forward that holds the lock: a swap may have come since."""
         if self.serving.order is not None:
             self.serving.order.before_read()
-        self._find()
+        self.find()
 
-    def _find(self) -> None:
+    def find(self) -> None:
+        """Let the slots have which tokens the active adapters act on."""
         reach, tokens = self.calls, _invocation(self.serving.shown)
         if reach.told is None:  # a part of the model is called by itself
             if reach.mask.shape[0] or (reach.mask.shape[1] == 1) is not bool(tokens):
                 reach.mask = nowhere() if tokens else everywhere()
         elif tokens != reach.tokens:
-            reach.mask, reach.seen = mask_of(reach.told, tokens)
+            reach.mask, _ = mask_of(reach.told, tokens)
             reach.tokens = tokens
-            mark(reach.told.cache, tokens, reach.seen)
+
+    def of_rows(self, begins: RowStarts, repeats: int) -> LaneReach:
+        """From which tokens of this thread's call on the ranks of its rows act.
+
+        Args:
+            begins: of the rows that are named. repeats: how many rows of the call each may stand for.
+        """
+        call: Call | None = self.calls.told
+        device, (rows, _) = begins.packed.device, begins.packed.shape
+        count = rows if call is None or not call.sizes else call.sizes[0]
+        known = call is not None and bool(call.sizes) and count in (rows, rows * repeats)
+        count = count if known else rows
+        starts = torch.zeros(count, 1 + len(begins.invocations), dtype=torch.long, device=device)
+        for number, tokens in enumerate(begins.invocations, 1):
+            seen = seen_in(call, tokens) if known and call is not None else None
+            starts[:, number] = FAR if seen is None else seen.starts
+        packed, own = (
+            starts.gather(1, each.repeat_interleave(count // rows, 0)) for each in (begins.packed, begins.own)
+        )
+        places = (
+            call.places().to(device) if known and call is not None else torch.zeros((), dtype=torch.long, device=device)
+        )
+        return LaneReach(packed, own, places)
 
     def leave(self, output: Any) -> None:
         """The call has ended; a cache that it made itself is marked."""
-        if self.calls.told is not None and self.calls.told.cache is None and self.calls.tokens:
-            mark(cache_in(output), self.calls.tokens, self.calls.seen)
+        if self.calls.told is not None and self.calls.told.cache is None:
+            for tokens, seen in self.calls.told.found.items():
+                mark(cache_in(output), tokens, seen)
         self.calls.clear()
 
 

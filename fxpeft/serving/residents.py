@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxpeft.adapters.state import Adapter
 from fxpeft.errors import AdapterError
+from fxpeft.methods import method_of
 from fxpeft.passes.torch_private import pytree
 from fxpeft.serving.sources import Failure, Source
 
@@ -98,6 +99,16 @@ class Lease:
     def renamed(self, mix: Mapping[str, float]) -> dict[str, float] | None:
         """A mixture of the store's names by the names that the versions have in the model."""
         return {self._held[name].adapter.name: weight for name, weight in mix.items()} or None
+
+    def acting(self, prompt: Sequence[int]) -> list[tuple[int, dict[str, float]]]:
+        """What tokens name of a sequence that begins with these, in order: from which of them on, and what.
+
+        An adapter with an invocation acts from its last occurrence on; where there is none, nowhere.
+        """
+        starts = {name: _start(version.adapter, prompt) for name, version in self._held.items()}
+        places = sorted({0, *(start for start in starts.values() if start is not None)})
+        mixes = ({n: w for n, w in self._mix.items() if (at := starts[n]) is not None and at <= p} for p in places)
+        return [(place, self.renamed(mix) or {}) for place, mix in zip(places, mixes, strict=True)]
 
     def versions(self) -> list[Version]:
         """What it holds."""
@@ -211,6 +222,13 @@ class Residents:
     def _go(self, version: Version) -> None:
         self.bytes -= version.size
         self.gone.append(version)
+
+
+def _start(adapter: Adapter, prompt: Sequence[int]) -> int | None:
+    """The first token of a prompt that an adapter acts on; ``None``: none."""
+    tokens = list(method_of(adapter.config).invocation(adapter.config))
+    last = len(prompt) - len(tokens) if tokens else 0
+    return next((at for at in range(last, -1, -1) if list(prompt[at : at + len(tokens)]) == tokens), None)
 
 
 def bytes_of(adapter: Adapter) -> int:

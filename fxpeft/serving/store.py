@@ -214,9 +214,14 @@ class AdapterStore:
                 yield
 
     @contextmanager
-    def batch(self, leases: Sequence[Lease | None]) -> Iterator[None]:
-        """:func:`fxpeft.tokens` of one row, with a lease for each token."""
-        with self._timed(tokens(self.model, [[None if lease is None else lease.lane for lease in leases]])):
+    def batch(self, leases: Sequence[Lease | None], acting: Sequence[Lane] | None = None) -> Iterator[None]:
+        """:func:`fxpeft.tokens` of one row, with a lease for each token.
+
+        Args:
+            acting: what of each lease's lane acts on its token; all of it by default.
+        """
+        lanes = [None if lease is None else lease.lane for lease in leases] if acting is None else acting
+        with self._timed(tokens(self.model, [lanes])):
             yield
 
     def fit(self, leases: Iterable[Lease | None]) -> bool:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fxpeft.errors import AdapterError
 from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.slots.reach import LaneReach, other_tokens
 from fxpeft.passes.slots.rotation import rotated, rotated_rows
-from fxpeft.passes.slots.slot import LEAST, Slot, live_slot, live_slot_of_all_ranks
+from fxpeft.passes.slots.slot import LEAST, Slot, live_reached, live_slot, live_slot_of_all_ranks
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.one_node import one_node
 from fxpeft.passes.torch_private import mark_dynamic
@@ -53,8 +54,8 @@ class Lanes(threading.local):
             use only.
 
     ``named``: what rows are named for, of no rows where none are. ``repeats``: how many rows of a call each may stand
-    for, side by side. ``prompted``: whether one of them has a prompt. ``held``: what the owner of this remembers of its
-    rows.
+    for, side by side. ``prompted``: whether one of them has a prompt. ``reach``: from which tokens of the call on they
+    act, read in slots that were declared for it. ``held``: what the owner of this remembers of its rows.
     """
 
     def __init__(self, count: int, max_rank: int, dynamic: bool = True) -> None:
@@ -68,13 +69,22 @@ class Lanes(threading.local):
             sizes, numbers = ((0, LEAST), (0, self.count)), torch.empty(0, dtype=torch.long)
             mask, weights = (torch.empty(size) for size in sizes)
             self.named, self.repeats, self.held = RowTensors(mask, weights, numbers, numbers, mask), 1, None
-            self.prompted = False
+            self.prompted, self.reach = False, LaneReach(numbers, numbers, numbers)
 
     def name(self, named: RowTensors, repeats: int, prompted: bool = False) -> None:
         """Name the rows of this thread's calls."""
-        for tensor in (named.mask, named.ranks, named.own) if self.dynamic and self.max_rank > LEAST else ():
-            mark_dynamic(tensor, tensor.ndim - 1, LEAST, self.max_rank)
+        self._sized(named.mask, named.ranks, named.own)
         self.named, self.repeats, self.prompted = named, repeats, prompted
+
+    def act(self, reach: LaneReach) -> None:
+        """Say from which tokens of this thread's call on the ranks act."""
+        self._sized(reach.packed, reach.own)
+        self.reach = reach
+
+    def _sized(self, *tensors: Tensor) -> None:
+        """Let a compiled graph be for any number of ranks, the tensors' last sizes."""
+        for tensor in tensors if self.dynamic and self.max_rank > LEAST else ():
+            mark_dynamic(tensor, tensor.ndim - 1, LEAST, self.max_rank)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Lanes, (self.count, self.max_rank, self.dynamic)
@@ -113,7 +123,9 @@ def adapted(slot: Slot, x: Tensor, y: Tensor) -> Tensor:
     kind, lanes = slot.kind, slot.lanes
     if lanes.named.mask.shape[0] == 0:
         features = {name: getattr(slot, name) for name in slot.features if name not in ("g_in", "rotation")}
-        plain = live_slot_of_all_ranks if slot.rank is None else live_slot
+        plain: Callable[..., Tensor] = live_slot_of_all_ranks if slot.rank is None else live_slot
+        if slot.reach is not None:
+            plain = live_reached
         return plain(kind, lambda x: y, x, slot=slot, **features)
     out = y + form_of(slot, x)(slot, x)
     if "g_out" in slot.features:
@@ -132,6 +144,8 @@ def packed(slot: Slot, x: Tensor) -> Tensor:
     r = mask.size(-1)
     a, b, d = slot.a.narrow(0, 0, r), slot.b.narrow(0, 0, r), slot.d.narrow(0, 0, r)
     weights = of_rows(slot, x, d * mask.to(d.device))
+    if (acts := acting(slot, x, slot.lanes.reach.packed)) is not None:
+        weights = torch.where(acts, weights, 0)
     h = kind.reduce_rows(x, a)
     # another lane's rank adds nothing to a row, and 0 * inf were NaN: chosen, not multiplied away
     return kind.expand_rows(torch.where(weights == 0, 0, (h * weights).type_as(h)), b)
@@ -147,6 +161,8 @@ def gathered(slot: Slot, x: Tensor) -> Tensor:
     (rows, width), picks = ranks.shape, ranks.flatten()
     a, b = (factor.index_select(0, picks).view(rows, width, -1) for factor in (slot.a, slot.b))
     weights = (slot.d.index_select(0, picks).view(rows, width) * own).unsqueeze(1)
+    if (acts := acting(slot, x, slot.lanes.reach.own)) is not None:
+        weights = torch.where(acts.expand(*x.shape[:-1], width).reshape(rows, -1, width), weights, 0)
     h = torch.bmm(x.reshape(rows, -1, x.shape[-1]).type_as(a), a.transpose(1, 2))
     out = torch.bmm(torch.where(weights == 0, 0, (h * weights).type_as(h)), b)
     return out.view(*x.shape[:-1], -1)
@@ -162,6 +178,8 @@ def summed(slot: Slot, x: Tensor) -> Tensor:
     ranks, own = (_repeated(slot, x, each).to(x.device) for each in (named.ranks, named.own))
     a, wide = slot.a[ranks], torch.promote_types(slot.a.dtype, torch.float32)
     weights = slot.d[ranks] * own
+    if (acts := acting(slot, x, slot.lanes.reach.own)) is not None:
+        weights = torch.where(acts.reshape(rows, -1), weights, 0)
     h = (x.reshape(rows, 1, -1).to(wide) * a.to(wide)).sum(-1)
     h = torch.where(weights == 0, 0, h * weights).type_as(slot.b)
     starts = (
@@ -197,6 +215,29 @@ def form_of(slot: Slot, x: Tensor) -> Callable[[Slot, Tensor], Tensor]:
     if tokens == 1 and lanes.count > 3 and on_cpu and not torch.is_grad_enabled():
         return summed
     return gathered if tokens * (lanes.count - 1) > MOVE else packed
+
+
+def acting(slot: Slot, x: Tensor, since: Tensor) -> Tensor | None:
+    """Whether ranks act, ``[rows, tokens, ..., n]`` for an input ``[rows, tokens, ..., in]``; ``None``: all do.
+
+    Args:
+        since: ``[rows, n]``, the place of the first token of each, as in :class:`LaneReach`.
+
+    Raises:
+        AdapterError: the site doesn't see the call's tokens.
+    """
+    places = slot.lanes.reach.places
+    if slot.reach is None or places.shape == (0,):
+        return None
+    since = since.to(x.device)
+    if places.ndim == 0:
+        acts: Tensor = of_rows(slot, x, places >= since)
+        return acts
+    leading = x.shape[:-1]
+    if len(leading) < 2 or leading[0] != since.shape[0] or leading[1] != places.shape[0]:
+        raise other_tokens(slot.site, (since.shape[0], places.shape[0]), x)
+    acts = places.unsqueeze(-1) >= since.unsqueeze(1)
+    return acts.view(*leading[:2], *(1 for _ in leading[2:]), -1)
 
 
 def of_rows(slot: Any, x: Tensor, values: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 """Reach: the tokens of a call that an adapter acts on, for one that acts from some tokens on (aLoRA).
 
 The scale of an update is zero at the tokens that the adapter doesn't reach. Which those are is data of the call, in the
-shape of its tokens: adapters come and go, and invocations lie elsewhere in each prompt, in one compiled graph.
+shape of its tokens: adapters come and go, and invocations lie elsewhere in each prompt, in one compiled graph. Where
+rows have adapters of their own, each rank of a row has the place of the token that it acts from on.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,8 +47,7 @@ class ThreadReach(threading.local):
 
     Its attributes are set anew for each thread: see :class:`fxpeft.passes.slots.lanes.Lanes`.
 
-    ``told``: what its owner knows of the call that is under way. ``tokens``: for what invocation the mask was found,
-    and ``seen``: what is to be remembered of it.
+    ``told``: what its owner knows of the call that is under way. ``tokens``: for what invocation the mask was found.
     """
 
     def __init__(self) -> None:
@@ -57,10 +58,22 @@ class ThreadReach(threading.local):
         self.mask: Tensor = everywhere()
         self.told: Any = None
         self.tokens: Any = None
-        self.seen: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ThreadReach, ()
+
+
+class LaneReach(NamedTuple):
+    """Of a call whose rows have adapters of their own: where each rank begins to act.
+
+    ``packed``: ``[rows, r]``, and ``own``: ``[rows, w]``, the places of the first tokens, for the ranks of the mask and
+    for a row's own; those of an adapter that acts everywhere are 0. ``places``: ``[tokens]``, of the call's; a single
+    one, ``[]``, where nobody told the tokens; none, ``[0]``, where each token has a name, and so acts.
+    """
+
+    packed: Tensor
+    own: Tensor
+    places: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +107,14 @@ def reached(at: ReachAt, x: Tensor, scale: Tensor) -> Tensor:
     if len(leading) == 1 and leading[0] == mask.shape[0] * mask.shape[1]:
         mask = mask.reshape(-1)
     elif len(leading) < 2 or leading[0] != mask.shape[0] or leading[1] != mask.shape[1]:
-        raise AdapterError(
-            f"{at.site}: an adapter with alora_invocation_tokens acts on some of the call's {mask.shape[0]} x "
-            f"{mask.shape[1]} tokens, and an input of {list(x.shape)} has others: leave the site out"
-        )
+        raise other_tokens(at.site, mask.shape, x)
     mask = mask.view(*mask.shape, *(1 for _ in leading[2:]), 1)
     return torch.where(mask.to(x.device), scale, 0)
+
+
+def other_tokens(site: str, tokens: Sequence[int], x: Tensor) -> AdapterError:
+    """What to raise where a site doesn't see the call's tokens, ``[rows, tokens]``."""
+    return AdapterError(
+        f"{site}: an adapter with alora_invocation_tokens acts on some of the call's {tokens[0]} x {tokens[1]} tokens, "
+        f"and an input of {list(x.shape)} has others: leave the site out"
+    )

@@ -47,6 +47,7 @@ RELIED_ON = [
     (MANAGER._create_batch_processor, "logit_processor=self.logit_processor"),
     (continuous_api.OutputRouter.__init__, "self.result_handlers"),
     (continuous_api.OutputRouter.__init__, "self._lock"),
+    (IOS.prepare_batch_tensors, "state.position_offset += query_length"),
     (IOS.prepare_batch_tensors, "input_ids.extend(state.tokens_to_process)"),
     (IOS.prepare_batch_tensors, "self.requests_in_batch.append(future_state)"),
     (IOS.prepare_batch_tensors, "self.num_q_tokens = num_q_tokens"),
@@ -74,6 +75,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(serving_site.base(), head, folder / "adapters" / "head", seed=11)
     whole = fxpeft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     save(serving_site.base(), whole, folder / "adapters" / "whole", seed=12)
+    invoked = fxpeft.LoraConfig(
+        r=3, lora_alpha=64, target_modules=["q_proj", "down_proj"], alora_invocation_tokens=[9, 30]
+    )
+    save(serving_site.base(), invoked, folder / "adapters" / "invoked", seed=13)
     return folder
 
 
@@ -83,11 +88,16 @@ def run(root: Path) -> Iterator[Callable[..., AdapterBatching]]:
     made: dict[str, AdapterBatching] = {}
 
     def begin(
-        targets: str | list[str] = "all-linear", compiled: bool = False, saved: tuple[str, ...] = ()
+        targets: str | list[str] = "all-linear",
+        compiled: bool = False,
+        saved: tuple[str, ...] = (),
+        methods: tuple[str, ...] = ("lora",),
     ) -> AdapterBatching:
-        if (key := f"{targets} {compiled} {saved}") not in made:
+        if (key := f"{targets} {compiled} {saved} {methods}") not in made:
             model = serving_site.base()
-            fxpeft.prepare_hotswap(model, 12, targets=targets, lanes=3, hold_generate=False, modules_to_save=saved)
+            fxpeft.prepare_hotswap(
+                model, 12, targets=targets, lanes=3, hold_generate=False, modules_to_save=saved, methods=methods
+            )
             store = fxpeft.AdapterStore(model, root / "adapters")
             made[key] = start(model, store, tokens=512, batch_tokens=32, requests=8, compiled=compiled)
         return made[key]
@@ -105,6 +115,7 @@ def batching(run: Callable[..., AdapterBatching]) -> Iterator[AdapterBatching]:
     batching = run()
     yield batching
     assert not batching.leases
+    assert not batching.lanes
     assert not batching.output_router.result_handlers
     assert batching.output_router.output_queue.empty()
     assert batching.store.stats().in_use == 0
@@ -130,9 +141,9 @@ def seen(batching: AdapterBatching, monkeypatch: pytest.MonkeyPatch) -> list[set
     forwards: list[set[str]] = []
     before = batching.store.batch
 
-    def batch(leases: Any) -> Any:
+    def batch(leases: Any, acting: Any) -> Any:
         forwards.append({version.name for lease in leases if lease for version in lease.versions()})
-        return before(leases)
+        return before(leases, acting)
 
     monkeypatch.setattr(batching.store, "batch", batch)
     return forwards
@@ -169,6 +180,28 @@ def test_an_adapter_of_the_output_head(run: Callable[..., AdapterBatching], root
 
     expected = [serving_site.alone(n and root / "adapters" / n, ids, 4) for n in (name, "a0", None)]
     assert asyncio.run(both()) == expected
+
+
+def test_an_invocation_is_looked_for_in_each_request(run: Callable[..., AdapterBatching], root: Path) -> None:
+    batching = run(methods=("lora", "alora"))
+    # at the end; twice, in the part of a prompt that the second forward has; nowhere; at the beginning
+    prompts = [[*range(4, 14), 9, 30], [9, 30, *range(4, 50), 9, 30, 7], [30, *range(4, 10)], [9, 30, 5], [9, 30, 5]]
+    lanes = ["invoked", {"invoked": 0.5}, "invoked", "a0", {"invoked": 1.0, "a0": 0.5}]
+
+    async def all_of_them() -> list[list[int]]:
+        return await asyncio.gather(*(ask(batching, lane, ids, 20) for lane, ids in zip(lanes, prompts, strict=True)))
+
+    for lane, ids, found in zip(lanes, prompts, asyncio.run(all_of_them()), strict=True):
+        model = serving_site.base()
+        mix = lane if isinstance(lane, dict) else {lane: 1.0}
+        for name, scale in mix.items():
+            fxpeft.load_adapter(model, root / "adapters" / name, name)
+            fxpeft.set_scale(model, name, scale)
+        fxpeft.set_adapter(model, list(mix))
+        made = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, pad_token_id=0)
+        assert found == made[0, len(ids) :].tolist()
+    with pytest.raises(fxpeft.AdapterError, match="several sequences in one row"):  # nobody says which tokens are whose
+        model(input_ids=torch.tensor([[5, 9, 30, 5]]), cu_seq_lens_q=torch.tensor([0, 2, 4]))
 
 
 def test_other_adapters_compile_nothing_anew(

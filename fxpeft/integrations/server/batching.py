@@ -98,6 +98,7 @@ class AdapterBatching(ContinuousBatchingManager):
         super().__init__(model, generation_config, config)
         self.store, self.most = store, most
         self.leases: dict[str, Lease] = {}
+        self.lanes: dict[str, list[tuple[int, dict[str, float]]]] = {}  # from which token of a request on it names what
         self.prompt_tokens = self.made_tokens = 0
         self.output_router = _Router(self._over)
         self.choice = _Choice()
@@ -127,7 +128,8 @@ class AdapterBatching(ContinuousBatchingManager):
         if name in self.leases:
             raise AdapterError(f"request {name!r} is under way")
         self._hear(name)
-        self.leases[name], request.taken = request.lease, True
+        self.leases[name], self.lanes[name] = request.lease, request.lease.acting(input_ids)
+        request.taken = True
         length = min(room, max_new_tokens or room)
         try:
             sampling = {**logit_processor_kwargs, **request.sampling}
@@ -168,7 +170,7 @@ class AdapterBatching(ContinuousBatchingManager):
 
     def give_back(self, request_id: str) -> None:
         """Release what a request that is over had."""
-        lease = self.leases.pop(request_id, None)
+        lease, _ = self.leases.pop(request_id, None), self.lanes.pop(request_id, None)
         if lease is not None:
             lease.release()
 
@@ -186,10 +188,15 @@ class AdapterBatching(ContinuousBatchingManager):
         """One forward: every token has the adapters of its request; padding has none."""
         batch: Any = self.batch_processor and self.batch_processor.inputs_and_outputs
         leases: list[Lease | None] = []
+        lanes: list[dict[str, float] | None] = []
         for each in batch.requests_in_batch:
-            leases += [self.leases[each.state.request_id]] * each.query_length
-        leases += [None] * (batch.num_q_tokens - len(leases))
-        with self.store.batch(leases), hold(self.model):
+            name, count = each.state.request_id, each.query_length
+            leases += [self.leases[name]] * count
+            first = each.state.position_offset - count  # it has been moved on to behind these tokens
+            own = self.lanes[name]
+            lanes += [next(mix for at, mix in reversed(own) if at <= place) for place in range(first, first + count)]
+        padding: list[None] = [None] * (batch.num_q_tokens - len(leases))
+        with self.store.batch([*leases, *padding], [*lanes, *padding]), hold(self.model):
             super()._generation_step()
         if self.choice.broken and self.batch_processor is not None:  # attention may have brought it to the others
             problem = "the logits of a request that ran in one batch with this one are no numbers; ask again"
