@@ -154,6 +154,16 @@ def test_generate_and_caches(slots: bool, folder: str, peer: Any, wanted: Tensor
     assert_close(first[once], wanted[once, 1:])
 
 
+def test_two_of_one_invocation_look_for_it_once(folder: str) -> None:
+    model, ids = loaded(folder), torch.tensor([[5, 2, 3, 7]])
+    fxpeft.load_adapter(model, folder, "other")
+    fxpeft.set_adapter(model, ["default", "other"])
+    with torch.no_grad():
+        cache = model(ids[:, :2], use_cache=True).past_key_values
+        found = model(ids[:, 2:], past_key_values=cache).logits
+    assert_close(found, logits(tiny_llama(), ids)[:, 2:])  # 7, 3 is nowhere in there
+
+
 def test_slots_and_what_they_hold(folder: str, wanted: Tensor, tmp_path: Path) -> None:
     model = prepared(folder, save(tiny_llama(), config(alora_invocation_tokens=None), tmp_path, seed=4))
     plain = tiny_llama()
