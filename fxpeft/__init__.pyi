@@ -142,6 +142,9 @@ from fxpeft.methods import (
     AdaLoraConfig as AdaLoraConfig,
 )
 from fxpeft.methods import (
+    AdamssConfig as AdamssConfig,
+)
+from fxpeft.methods import (
     BdLoraConfig as BdLoraConfig,
 )
 from fxpeft.methods import (

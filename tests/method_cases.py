@@ -161,6 +161,10 @@ METHODS = {
         fxpeft.UniLoraConfig, peft.UniLoraConfig, {"r": 3, "theta_d_length": 19}, "unilora", refused=LINEAR,
         other={"r": 5, "theta_d_length": 300},
     ),
+    "AdaMSS": MethodCase(
+        fxpeft.AdamssConfig, peft.AdamssConfig, {"r": 4, "num_subspaces": 2}, "adamss", refused=LINEAR,
+        alone=("Conv1D",), other={"r": 5, "num_subspaces": 3, "subspace_rank": 2},
+    ),
     "OFT": MethodCase(
         fxpeft.OFTConfig, peft.OFTConfig, {"oft_block_size": 6}, "oft", refused=LINEAR, alone=("Conv1D",),
         other={"r": 2, "oft_block_size": 0, "use_cayley_neumann": False},

@@ -56,12 +56,14 @@ def _parts(methods: Sequence[Method[Any]]) -> Parts:
     keys = {key for method in methods if method.targeted for kind in kinds() for key in method.keys(kind).values()}
     leafed = frozenset(
         key.rpartition(".")[0] for key in keys if key.endswith(tuple(f".{leaf}" for leaf in _LEAVES.split("|")))
-    ) | {"ln_tuning_layers"}
+    ) | {"ln_tuning_layers", *(part for method in methods for part in method.numbered)}
     names = {key for key in keys if key.rpartition(".")[0] not in leafed} | leafed | {*_MORE}
     every = "|".join(map(re.escape, sorted(names, key=lambda name: (-len(name), name))))
+    if numbered := "|".join(sorted({part for method in methods for part in method.numbered})):
+        every = rf"(?:{numbered})\.\d+|{every}"
     return Parts(
         re.compile(
-            rf"(?P<site>.+?)\.(?P<part>{every})(?:\.(?P<name>(?!(?:{_LEAVES})$)[^.]+))?(?:\.(?P<leaf>{_LEAVES}))?"
+            rf"(?P<site>.+?)\.(?P<part>{every})(?:\.(?P<name>(?!(?:{_LEAVES})$)[^.]+))?(?:\.(?P<leaf>{_LEAVES}|\d+))?"
         ),
         re.compile(
             rf"\b(?:{'|'.join(INNER)})\.|^module\.base_model\.|\.{_MAGNITUDE}\.|\.(?:{every})\.(?!(?:{_LEAVES})$)",

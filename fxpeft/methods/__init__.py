@@ -1,6 +1,7 @@
 """The methods: each a config, its parameters, its training subgraph, and how it lowers to slot values."""
 
 from fxpeft.methods.adalora import AdaLoraConfig
+from fxpeft.methods.adamss import AdamssConfig
 from fxpeft.methods.beft import BeftConfig
 from fxpeft.methods.blocks import BdLoraConfig
 from fxpeft.methods.boft import BOFTConfig
@@ -37,6 +38,7 @@ from fxpeft.methods.vera import VeraConfig
 __all__ = [
     "METHODS",
     "AdaLoraConfig",
+    "AdamssConfig",
     "AdapterConfig",
     "BOFTConfig",
     "BdLoraConfig",

@@ -152,6 +152,8 @@ class Method(abc.ABC, Generic[C]):
     ordered: ClassVar[bool] = False
     #: those of :meth:`shapes` that are whole numbers: ``torch.int64``, never trained
     integers: ClassVar[Collection[str]] = ()
+    #: parts of PEFT's keys that a number follows, since a site has several
+    numbered: ClassVar[Collection[str]] = ()
     #: what of its kind only one can be active at a time, of all methods that say the same word: ``prompt``
     alone: ClassVar[str] = ""
 
@@ -175,8 +177,11 @@ class Method(abc.ABC, Generic[C]):
     def plan(self, config: C, site: str, kind: Kind) -> SitePlan:
         """Rank and scaling at a site; ``AdapterError`` where the method can't serve its kind."""
 
-    def arranged(self, config: C, plans: Mapping[str, SitePlan]) -> dict[str, SitePlan]:
-        """The plans of all sites, in the model's order, with what follows from that order; see :attr:`ordered`."""
+    def arranged(self, config: C, plans: Mapping[str, SitePlan], model: nn.Module) -> dict[str, SitePlan]:
+        """The plans of all sites, in the model's order, with what follows from the model or that order.
+
+        See :attr:`ordered`.
+        """
         return dict(plans)
 
     @abc.abstractmethod

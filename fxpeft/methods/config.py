@@ -25,6 +25,19 @@ LARGEST_SCALE = 3.4e38
 #: fields of a trained adapter's config that change nothing of what it computes, and where they would: the field that
 #: has to be on for that, or the value of init_lora_weights
 HARMLESS: Mapping[str, tuple[str, object]] = {
+    **dict.fromkeys(
+        (
+            "use_asa",
+            "asa_target_subspaces",
+            "init_warmup",
+            "final_warmup",
+            "mask_interval",
+            "asa_importance_beta",
+            "asa_uncertainty_beta",
+            "asa_schedule_exponent",
+        ),
+        ("", None),
+    ),  # how AdaMSS trained
     "corda_config": ("init_lora_weights", "corda"),
     "lora_ga_config": ("init_lora_weights", "lora_ga"),
     "megatron_core": ("megatron_config", ...),

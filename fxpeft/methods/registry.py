@@ -6,6 +6,7 @@ from typing import Any
 
 from fxpeft.errors import AdapterError
 from fxpeft.methods.adalora import AdaLora
+from fxpeft.methods.adamss import Adamss
 from fxpeft.methods.alora import Alora
 from fxpeft.methods.base import Method
 from fxpeft.methods.bdlora import BdLora
@@ -41,7 +42,7 @@ from fxpeft.methods.vera import Vera
 METHODS: list[Method[Any]] = [
     Dora(), Alora(), BdLora(), TrainableTokens(), LnTuning(), LoHa(), LoKr(), Vera(), Bat(), Miss(), VBLoRA(), Delora(),
     Hra(), Oft(), Boft(), Beft(), Gralora(), Deft(), Hira(), C3A(), FourierFT(),
-    Psoft(), Pvera(), UniLora(), TinyLora(), AdaLora(), Lora(), Ia3(),
+    Psoft(), Pvera(), Adamss(), UniLora(), TinyLora(), AdaLora(), Lora(), Ia3(),
     PromptTuning(), PTuning(), PrefixTuning(),
 ]  # fmt: skip
 

@@ -124,7 +124,7 @@ class TinyLora(Method[TinyLoraConfig]):
             )
         return TinyLoraPlan(kind, min(config.r, kind.in_features, kind.out_features), 1.0)
 
-    def arranged(self, config: TinyLoraConfig, plans: Mapping[str, SitePlan]) -> dict[str, SitePlan]:
+    def arranged(self, config: TinyLoraConfig, plans: Mapping[str, SitePlan], model: nn.Module) -> dict[str, SitePlan]:
         groups = max(1, round(len(plans) * (1.0 - config.weight_tying)))
         size = max(1, len(plans) // groups)
         return {

@@ -121,7 +121,7 @@ class UniLora(Method[UniLoraConfig]):
         check_linear("UniLoRA", site, kind)
         return UniLoraPlan(kind, config.r, 1.0, total=config.r * (kind.in_features + kind.out_features))
 
-    def arranged(self, config: UniLoraConfig, plans: Mapping[str, SitePlan]) -> dict[str, SitePlan]:
+    def arranged(self, config: UniLoraConfig, plans: Mapping[str, SitePlan], model: nn.Module) -> dict[str, SitePlan]:
         sizes = [plan.rank * (plan.kind.in_features + plan.kind.out_features) for plan in plans.values()]
         firsts = itertools.accumulate(sizes, initial=0)
         return {

@@ -133,7 +133,8 @@ def make_plan(
             f"{method.name}: what a site has follows from its place among all targets, and here these do nothing:\n"
             f"{listing(idle)}\nname them in exclude_modules, and train the adapter without them"
         )
-    sites = method.arranged(config, {site: method.plan(config, site, kind) for site, kind in found.kinds.items()})
+    each = {site: method.plan(config, site, kind) for site, kind in found.kinds.items()}
+    sites = method.arranged(config, each, modules.model)
     sites |= {site: replace(sites[site], wrapped=count) for site, count in found.wrapped.items()}
     sites |= {n: replace(sites[n], rank=sites[first].rank) for n, first in found.tied.items() if n in sites}
     _check_patterns(config, sites, of_file)

@@ -40,6 +40,9 @@ KIND = KindCase(lambda: nn.Linear(12, 6), lambda: torch.randn(3, 2, 12))
         fxpeft.TinyLoraConfig(u=5, save_projection=False, projection_seed=7, target_modules=BOTH),
         fxpeft.UniLoraConfig(r=2, theta_d_length=13, save_indices=True),
         fxpeft.UniLoraConfig(r=2, theta_d_length=200, proj_seed=3),
+        fxpeft.AdamssConfig(r=5, num_subspaces=3, subspace_rank=2),
+        fxpeft.AdamssConfig(r=3, num_subspaces=6, subspace_rank=3, random_seed=4),  # as many groups as outputs
+        fxpeft.AdamssConfig(num_subspaces=2, subspace_rank=3, use_dynamic_rank=True, svd_threshold=0.5),
     ],
     ids=lambda config: config.peft_type,
 )  # fmt: skip
@@ -82,6 +85,7 @@ def test_what_is_drawn_is_drawn_as_in_peft(config: Any, tmp_path: Path) -> None:
     fxpeft.BeftConfig(), fxpeft.GraloraConfig(hybrid_r=2), fxpeft.DeftConfig(alpha=5), fxpeft.HiraConfig(),
     fxpeft.C3AConfig(block_size=3, init_weights=True), fxpeft.PsoftConfig(r=4), fxpeft.PveraConfig(r=3),
     fxpeft.FourierFTConfig(n_frequency=5, init_weights=True), fxpeft.TinyLoraConfig(weight_tying=1.0),
+    fxpeft.AdamssConfig(num_subspaces=2, subspace_rank=2),
 ], ids=lambda config: config.peft_type)  # fmt: skip
 def test_a_fresh_one_changes_nothing_and_has_pefts_tensors(config: Any) -> None:
     net, x = KIND.net(), KIND.input()

@@ -140,6 +140,8 @@ def reads(method: MethodCase, kind: KindCase, folder: Path) -> None:
         "pvera_lambda",
         "tinylora_v",
         "unilora_theta",
+        "adamss_A",
+        "adamss_B",
     )
     randomise((p for n, p in peer.named_parameters() if any(part in n for part in parts)), seed=3)
     peer.save_pretrained(str(folder))

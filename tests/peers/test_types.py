@@ -22,13 +22,12 @@ COLUMNS = {  # in the README's table of what each method can do
 }  # fmt: skip
 ROWS = {  # in the guide's table of what each method can do
     "BEFT": "BEFT", "GRALORA": "GraLoRA", "DEFT": "DEFT", "HIRA": "HiRA", "C3A": "C3A", "FOURIERFT": "FourierFT",
-    "PSOFT": "PSOFT", "PVERA": "PVeRA", "TINYLORA": "TinyLoRA", "UNILORA": "UniLoRA",
+    "PSOFT": "PSOFT", "PVERA": "PVeRA", "TINYLORA": "TinyLoRA", "UNILORA": "UniLoRA", "ADAMSS": "AdaMSS",
 }  # fmt: skip
 EXACT = "**exact**: trains, files both ways, swaps"
 FULL = ("C3A", "FOURIERFT", "HIRA")
 SLOT, FOLD, NOT = "not here; would be exact in a slot", "not here; would only fold", "not here; can't be static"
 REST = {
-    "ADAMSS": (SLOT, "low-rank updates of groups of outputs, and a shift"),
     "CARTRIDGE": (SLOT, "keys and values in front, as prefix tuning"),
     "CPT": (SLOT, "a prompt, trained under other constraints"),
     "MULTITASK_PROMPT_TUNING": (SLOT, "a prompt for each task"),

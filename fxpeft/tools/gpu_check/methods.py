@@ -60,6 +60,7 @@ CASES: dict[str, Callable[[], AdapterConfig]] = {
     "pvera": lambda: fxpeft.PveraConfig(r=12, d_initial=3.0, target_modules=TARGETS),
     "tinylora": lambda: fxpeft.TinyLoraConfig(r=4, u=9, weight_tying=0.5, target_modules=TARGETS),
     "unilora": lambda: fxpeft.UniLoraConfig(r=6, target_modules=TARGETS),
+    "adamss": lambda: fxpeft.AdamssConfig(r=12, subspace_rank=2, target_modules=TARGETS),
     "hra": lambda: fxpeft.HRAConfig(r=6, target_modules=TARGETS),
     "oft": lambda: fxpeft.OFTConfig(oft_block_size=16, target_modules=TARGETS),
     "boft": lambda: fxpeft.BOFTConfig(boft_n_butterfly_factor=2, target_modules=TARGETS),

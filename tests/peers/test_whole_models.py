@@ -1,7 +1,8 @@
-"""TinyLoRA and UniLoRA on whole models, beside PEFT: what a site has follows from its place among all."""
+"""TinyLoRA, UniLoRA and AdaMSS on whole models, beside PEFT: what a site has follows from the model."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ CASES = [
     fxpeft.TinyLoraConfig(r=2, u=5, weight_tying=1.0, target_modules=["q_proj", "down_proj", "embed_tokens"]),
     fxpeft.UniLoraConfig(r=3, theta_d_length=50, target_modules="all-linear"),
     fxpeft.UniLoraConfig(r=3, theta_d_length=50, save_indices=True),
+    fxpeft.AdamssConfig(r=9, num_subspaces=3, subspace_rank=2, target_modules=["q_proj", "down_proj"]),
 ]
 
 
@@ -43,19 +45,22 @@ def test_both_ways_with_peft(config: Any, tmp_path: Path) -> None:
     assert_close(logits(peer), wanted)
     grads_of(peer, model, lambda each: each(ids, labels=ids).loss)
     peer = peer_of(config, tiny_llama())
-    randomise((p for n, p in peer.named_parameters() if "tinylora_v" in n or "theta" in n), seed=4, scale=0.5)
+    trained = ("tinylora_v", "theta", "adamss_A", "adamss_B")
+    randomise((p for n, p in peer.named_parameters() if any(part in n for part in trained)), seed=4, scale=0.5)
     peer.save_pretrained(str(tmp_path / "theirs"))
     loaded, fresh = tiny_llama(), tiny_llama()
     fxpeft.load_adapter(loaded, tmp_path / "theirs")
     assert_close(logits(loaded), logits(peer))
     assert_close(logits(fxpeft.adopt(peer)), logits(loaded))
     assert logits(loaded).sub(bare).abs().max() > 0.01
-    fxpeft.add_adapter(fresh, config)  # what follows from the seed is PEFT's
+    fxpeft.add_adapter(fresh, config)  # what follows from a seed, or from the base, is PEFT's
     theirs = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
     own = fxpeft.adapter_state_dict(fresh)
     assert own.keys() == {key for key in theirs if "base_layer" not in key}  # PEFT saves an embedding beside
     fixed = [key for key in own if key.endswith(("_P", "indices_A", "indices_B", "scales_A", "scales_B"))]
     assert all(torch.equal(own[key], theirs[key]) for key in fixed)
+    for key in (key for key in own if key.endswith("newB")):
+        assert_close(own[key], theirs[key])
     fxpeft.load_adapter_state_dict(model, {key: theirs[key] for key in own})
     assert_close(logits(model), logits(loaded))
 
@@ -82,7 +87,12 @@ def test_places_follow_from_the_whole_model(tmp_path: Path) -> None:
     (CASES[0], lambda t: t.update({"base_model.tinylora_v.0": torch.ones(3)}), "expected vectors of u 9 from 0 on"),
     (CASES[3], lambda t: next(v for k, v in t.items() if k.endswith("indices_B")).fill_(50), "below theta_d_length 50"),
     (CASES[3], lambda t: t.update({k: v.float() for k, v in t.items() if k.endswith("indices_B")}), "expected int64"),
-], ids=range(5))  # fmt: skip
+    (CASES[4], lambda t: t.pop(next(k for k in t if k.endswith("adamss_B.1"))), "adamss_A and adamss_B of each group"),
+    (CASES[4], lambda t: t.update({k: v[:, 1:].clone() for k, v in t.items() if k.endswith("_B.0")}), "group 0: exp"),
+    (CASES[4], lambda t: t.update({
+        k: torch.cat([v, v[:1]]) if k.endswith("B.0") else v[1:] for k, v in t.items() if k.endswith(("s_B.0", "s_B.1"))
+    }), "fall into groups of .* here, and of .* in the file"),
+], ids=range(8))  # fmt: skip
 def test_damaged_files_are_refused(config: Any, change: Any, message: str, tmp_path: Path) -> None:
     model = tiny_llama()
     add(model, config)
@@ -93,6 +103,18 @@ def test_damaged_files_are_refused(config: Any, change: Any, message: str, tmp_p
     save_file(tensors, file)
     with pytest.raises(fxpeft.CheckpointError, match=message):
         fxpeft.load_adapter(tiny_llama(), tmp_path)
+
+
+def test_files_that_asa_trained_are_read(tmp_path: Path) -> None:
+    peer = peer_of(CASES[4].changed(target_modules=["q_proj"]), tiny_llama())
+    peer.save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_asa": True, "asa_target_subspaces": 3}))
+    model = tiny_llama()
+    fxpeft.load_adapter(model, tmp_path)
+    assert "use_asa" not in fxpeft.adapter_config(model).to_dict()
+    with pytest.raises(fxpeft.AdapterError, match=r"use_asa = True .unsupported.: groups don't stop training"):
+        fxpeft.AdamssConfig.from_dict({"use_asa": True})
 
 
 def test_settings_without_sense_are_refused() -> None:
