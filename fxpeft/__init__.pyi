@@ -223,6 +223,12 @@ from fxpeft.methods import (
     PveraConfig as PveraConfig,
 )
 from fxpeft.methods import (
+    ShiraConfig as ShiraConfig,
+)
+from fxpeft.methods import (
+    SupertuningConfig as SupertuningConfig,
+)
+from fxpeft.methods import (
     TinyLoraConfig as TinyLoraConfig,
 )
 from fxpeft.methods import (

@@ -15,7 +15,7 @@ import fxpeft
 
 def spread(tensors: Mapping[str, Tensor], seed: int = 0, scale: float = 0.3) -> None:
     """Random values for an adapter's tensors; gains, magnitudes and bounds are around one."""
-    randomise(tensors.values(), seed, scale)
+    randomise((value for value in tensors.values() if value.is_floating_point()), seed, scale)
     with torch.no_grad():
         for key, value in tensors.items():
             if "magnitude" in key or "ia3" in key or "lambda" in key or "boft_s" in key:

@@ -145,6 +145,14 @@ METHODS = {
         fxpeft.FourierFTConfig, peft.FourierFTConfig, {"n_frequency": 9, "scaling": 20.0}, "fourierft", refused=LINEAR,
         other={"n_frequency": 30, "random_loc_seed": 3},
     ),
+    "SHiRA": MethodCase(
+        fxpeft.ShiraConfig, peft.ShiraConfig, {"r": 1, "random_seed": 3}, "shira", refused=LINEAR, alone=("Conv1D",),
+        other={"r": 2},
+    ),
+    "Super-Tuning": MethodCase(
+        fxpeft.SupertuningConfig, peft.SupertuningConfig, {"sparsity": 0.5}, "supertuning", refused=LINEAR,
+        alone=("Conv1D",), other={"sparsity": 0.7, "r": 2, "select_top": False},
+    ),
     "PSOFT": MethodCase(
         fxpeft.PsoftConfig, peft.PsoftConfig, {"r": 5, "psoft_alpha": 6}, "psoft", refused=LINEAR, alone=("Conv1D",),
         other={"r": 3, "ab_svd_init": "pissa_init"},

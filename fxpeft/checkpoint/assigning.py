@@ -105,6 +105,9 @@ def assign(
         keys = {n: _short(method.key(site, site_plan, n), method.prefix) for n in shapes}
         taken = {n: take(keys[n], s, method.dtype(n)) for n, s in shapes.items()}
         values.sites[site] = {n: t for n, t in taken.items() if t is not None}
+        fits = {n: tuple(t.shape) for n, t in values.sites[site].items()} == shapes
+        if fits and (why := method.why_unfit(config, site_plan, values.sites[site])):
+            wrong.append(f"{site}: {why}")
     for name, shape in method.shared(config, plan.sites).items():
         if name in method.shared_stored(config) and (tensor := take(method.shared_keys[name], shape)) is not None:
             values.shared[name] = tensor

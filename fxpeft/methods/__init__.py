@@ -28,6 +28,8 @@ from fxpeft.methods.prompt_tuning import PromptTuningConfig
 from fxpeft.methods.psoft import PsoftConfig
 from fxpeft.methods.pvera import PveraConfig
 from fxpeft.methods.registry import METHODS, config_class, following, method_of, register, slot_needs
+from fxpeft.methods.shira import ShiraConfig
+from fxpeft.methods.supertuning import SupertuningConfig
 from fxpeft.methods.tinylora import TinyLoraConfig
 from fxpeft.methods.tokens import TrainableTokensConfig
 from fxpeft.methods.unilora import UniLoraConfig
@@ -66,6 +68,8 @@ __all__ = [
     "PromptTuningConfig",
     "PsoftConfig",
     "PveraConfig",
+    "ShiraConfig",
+    "SupertuningConfig",
     "TinyLoraConfig",
     "TrainableTokensConfig",
     "UniLoraConfig",

@@ -259,6 +259,10 @@ class Method(abc.ABC, Generic[C]):
         """Whether an adapter has its own value of each site's weight; it is in no checkpoint either."""
         return False
 
+    def why_unfit(self, config: C, plan: SitePlan, parameters: Mapping[str, Tensor]) -> str | None:
+        """Why what a file holds at a site can't be, where shapes and dtypes don't tell; ``None``: it can."""
+        return None
+
     def restore(self, config: C, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
         """Fill what no checkpoint holds in place, as it was when the adapter was fresh."""
         return

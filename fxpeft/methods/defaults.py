@@ -116,6 +116,14 @@ LN_TARGETS: dict[str, list[str]] = {
     "qwen2": ["post_attention_layernorm"],
     "qwen3": ["post_attention_layernorm"],
 }  # fmt: skip
+# method -> where its own table differs
+OWN_TARGETS: dict[str, dict[str, list[str] | str]] = {
+    "adalora": ADALORA_TARGETS,
+    "ia3": IA3_TARGETS,
+    "beft": BEFT_TARGETS,
+    "adamss": {"vit": ["query", "value"]},
+    "shira": {"phi": ["q_proj", "v_proj"]},
+}
 _FEEDFORWARD = (
     "down_proj", "output.dense", "dense_4h_to_h", "mlp.c_proj", "w2", "wo", "mlp.dense_4h_to_h", "fc2", "fc_out",
     "c_proj",

@@ -7,7 +7,7 @@ of full rank: a slot takes as many ranks as the weight's smaller side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Base, Kept, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig
-from fxpeft.methods.lycoris import applied, full_rank
+from fxpeft.methods.lycoris import applied, full_rank, scattered
 from fxpeft.methods.parts import check_linear
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
@@ -56,25 +56,10 @@ class FourierFTConfig(AdapterConfig):
         self.check_positive("n_frequency", "n_frequency_pattern")
 
 
-@dataclass(frozen=True)
-class FourierPlan(SitePlan):
-    """``seed``: what the places follow from."""
-
-    seed: int = 777
-
-
-def places(plan: SitePlan) -> Tensor:
-    """Where in the weight ``[out, in]``, counted through, the spectrum isn't zero: ``[n]``."""
-    assert isinstance(plan, FourierPlan)
-    size = plan.kind.out_features * plan.kind.in_features
-    return torch.randperm(size, generator=torch.Generator().manual_seed(plan.seed))[: plan.rank]
-
-
 @one_node
 def transformed(spectrum: Tensor, where: Tensor, out: int, into: int) -> Tensor:
     """The update ``[out, in]`` in float32, which a Fourier transform needs, before it is scaled."""
-    dense = torch.zeros(out * into, device=spectrum.device).index_put((where,), spectrum.float())
-    update: Tensor = torch.fft.ifft2(dense.view(out, into)).real
+    update: Tensor = torch.fft.ifft2(scattered(spectrum.float(), where, out, into)).real
     return update
 
 
@@ -93,42 +78,44 @@ def fourierft(
 
 
 class FourierFT(Method[FourierFTConfig]):
-    """The parameter ``fourierft_spectrum`` [n]."""
+    """The parameter ``fourierft_spectrum`` [n]; ``fourierft_places`` [n], in the weight counted through, stay."""
 
     name = "fourierft"
     peft_type = "FOURIERFT"
     config_class = FourierFTConfig
+    integers = (PLACES,)
 
-    def plan(self, config: FourierFTConfig, site: str, kind: Kind) -> FourierPlan:
+    def plan(self, config: FourierFTConfig, site: str, kind: Kind) -> SitePlan:
         check_linear("FourierFT", site, kind)
         count = pattern_value(config.n_frequency_pattern, site, config.n_frequency, "n_frequency_pattern")
         if count > (size := kind.in_features * kind.out_features):
             raise AdapterError(f"{site}: n_frequency: expected at most its weight's {size} numbers, found {count}")
-        return FourierPlan(kind, count, config.scaling, config.random_loc_seed)
+        return SitePlan(kind, count, config.scaling)
 
     def shapes(self, config: FourierFTConfig, plan: SitePlan) -> dict[str, tuple[int, ...]]:
-        return {SPECTRUM: (plan.rank,)}
+        return {SPECTRUM: (plan.rank,), PLACES: (plan.rank,)}
 
     def keys(self, kind: Kind) -> dict[str, str]:
         return {SPECTRUM: SPECTRUM}
 
     def initialise(self, config: FourierFTConfig, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
         nn.init.zeros_(parameters[SPECTRUM]) if config.init_weights else nn.init.normal_(parameters[SPECTRUM])
+        self.restore(config, plan, parameters, base)
 
-    def part(
-        self, config: FourierFTConfig, plan: SitePlan, parameters: Mapping[str, Tensor], *, strength: float = 1.0
-    ) -> SiteAdapter:
-        made = super().part(config, plan, parameters, strength=strength)
-        made.register_buffer(PLACES, places(plan).to(parameters[SPECTRUM].device), persistent=False)
-        return made
+    def frozen(self, config: FourierFTConfig) -> Collection[str]:
+        return (PLACES,)
+
+    def restore(self, config: FourierFTConfig, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
+        generator = torch.Generator().manual_seed(config.random_loc_seed)
+        size = plan.kind.out_features * plan.kind.in_features
+        parameters[PLACES].copy_(torch.randperm(size, generator=generator)[: plan.rank])
 
     def rewrite(self, name: str, config: FourierFTConfig, site: SiteAdapter) -> Rewrite:
         return Rewrite(f"fourierft:{name}", fourierft, site.operands(name, (SPECTRUM, PLACES, "scaling")))
 
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
-        spectrum = parameters[SPECTRUM]
-        where = places(plan).to(spectrum.device)
-        return full_rank(transformed(spectrum, where, plan.kind.out_features, plan.kind.in_features), plan.scaling)
+        kind, both = plan.kind, (parameters[SPECTRUM], parameters[PLACES])
+        return full_rank(transformed(*both, kind.out_features, kind.in_features), plan.scaling)
 
     def kept(self, config: FourierFTConfig, plan: SitePlan) -> Kept:
         return Kept()

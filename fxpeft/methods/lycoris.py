@@ -15,6 +15,7 @@ from fxpeft.methods.base import Kept, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.names import pattern_value
+from fxpeft.passes.targets.one_node import one_node
 
 
 @dataclass
@@ -115,6 +116,18 @@ def applied(
         delta = dropped(delta)
     out: Tensor = (y + kind.apply(x.type_as(delta), delta)).type_as(y)
     return out
+
+
+def outside(places: Tensor, size: int) -> bool:
+    """Whether any of these is no place of so many."""
+    return bool(((places < 0) | (places >= size)).any())
+
+
+@one_node
+def scattered(values: Tensor, places: Tensor, out: int, into: int) -> Tensor:
+    """An update ``[out, in]`` of single entries, whose places are counted through it; those of one place add up."""
+    made: Tensor = values.new_zeros(out * into).index_add(0, places, values).view(out, into)
+    return made
 
 
 def exact(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -33,6 +33,8 @@ from fxpeft.methods.prefix_tuning import PrefixTuning
 from fxpeft.methods.prompt_tuning import PromptTuning
 from fxpeft.methods.psoft import Psoft
 from fxpeft.methods.pvera import Pvera
+from fxpeft.methods.shira import Shira
+from fxpeft.methods.supertuning import Supertuning
 from fxpeft.methods.tinylora import TinyLora
 from fxpeft.methods.tokens import TrainableTokens
 from fxpeft.methods.unilora import UniLora
@@ -42,7 +44,7 @@ from fxpeft.methods.vera import Vera
 METHODS: list[Method[Any]] = [
     Dora(), Alora(), BdLora(), TrainableTokens(), LnTuning(), LoHa(), LoKr(), Vera(), Bat(), Miss(), VBLoRA(), Delora(),
     Hra(), Oft(), Boft(), Beft(), Gralora(), Deft(), Hira(), C3A(), FourierFT(),
-    Psoft(), Pvera(), Adamss(), UniLora(), TinyLora(), AdaLora(), Lora(), Ia3(),
+    Psoft(), Pvera(), Supertuning(), Shira(), Adamss(), UniLora(), TinyLora(), AdaLora(), Lora(), Ia3(),
     PromptTuning(), PTuning(), PrefixTuning(),
 ]  # fmt: skip
 

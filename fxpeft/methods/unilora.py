@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxpeft.errors import AdapterError, CheckpointError
+from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Base, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig
+from fxpeft.methods.lycoris import outside
 from fxpeft.methods.parts import check_linear
 from fxpeft.passes.base import attribute
 from fxpeft.passes.rewrite.inject import Rewrite
@@ -168,13 +169,11 @@ class UniLora(Method[UniLoraConfig]):
             parameters[place].copy_(own)
             parameters[scale].copy_(scales[own].to(weight.dtype if weight.is_floating_point() else scales.dtype))
 
-    def read(self, config: UniLoraConfig, tensors: dict[str, Tensor]) -> tuple[UniLoraConfig, dict[str, Tensor]]:
-        for key, places in tensors.items():
-            if not key.endswith(PLACES) or places.is_floating_point() or places.is_complex():
-                continue
-            if not bool(((places >= 0) & (places < config.theta_d_length)).all()):
-                raise CheckpointError(f"{key}: expected places below theta_d_length {config.theta_d_length}")
-        return config, tensors
+    def why_unfit(self, config: UniLoraConfig, plan: SitePlan, parameters: Mapping[str, Tensor]) -> str | None:
+        wrong = [n for n in PLACES if n in parameters and outside(parameters[n], config.theta_d_length)]
+        return (
+            f"{wrong[0]}: expected places below theta_d_length {config.theta_d_length}, found others" if wrong else None
+        )
 
     def dropout(self, config: UniLoraConfig, kind: Kind) -> float:
         return config.unilora_dropout

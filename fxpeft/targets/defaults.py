@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from fxpeft.errors import AdapterError
 from fxpeft.methods import method_of
 from fxpeft.methods.config import AdapterConfig
-from fxpeft.methods.defaults import ADALORA_TARGETS, BEFT_TARGETS, IA3_TARGETS, TARGETS, model_type_of
+from fxpeft.methods.defaults import OWN_TARGETS, TARGETS, model_type_of
 from fxpeft.model.modules import Modules
 from fxpeft.model.walk import embedding_layer
 from fxpeft.targets.attention import attention_targets
@@ -61,7 +61,7 @@ def default_targets(model: nn.Module | Modules, method: str = "lora") -> list[st
     """
     modules = Modules.of(model)
     model_type, architecture = model_type_of(modules.model), type(modules.model).__name__
-    own = {"adalora": ADALORA_TARGETS, "ia3": IA3_TARGETS, "beft": BEFT_TARGETS}.get(method, {})
+    own = OWN_TARGETS.get(method, {})
     if model_type in own or (model_type in TARGETS and method != "ia3"):
         return own.get(model_type) or TARGETS[model_type]
     if method == "ia3":

@@ -43,6 +43,9 @@ KIND = KindCase(lambda: nn.Linear(12, 6), lambda: torch.randn(3, 2, 12))
         fxpeft.AdamssConfig(r=5, num_subspaces=3, subspace_rank=2),
         fxpeft.AdamssConfig(r=3, num_subspaces=6, subspace_rank=3, random_seed=4),  # as many groups as outputs
         fxpeft.AdamssConfig(num_subspaces=2, subspace_rank=3, use_dynamic_rank=True, svd_threshold=0.5),
+        fxpeft.ShiraConfig(r=3),
+        fxpeft.SupertuningConfig(sparsity=0.8, r=3),
+        fxpeft.SupertuningConfig(sparsity=0.8, select_top=False, save_precomputed_indices=False),
     ],
     ids=lambda config: config.peft_type,
 )  # fmt: skip
@@ -66,6 +69,7 @@ def test_other_forms(config: Any, tmp_path: Path) -> None:
     fxpeft.GraloraConfig(r=4, hybrid_r=2, gralora_dropout=0.5), fxpeft.DeftConfig(r=3, deft_dropout=0.5),
     fxpeft.HiraConfig(r=3, hira_dropout=0.5), fxpeft.PsoftConfig(r=3, psoft_dropout=0.5),
     fxpeft.PveraConfig(r=3, pvera_dropout=0.5), fxpeft.PveraConfig(r=3, generator_seed=7),
+    fxpeft.SupertuningConfig(sparsity=0.5, r=2, lora_dropout=0.5),
     fxpeft.TinyLoraConfig(tinylora_dropout=0.5), fxpeft.UniLoraConfig(theta_d_length=21, unilora_dropout=0.5),
 ], ids=lambda config: config.peft_type)  # fmt: skip
 def test_what_is_drawn_is_drawn_as_in_peft(config: Any, tmp_path: Path) -> None:
@@ -86,6 +90,8 @@ def test_what_is_drawn_is_drawn_as_in_peft(config: Any, tmp_path: Path) -> None:
     fxpeft.C3AConfig(block_size=3, init_weights=True), fxpeft.PsoftConfig(r=4), fxpeft.PveraConfig(r=3),
     fxpeft.FourierFTConfig(n_frequency=5, init_weights=True), fxpeft.TinyLoraConfig(weight_tying=1.0),
     fxpeft.AdamssConfig(num_subspaces=2, subspace_rank=2),
+    fxpeft.SupertuningConfig(sparsity=0.7, r=2),
+    fxpeft.ShiraConfig(r=2),
 ], ids=lambda config: config.peft_type)  # fmt: skip
 def test_a_fresh_one_changes_nothing_and_has_pefts_tensors(config: Any) -> None:
     net, x = KIND.net(), KIND.input()

@@ -142,6 +142,8 @@ def reads(method: MethodCase, kind: KindCase, folder: Path) -> None:
         "unilora_theta",
         "adamss_A",
         "adamss_B",
+        "supertuning_values",
+        "shira_weight",
     )
     randomise((p for n, p in peer.named_parameters() if any(part in n for part in parts)), seed=3)
     peer.save_pretrained(str(folder))

@@ -22,10 +22,12 @@ COLUMNS = {  # in the README's table of what each method can do
 }  # fmt: skip
 ROWS = {  # in the guide's table of what each method can do
     "BEFT": "BEFT", "GRALORA": "GraLoRA", "DEFT": "DEFT", "HIRA": "HiRA", "C3A": "C3A", "FOURIERFT": "FourierFT",
-    "PSOFT": "PSOFT", "PVERA": "PVeRA", "TINYLORA": "TinyLoRA", "UNILORA": "UniLoRA", "ADAMSS": "AdaMSS",
+    "PSOFT": "PSOFT", "PVERA": "PVeRA", "TINYLORA": "TinyLoRA", "UNILORA": "UniLoRA",
+    "SHIRA": "SHiRA", "SUPERTUNING": "Super-Tuning",
+    "ADAMSS": "AdaMSS",
 }  # fmt: skip
 EXACT = "**exact**: trains, files both ways, swaps"
-FULL = ("C3A", "FOURIERFT", "HIRA")
+FULL = ("C3A", "SUPERTUNING", "SHIRA", "FOURIERFT", "HIRA")
 SLOT, FOLD, NOT = "not here; would be exact in a slot", "not here; would only fold", "not here; can't be static"
 REST = {
     "CARTRIDGE": (SLOT, "keys and values in front, as prefix tuning"),
@@ -37,8 +39,6 @@ REST = {
     "PEANUT": (FOLD, "a small network of the base's weight"),
     "RANDLORA": (FOLD, "a sum of random factors, of full rank"),
     "ROAD": (FOLD, "rotations of pairs of outputs"),
-    "SHIRA": (FOLD, "single entries of the weight, of full rank"),
-    "SUPERTUNING": (FOLD, "single entries of the weight, of full rank"),
     "WAVEFT": (FOLD, "a sparse wavelet transform, of full rank"),
     "ADAPTION_PROMPT": (NOT, "a second attention, with a gate"),
     "LILY": (NOT, "a router mixes factors by the input"),

@@ -92,7 +92,9 @@ def test_places_follow_from_the_whole_model(tmp_path: Path) -> None:
     (CASES[4], lambda t: t.update({
         k: torch.cat([v, v[:1]]) if k.endswith("B.0") else v[1:] for k, v in t.items() if k.endswith(("s_B.0", "s_B.1"))
     }), "fall into groups of .* here, and of .* in the file"),
-], ids=range(8))  # fmt: skip
+    (fxpeft.ShiraConfig(r=1), lambda t: next(v for k, v in t.items() if "indices" in k).fill_(-1), "in .32, 32."),
+    (fxpeft.SupertuningConfig(), lambda t: next(v for k, v in t.items() if "indices" in k).fill_(1024), "below 1024"),
+], ids=range(10))  # fmt: skip
 def test_damaged_files_are_refused(config: Any, change: Any, message: str, tmp_path: Path) -> None:
     model = tiny_llama()
     add(model, config)

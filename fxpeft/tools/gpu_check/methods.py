@@ -61,6 +61,8 @@ CASES: dict[str, Callable[[], AdapterConfig]] = {
     "tinylora": lambda: fxpeft.TinyLoraConfig(r=4, u=9, weight_tying=0.5, target_modules=TARGETS),
     "unilora": lambda: fxpeft.UniLoraConfig(r=6, target_modules=TARGETS),
     "adamss": lambda: fxpeft.AdamssConfig(r=12, subspace_rank=2, target_modules=TARGETS),
+    "shira": lambda: fxpeft.ShiraConfig(r=2, target_modules=["v_proj"]),
+    "supertuning": lambda: fxpeft.SupertuningConfig(sparsity=0.9, r=3, target_modules=["v_proj"]),
     "hra": lambda: fxpeft.HRAConfig(r=6, target_modules=TARGETS),
     "oft": lambda: fxpeft.OFTConfig(oft_block_size=16, target_modules=TARGETS),
     "boft": lambda: fxpeft.BOFTConfig(boft_n_butterfly_factor=2, target_modules=TARGETS),
@@ -68,7 +70,7 @@ CASES: dict[str, Callable[[], AdapterConfig]] = {
     "trainable_tokens": lambda: fxpeft.TrainableTokensConfig(token_indices=[7, 10, 22]),
 }
 PROMPTS = ("prompt_tuning", "p_tuning", "prefix_tuning")
-WHOLE = ("miss_bat", "hira", "c3a", "fourierft")  # their updates are of full rank
+WHOLE = ("miss_bat", "hira", "c3a", "fourierft", "shira", "supertuning")  # their updates are of full rank
 WITHOUT_SITES = (*PROMPTS, "ln_tuning", "trainable_tokens")
 
 
