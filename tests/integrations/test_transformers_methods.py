@@ -223,6 +223,12 @@ METHODS: dict[str, Any] = {
     "lora_bias": lambda: lora(lora_bias=True),
     "ia3": lambda: fxpeft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "adalora": lambda: fxpeft.AdaLoraConfig(init_r=4, total_step=10, target_modules=["q_proj", "v_proj"]),
+    "norms": lambda: fxpeft.LNTuningConfig(),
+    "rows": lambda: fxpeft.TrainableTokensConfig(token_indices=[3, 5]),
+    "vera": lambda: fxpeft.VeraConfig(r=3, target_modules=["q_proj", "o_proj"]),
+    "loha": lambda: fxpeft.LoHaConfig(r=2, target_modules=["q_proj", "v_proj"]),
+    "hra": lambda: fxpeft.HRAConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    "oft": lambda: fxpeft.OFTConfig(oft_block_size=8, target_modules=["q_proj", "v_proj"]),
 }
 
 

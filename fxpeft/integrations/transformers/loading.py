@@ -187,7 +187,7 @@ def fit(
     misfit = checkpoint.Misfit()
     found = replace(found, config=config)
     plan, values = load(Modules(model), found, conversions=conversions, misfit=misfit)
-    if not any((*values.sites.values(), values.tokens)):
+    if not any((*values.sites.values(), values.tokens, values.saved if not plan.sites else {})):
         raise CheckpointError(
             f"{found.source}: none of its {len(found.tensors)} tensors belongs to one of the {len(plan.sites)} sites "
             f"that its config selects in {type(model).__name__}; is it an adapter of another base model?"
