@@ -132,6 +132,7 @@ class Method(abc.ABC, Generic[C]):
 
     name: ClassVar[str]
     peft_type: ClassVar[str]
+    older_types: ClassVar[Collection[str]] = ()  # what its files were called before
     needs: ClassVar[Mapping[str, Collection[str]]] = {}
     #: name of what all sites share -> its whole key in PEFT's files
     shared_keys: ClassVar[Mapping[str, str]] = {}

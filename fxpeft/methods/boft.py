@@ -226,7 +226,8 @@ class Boft(Method[BOFTConfig]):
         return SlotValues.without_ranks(plan.kind, **features)
 
     def read(self, config: BOFTConfig, tensors: dict[str, Tensor]) -> tuple[BOFTConfig, dict[str, Tensor]]:
-        """Without its CUDA extension PEFT trains one factor, whatever the config says."""
+        """Without its CUDA extension PEFT trains one factor, whatever the config says; before 0.14 it wrote P too."""
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(".boft_P")}
         found = {len(tensor) for key, tensor in tensors.items() if key.endswith(f".{ROTATIONS}") and tensor.ndim}
         return (config.changed(boft_n_butterfly_factor=1) if found == {1} else config), tensors
 

@@ -9,6 +9,7 @@ the base's weight, in blocks ``[r, r]``, with a block for each r outputs, ``W' =
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -83,6 +84,7 @@ class Miss(Method[MissConfig]):
 
     name = "miss"
     peft_type = "MISS"
+    older_types = ("BONE",)  # PEFT 0.14 to 0.18
     config_class = MissConfig
 
     def plan(self, config: MissConfig, site: str, kind: Kind) -> SitePlan:
@@ -95,6 +97,10 @@ class Miss(Method[MissConfig]):
 
     def shapes(self, config: MissConfig, plan: SitePlan) -> dict[str, tuple[int, ...]]:
         return {BLOCK: (plan.rank, config.mini_r if config.init_weights == "mini" else plan.kind.out_features)}
+
+    def read(self, config: MissConfig, tensors: dict[str, Tensor]) -> tuple[MissConfig, dict[str, Tensor]]:
+        """A file of Bone's is MiSS' with another name for the block."""
+        return config, {re.sub(r"\.bone_block$", f".{BLOCK}", key): tensor for key, tensor in tensors.items()}
 
     def keys(self, kind: Kind) -> dict[str, str]:
         return {BLOCK: BLOCK}

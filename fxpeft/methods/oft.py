@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fxpeft.errors import AdapterError
+from fxpeft.errors import AdapterError, CheckpointError
 from fxpeft.methods.base import Base, Kept, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.passes.rewrite.inject import Rewrite
@@ -206,6 +206,14 @@ class Oft(Method[OFTConfig]):
     def shapes(self, config: OFTConfig, plan: SitePlan) -> dict[str, tuple[int, ...]]:
         assert isinstance(plan, OftPlan)
         return {ROTATION: (1 if config.block_share else plan.blocks, plan.size * (plan.size - 1) // 2)}
+
+    def read(self, config: OFTConfig, tensors: dict[str, Tensor]) -> tuple[OFTConfig, dict[str, Tensor]]:
+        if old := [key for key in tensors if key.endswith(".oft_r")]:
+            raise CheckpointError(
+                f"{old[0]}: an OFT of PEFT before 0.16 has whole matrices (oft_r) and, since 0.14, gains (oft_s), "
+                f"expected {ROTATION}, which PEFT trains since: train it anew, or merge it with the PEFT that wrote it"
+            )
+        return config, tensors
 
     def keys(self, kind: Kind) -> dict[str, str]:
         return {ROTATION: f"{ROTATION}.weight"}

@@ -69,7 +69,7 @@ def config_class(peft_type: object, source: str) -> type[AdapterConfig]:
         AdapterError: no such method; the known ones are listed.
     """
     for method in METHODS:
-        if method.peft_type == peft_type:
+        if peft_type in (method.peft_type, *method.older_types):
             return method.config_class
     known = ", ".join(dict.fromkeys(m.peft_type for m in METHODS))
     raise AdapterError(f"{source}: peft_type: expected one of {known}, found {peft_type!r}")
