@@ -27,7 +27,7 @@ from fxpeft.methods.prefix_tuning import PrefixTuningConfig
 from fxpeft.methods.prompt_tuning import PromptTuningConfig
 from fxpeft.methods.psoft import PsoftConfig
 from fxpeft.methods.pvera import PveraConfig
-from fxpeft.methods.registry import METHODS, config_class, following, method_of, register, slot_needs
+from fxpeft.methods.registry import METHODS, config_class, config_for, following, method_of, register, slot_needs
 from fxpeft.methods.shira import ShiraConfig
 from fxpeft.methods.supertuning import SupertuningConfig
 from fxpeft.methods.tinylora import TinyLoraConfig
@@ -77,6 +77,7 @@ __all__ = [
     "Values",
     "VeraConfig",
     "config_class",
+    "config_for",
     "following",
     "method_of",
     "register",

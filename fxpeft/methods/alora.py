@@ -34,6 +34,7 @@ class Alora(Lora):
     """LoRA's parameters; the config's ``alora_invocation_tokens`` say from where on they act."""
 
     name = "alora"
+    variant: ClassVar = {"alora_invocation_tokens": ...}
     needs: ClassVar = {"alora": ()}
 
     def takes(self, config: AdapterConfig) -> bool:

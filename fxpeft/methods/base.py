@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
@@ -137,6 +138,8 @@ class Method(abc.ABC, Generic[C]):
     #: name of what all sites share -> its whole key in PEFT's files
     shared_keys: ClassVar[Mapping[str, str]] = {}
     config_class: type[C]
+    #: fields of a config of that class that make it this method's, and not another's; ``...``: to be given
+    variant: ClassVar[Mapping[str, Any]] = {}
     prefix: ClassVar[str] = "base_model.model."  # what PEFT puts before a module's name in a checkpoint
     #: the sites are what ``target_modules`` selects, and keys of files name them; else :meth:`find` has them
     targeted: ClassVar[bool] = True
@@ -188,6 +191,11 @@ class Method(abc.ABC, Generic[C]):
     @abc.abstractmethod
     def shapes(self, config: C, plan: SitePlan) -> dict[str, tuple[int, ...]]:
         """Parameter name -> shape at one site."""
+
+    def cost(self, config: C, plan: SitePlan, dtype: torch.dtype) -> tuple[int, int]:
+        """How many numbers a fresh adapter has at one site, and in how many bytes."""
+        counts = {name: math.prod(shape) for name, shape in self.shapes(config, plan).items()}
+        return sum(counts.values()), sum(self.dtype(name, dtype).itemsize * count for name, count in counts.items())
 
     @abc.abstractmethod
     def keys(self, kind: Kind) -> dict[str, str]:

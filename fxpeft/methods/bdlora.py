@@ -37,6 +37,7 @@ class BdLora(Lora):
     """LoRA's parameters, where a block-diagonal one holds its blocks alone."""
 
     name = "bdlora"
+    variant: ClassVar = {"use_bdlora": ...}
     needs: ClassVar = {"lora": ()}
 
     def takes(self, config: AdapterConfig) -> bool:

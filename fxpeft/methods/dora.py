@@ -78,6 +78,7 @@ class Dora(Lora):
     """LoRA's parameters and ``lora_magnitude_vector``."""
 
     name = "dora"
+    variant: ClassVar = {"use_dora": True}
     needs: ClassVar = {"dora": ("g_out", "shift")}
     follows_base = True
 

@@ -145,6 +145,7 @@ class Bat(Miss):
     """The parameter ``miss_block``, [out / r, r, r]."""
 
     name = "miss_bat"
+    variant: ClassVar = {"init_weights": "bat"}
     follows_base = True
     alone = "MiSS adapter with 'bat'"  # PEFT's second one multiplies what the first one made
 

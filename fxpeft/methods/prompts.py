@@ -166,6 +166,17 @@ class PromptMethod(Method[P]):
         """Width of the embedding that a fresh encoder reads."""
         return plan.width
 
+    def cost(self, config: P, plan: SitePlan, dtype: torch.dtype) -> tuple[int, int]:
+        """With the encoder's, until the prompt is finished; in float32 as :meth:`fresh` makes them."""
+        assert isinstance(plan, PromptPlan)
+        if config.inference_mode:
+            return super().cost(config, plan, torch.float32)
+        with torch.device("meta"):
+            encoder = self.encoder(config, plan)
+        own = 0 if encoder is None else sum(p.numel() for p in encoder.parameters())
+        count = plan.rows * self.embedding_width(config, plan) + own
+        return count, count * torch.float32.itemsize
+
     def fresh(
         self, config: P, plan: SitePlan, base: Base, *, device: torch.device, dtype: torch.dtype
     ) -> dict[str, Tensor]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fxpeft.errors import AdapterError
+from fxpeft.errors import AdapterError, short
 from fxpeft.methods.adalora import AdaLora
 from fxpeft.methods.adamss import Adamss
 from fxpeft.methods.alora import Alora
@@ -60,6 +63,44 @@ def method_of(config: AdapterConfig) -> Method[Any]:
         if method.peft_type == config.peft_type and method.takes(config):
             return method
     raise AdapterError(f"{type(config).__name__}: no method takes it; known: {', '.join(m.name for m in METHODS)}")
+
+
+def config_for(
+    method: str, fields: Mapping[str, Any], *, rank: int | None = None, alpha: float | None = None
+) -> AdapterConfig:
+    """A method's config, by the method's name, with these fields.
+
+    Args:
+        rank, alpha: of the fields that have them in this method; its own by default.
+
+    Raises:
+        AdapterError: no such method, or field of it, the nearest is named; or a field that it needs is not there.
+    """
+    found = {each.name: each for each in METHODS}
+    if method not in found:
+        raise AdapterError(f"method: expected one of {', '.join(found)}, found {short(method)}{_near(method, found)}")
+    cls, values = found[method].config_class, {**found[method].variant, **fields}
+    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    for what, value, names in (("rank", rank, ("init_r", "r")), ("alpha", alpha, ("lora_alpha", "alpha"))):
+        name = next((name for name in names if name in known), None)
+        if value is not None and name is None:
+            raise AdapterError(f"{what}: {method} has none; its fields are {', '.join(known)}")
+        if value is not None and name is not None:
+            values.setdefault(name, value)
+    for name in values:
+        if name not in known:
+            raise AdapterError(f"{method}: it has no field {short(name)}{_near(name, known)}")
+    if missing := [name for name, value in values.items() if value is ...]:
+        raise AdapterError(f"{method}: expected {' and '.join(missing)}, found none")
+    config: AdapterConfig = cls(**values)
+    if (own := method_of(config).name) != method:
+        raise AdapterError(f"{method}: {', '.join(fields)}: with these it is {own}")
+    return config
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    return f"; nearest: {', '.join(near)}" if near else ""
 
 
 def config_class(peft_type: object, source: str) -> type[AdapterConfig]:

@@ -76,7 +76,8 @@ class PlanRow(Later):
 
 @dataclass(frozen=True)
 class SharedRow:
-    """The row of a tensor that all sites share, there once however many they are.
+    """The row of what is beside the sites: a tensor that all of them share, there once however many they are; a module,
+    a parameter or rows of an embedding that the adapter brings.
 
     Args:
         parameters: how many numbers it has. extra_bytes: of those.
@@ -96,7 +97,7 @@ class PlanData(Later):
         sites: what goes where. skipped: what could be adapted and isn't, and why.
         saved, tensors: modules and single parameters that the adapter brings whole.
         notes: what could not be found out.
-        shared: what all sites share.
+        shared: what all sites share. brought: what it brings whole, and the rows of embeddings that it trains.
     """
 
     model: str
@@ -108,16 +109,20 @@ class PlanData(Later):
     notes: tuple[str, ...] = field(default_factory=tuple)
     flow: Flow | None = field(default_factory=lambda: None, compare=False, repr=False)
     shared: tuple[SharedRow, ...] = ()
+    brought: tuple[SharedRow, ...] = ()
+
+    def _rows(self) -> tuple[PlanRow | SharedRow, ...]:
+        return (*self.sites, *self.shared, *self.brought)
 
     @property
     def parameters(self) -> int:
-        """Parameters of all sites together, and of what they share."""
-        return sum(s.parameters for s in self.sites) + sum(s.parameters for s in self.shared)
+        """Parameters of all sites together, of what they share, and of what the adapter brings whole."""
+        return sum(row.parameters for row in self._rows())
 
     @property
     def extra_bytes(self) -> int:
         """Bytes of those parameters."""
-        return sum(s.extra_bytes for s in self.sites) + sum(s.extra_bytes for s in self.shared)
+        return sum(row.extra_bytes for row in self._rows())
 
     @property
     def flops(self) -> int:
@@ -133,7 +138,7 @@ class PlanData(Later):
         """The plan as JSON, for :meth:`from_json`."""
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("config", "flow")}
         content["sites"] = [dataclasses.asdict(site) for site in self.sites]
-        content["shared"] = [dataclasses.asdict(tensor) for tensor in self.shared]
+        content |= {name: [dataclasses.asdict(row) for row in getattr(self, name)] for name in ("shared", "brought")}
         content["skipped"] = [dataclasses.asdict(skip) for skip in self.skipped]
         return json.dumps({"format": FORMAT, **content, "config": self.config.to_dict()}, indent=2)
 
@@ -162,6 +167,7 @@ class PlanData(Later):
                 tuple(_read(PlanRow, site) for site in content["sites"]),
                 tuple(_read(Skip, skip) for skip in content["skipped"]), saved, tensors, notes,
                 shared=tuple(_read(SharedRow, tensor) for tensor in content.get("shared", ())),
+                brought=tuple(_read(SharedRow, row) for row in content.get("brought", ())),
             )  # fmt: skip
         except (KeyError, TypeError) as error:
             raise AdapterError(f"plan: expected what Plan.to_json writes, found {error}") from None

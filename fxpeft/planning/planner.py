@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxpeft.adapters.api import add_adapter
 from fxpeft.adapters.values import shared_placement
@@ -103,7 +103,7 @@ def plan(
         host = site.kind.host(name)
         dtype, base = (placement(modules[host], model, autocast, site.kind.leaf)[1] for autocast in (True, False))
         shapes = method.shapes(found.config, site)
-        count = sum(map(math.prod, shapes.values()))
+        count, size = method.cost(found.config, site, dtype)
         # what feeds a forward adds no work per token; a parameter is updated once a call, whatever the tokens
         flops = 0 if method.feeds or site.kind.leaf else _flops(site, shapes.values())
         alpha = None
@@ -116,13 +116,13 @@ def plan(
         sites.append(
             PlanRow(
                 name, "", site.kind.name, site.kind.in_features, site.kind.out_features,
-                site.rank, alpha, site.scaling, count, count * dtype.itemsize, flops,
+                site.rank, alpha, site.scaling, count, size, flops,
                 own, read if kept.input else 0, _update(modules[host], site.kind, base) if leaf else "",
             )
         )  # fmt: skip
     made = Plan(
         base_class(model).__name__, dataclasses.replace(found.config), tuple(sites), (), tuple(found.saved),
-        tuple(found.tensors), (), None, _shared(model, found),
+        tuple(found.tensors), (), None, _shared(model, found), _brought(modules, found),
     )  # fmt: skip
 
     def later(name: str) -> None:
@@ -218,6 +218,24 @@ def _shared(model: nn.Module, found: AdapterPlan) -> tuple[SharedRow, ...]:
     shapes = method_of(found.config).shared(found.config, found.sites)
     size = shared_placement(model, found.sites, autocast=True)[1].itemsize if shapes else 0
     return tuple(SharedRow(name, math.prod(shape), math.prod(shape) * size) for name, shape in shapes.items())
+
+
+def _brought(modules: Mapping[str, nn.Module], found: AdapterPlan) -> tuple[SharedRow, ...]:
+    """What an adapter trains beside its sites, each once."""
+    rows: list[SharedRow] = []
+    for path in (path for path in found.saved if path not in found.tied):
+        own = list(modules[path].parameters())
+        rows.append(SharedRow(path, sum(p.numel() for p in own), sum(p.numel() * p.itemsize for p in own)))
+    for path in found.tensors:
+        host, _, leaf = path.rpartition(".")
+        value: Tensor = getattr(modules[host], leaf)
+        rows.append(SharedRow(path, value.numel(), value.numel() * value.itemsize))
+    for path, tokens in found.tokens.items():
+        if not tokens.tied:
+            value = modules[path].weight  # type: ignore[assignment]
+            count = len(tokens.tokens) * value.shape[1]
+            rows.append(SharedRow(path, count, count * value.itemsize))
+    return tuple(rows)
 
 
 def apply(plan: Plan, model: nn.Module, name: str = "default") -> None:

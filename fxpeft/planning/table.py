@@ -96,6 +96,8 @@ def plan_table(plan: PlanData) -> Any:
 def plan_notes(plan: PlanData) -> list[str]:
     """What else the plan says: whole modules, what was left out and why."""
     lines = [f"trained whole: {', '.join(plan.saved)}"] if plan.saved else []
+    if plan.brought:
+        lines.append(f"beside the sites: {sum(row.parameters for row in plan.brought):,} parameters")
     lines += [f"shared by all sites: {tensor.name}, {tensor.parameters:,} parameters" for tensor in plan.shared]
     lines += [f"own copies of: {', '.join(collapse(plan.tensors))}"] if plan.tensors else []
     reasons: dict[str, list[str]] = {}

@@ -13,6 +13,10 @@ from rich.console import Console
 from rich.text import Text
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or hub id.")]
+Target = Annotated[
+    list[str] | None, typer.Option("--target", help="A pattern or name, repeatable; default: the architecture's.")
+]
 Source = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder or hub id.")]
 
 

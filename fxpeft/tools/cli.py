@@ -6,38 +6,26 @@ Every command takes folders and hub ids, and ``--json`` for scripts. Exit codes:
 
 from __future__ import annotations
 
-import json
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
 import fxpeft
 from fxpeft.errors import AdapterError
-from fxpeft.tools.answers import Json, Source, show
+from fxpeft.tools.answers import Json, Model, Source, show
 from fxpeft.tools.check import check
 from fxpeft.tools.convert import Folded, adapted, convert
 from fxpeft.tools.gpu_check import gpu_check
+from fxpeft.tools.plan import plan
 from fxpeft.tools.serve import serve
 
 app = typer.Typer(
     name="fxpeft", help=fxpeft.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )  # fmt: skip
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or hub id.")]
-Target = Annotated[
-    list[str] | None, typer.Option("--target", help="A pattern or name, repeatable; default: the architecture's.")
-]
-
-
-class Method(StrEnum):
-    """The methods that a plan can be made for from the command line."""
-
-    lora = "lora"
-    dora = "dora"
 
 
 def _version(asked: bool) -> None:
@@ -49,41 +37,6 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
     pass
-
-
-@app.command()
-def plan(
-    model: Model,
-    target: Target = None,
-    exclude: Annotated[str | None, typer.Option(help="A pattern for what to leave out.")] = None,
-    rank: Annotated[int, typer.Option(min=1)] = 8,
-    alpha: Annotated[float, typer.Option(help="The update is scaled by alpha / rank.")] = 8,
-    method: Method = Method.lora,
-    save: Annotated[Path | None, typer.Option(help="Write the plan here, as JSON.")] = None,
-    draw: Annotated[Path | None, typer.Option(help="Draw a layer into this .svg, .png or .pdf.")] = None,
-    layer: Annotated[int, typer.Option(help="The layer to draw.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Show what an adapter would put where; only the model's config is read."""
-    from fxpeft.model.empty import empty_model
-    from fxpeft.planning.table import plan_notes, plan_table
-
-    # one text is PEFT's regular expression or a pattern; a name alone is meant as a name
-    targets: Any = target
-    if target and len(target) == 1 and (target[0] == "all-linear" or not target[0].isidentifier()):
-        targets = target[0]
-    options: dict[str, Any] = {"use_dora": True} if method is Method.dora else {}
-    config = fxpeft.LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=targets, exclude_modules=exclude, base_model_name_or_path=model,
-        **options,
-    )  # fmt: skip
-    made = fxpeft.plan(empty_model(model), config)
-    if save is not None:
-        save.write_text(made.to_json() + "\n", encoding="utf-8")
-    if draw is not None:
-        made.draw(layer, draw)
-    head = f"{type(made.config).__name__} on {made.model}: {len(made.sites)} sites, {made.parameters:,} parameters"
-    show(as_json, json.loads(made.to_json()) if as_json else None, head, plan_table(made), *plan_notes(made))
 
 
 @app.command()
@@ -119,6 +72,7 @@ def inspect(adapter: Source, as_json: Json = False) -> None:
     show(as_json, content, *lines, table, *(f"{k} {v}" for k, v in other.items()))
 
 
+app.command()(plan)
 app.command()(check)
 app.command()(convert)
 
