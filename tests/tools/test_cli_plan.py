@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_llama
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import fxpeft
@@ -16,14 +16,21 @@ from fxpeft.methods import METHODS, config_for, method_of
 from fxpeft.tools.cli import app
 
 PROMPT = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
-#: what a method needs to be given, or can't have at its default on a model this small
+#: what a method needs to be given
 NEEDED: dict[str, dict[str, Any]] = {
-    "alora": {"alora_invocation_tokens": [5, 7]}, "adalora": {"total_step": 9}, "miss": {"r": 4}, "miss_bat": {"r": 4},
+    "alora": {"alora_invocation_tokens": [5, 7]}, "adalora": {"total_step": 9}, "prompt_tuning": PROMPT,
     "bdlora": {"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 2, "match_strict": False}},
-    "vblora": {"vector_length": 8}, "c3a": {"block_size": 4}, "fourierft": {"n_frequency": 20}, "psoft": {"r": 4},
-    "trainable_tokens": {"token_indices": [1, 2, 5]}, "prompt_tuning": PROMPT, "p_tuning": PROMPT,
-    "prefix_tuning": PROMPT,
+    "trainable_tokens": {"token_indices": [1, 2, 5]}, "p_tuning": PROMPT, "prefix_tuning": PROMPT,
 }  # fmt: skip
+
+
+def wide() -> LlamaForCausalLM:
+    """One layer, wide enough for every method's defaults."""
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=256, intermediate_size=264, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
 
 
 def plan(base: Path, *options: object) -> Any:
@@ -36,7 +43,7 @@ def plan(base: Path, *options: object) -> Any:
 
 @pytest.mark.parametrize("method", [method.name for method in METHODS])
 def test_what_is_planned_is_what_an_adapter_has(method: str) -> None:
-    model, given = tiny_llama(), config_for(method, NEEDED.get(method, {}))
+    model, given = wide(), config_for(method, NEEDED.get(method, {}))
     assert method_of(given).name == method
     made = fxpeft.plan(model, given, roles=False)
     fxpeft.apply(made, model)
@@ -48,7 +55,7 @@ def test_what_is_planned_is_what_an_adapter_has(method: str) -> None:
 
 
 def test_any_method_on_the_command_line(tmp_path: Path) -> None:
-    tiny_llama().config.save_pretrained(tmp_path)
+    wide().config.save_pretrained(tmp_path)
     for method, options, class_name in (
         ("ln_tuning", [], "LNTuningConfig"), ("vera", ["--rank", 5], "VeraConfig"),
         ("adalora", ["--rank", 6, "--alpha", 9, "--set", "total_step=9"], "AdaLoraConfig"),
@@ -58,7 +65,7 @@ def test_any_method_on_the_command_line(tmp_path: Path) -> None:
         made = fxpeft.Plan.from_json(json.dumps(told))
         assert type(made.config).__name__ == class_name
         given = config_for(method, NEEDED.get(method, {}), rank=options[1] if "--rank" in options else None)
-        assert made.parameters == fxpeft.plan(tiny_llama(), given, roles=False).parameters
+        assert made.parameters == fxpeft.plan(wide(), given, roles=False).parameters
     assert (made.config.num_virtual_tokens, told["config"]["task_type"]) == (3, "CAUSAL_LM")
 
 
