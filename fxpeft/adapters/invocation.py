@@ -88,9 +88,9 @@ def seen_in(call: Call, tokens: Tokens) -> Seen | None:
         return call.found[tokens]
     if call.packed:
         raise AdapterError(
-            "alora_invocation_tokens: this call holds several sequences in one row (cu_seq_lens_q), as generate_batch "
-            "and padding-free batches do, and an invocation is looked for in a row: call with a row for each sequence "
-            "(generate), or name adapters for each token: fxpeft serve does, and fxpeft.tokens with lanes"
+            "alora_invocation_tokens: this call holds several sequences in one row (cu_seq_lens_q), as continuous "
+            "batching and padding-free batches do, and an invocation is looked for in a row: call with a row for each "
+            "sequence (generate), or name adapters for each token: fxpeft serve does, and fxpeft.tokens with lanes"
         )
     if call.ids is None:
         warnings.warn(

@@ -25,6 +25,7 @@ from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.one_node import one_node
 
 ROTATION = "oft_R"
+WHOLE = "oft_r"  # before PEFT 0.16
 MOST_TERMS = 100  # PEFT's default is 5
 
 
@@ -208,9 +209,9 @@ class Oft(Method[OFTConfig]):
         return {ROTATION: (1 if config.block_share else plan.blocks, plan.size * (plan.size - 1) // 2)}
 
     def read(self, config: OFTConfig, tensors: dict[str, Tensor]) -> tuple[OFTConfig, dict[str, Tensor]]:
-        if old := [key for key in tensors if key.endswith(".oft_r")]:
+        if old := [key for key in tensors if key.endswith(f".{WHOLE}")]:
             raise CheckpointError(
-                f"{old[0]}: an OFT of PEFT before 0.16 has whole matrices (oft_r) and, since 0.14, gains (oft_s), "
+                f"{old[0]}: an OFT of PEFT before 0.16 has whole matrices and, since 0.14, gains, "
                 f"expected {ROTATION}, which PEFT trains since: train it anew, or merge it with the PEFT that wrote it"
             )
         return config, tensors
