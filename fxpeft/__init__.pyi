@@ -40,6 +40,12 @@ from fxpeft.adapters import (
     initialize_eva as initialize_eva,
 )
 from fxpeft.adapters import (
+    initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
+)
+from fxpeft.adapters import (
+    initialize_kv_prefix_from_text as initialize_kv_prefix_from_text,
+)
+from fxpeft.adapters import (
     initialize_lora_ga as initialize_lora_ga,
 )
 from fxpeft.adapters import (
@@ -85,7 +91,13 @@ from fxpeft.adapters import (
     trainable_parameters as trainable_parameters,
 )
 from fxpeft.checkpoint import (
+    compose_cartridge_adapters as compose_cartridge_adapters,
+)
+from fxpeft.checkpoint import (
     infer_config as infer_config,
+)
+from fxpeft.checkpoint import (
+    one_task as one_task,
 )
 from fxpeft.errors import (
     AdapterError as AdapterError,
@@ -157,7 +169,13 @@ from fxpeft.methods import (
     C3AConfig as C3AConfig,
 )
 from fxpeft.methods import (
+    CartridgeConfig as CartridgeConfig,
+)
+from fxpeft.methods import (
     CordaConfig as CordaConfig,
+)
+from fxpeft.methods import (
+    CPTConfig as CPTConfig,
 )
 from fxpeft.methods import (
     DeftConfig as DeftConfig,
@@ -203,6 +221,9 @@ from fxpeft.methods import (
 )
 from fxpeft.methods import (
     MissConfig as MissConfig,
+)
+from fxpeft.methods import (
+    MultitaskPromptTuningConfig as MultitaskPromptTuningConfig,
 )
 from fxpeft.methods import (
     OFTConfig as OFTConfig,

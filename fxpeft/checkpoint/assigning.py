@@ -101,11 +101,12 @@ def assign(
         return tensor
 
     for site, site_plan in plan.sites.items():
-        shapes = {n: s for n, s in method.shapes(config, site_plan).items() if n not in method.frozen(config)}
+        shapes = method.stored_shapes(config, site_plan)
         keys = {n: _short(method.key(site, site_plan, n), method.prefix) for n in shapes}
         taken = {n: take(keys[n], s, method.dtype(n)) for n, s in shapes.items()}
-        values.sites[site] = {n: t for n, t in taken.items() if t is not None}
-        fits = {n: tuple(t.shape) for n, t in values.sites[site].items()} == shapes
+        found_here = {n: t for n, t in taken.items() if t is not None}
+        values.sites[site] = method.taken(config, site_plan, found_here)
+        fits = {n: tuple(t.shape) for n, t in found_here.items()} == shapes
         if fits and (why := method.why_unfit(config, site_plan, values.sites[site])):
             wrong.append(f"{site}: {why}")
     for name, shape in method.shared(config, plan.sites).items():

@@ -6,7 +6,9 @@ from fxpeft.methods.beft import BeftConfig
 from fxpeft.methods.blocks import BdLoraConfig
 from fxpeft.methods.boft import BOFTConfig
 from fxpeft.methods.c3a import C3AConfig
+from fxpeft.methods.cartridge import CartridgeConfig
 from fxpeft.methods.config import AdapterConfig
+from fxpeft.methods.cpt import CPTConfig
 from fxpeft.methods.data_starts import CordaConfig, LoraGAConfig
 from fxpeft.methods.deft import DeftConfig
 from fxpeft.methods.delora import DeloraConfig
@@ -21,6 +23,7 @@ from fxpeft.methods.loha import LoHaConfig
 from fxpeft.methods.lokr import LoKrConfig
 from fxpeft.methods.lora import LoraConfig
 from fxpeft.methods.miss import MissConfig
+from fxpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from fxpeft.methods.oft import OFTConfig
 from fxpeft.methods.p_tuning import PromptEncoderConfig
 from fxpeft.methods.prefix_tuning import PrefixTuningConfig
@@ -46,6 +49,8 @@ __all__ = [
     "BdLoraConfig",
     "BeftConfig",
     "C3AConfig",
+    "CPTConfig",
+    "CartridgeConfig",
     "CordaConfig",
     "DeftConfig",
     "DeloraConfig",
@@ -62,6 +67,7 @@ __all__ = [
     "LoraConfig",
     "LoraGAConfig",
     "MissConfig",
+    "MultitaskPromptTuningConfig",
     "OFTConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",

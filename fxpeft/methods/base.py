@@ -315,6 +315,14 @@ class Method(abc.ABC, Generic[C]):
         """The parameters as a checkpoint holds them."""
         return {name: value for name, value in parameters.items() if name not in self.frozen(config)}
 
+    def stored_shapes(self, config: C, plan: SitePlan) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of what :meth:`stored` gives at one site."""
+        return {n: shape for n, shape in self.shapes(config, plan).items() if n not in self.frozen(config)}
+
+    def taken(self, config: C, plan: SitePlan, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of :meth:`stored`; of a file that doesn't fill the site some are missing."""
+        return stored
+
     def stored_keys(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A file's tensors under the keys of today; of a method that isn't ``targeted``: whose keys name no modules."""
         return tensors

@@ -4,25 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Base, SitePlan
-from fxpeft.methods.prompt_inputs import cache_argument
-from fxpeft.methods.prompts import (
-    HEADS,
-    HIDDEN,
-    LAYERS,
-    PromptLearningConfig,
-    PromptMethod,
-    PromptPlan,
-    first_number,
-    forward_arguments,
-)
-from fxpeft.passes.live import base_class
+from fxpeft.methods.prefixes import PrefixMethod
+from fxpeft.methods.prompts import PromptLearningConfig, PromptPlan
 
 
 @dataclass
@@ -47,13 +36,12 @@ class PrefixTuningConfig(PromptLearningConfig):
         self.check_positive("encoder_hidden_size")
 
 
-class PrefixTuning(PromptMethod[PrefixTuningConfig]):
-    """A row holds key and value of one virtual token in every layer; an encoder-decoder's decoder gets them."""
+class PrefixTuning(PrefixMethod[PrefixTuningConfig]):
+    """The rows are trained as they are, or come out of a network."""
 
     name = "prefix_tuning"
     peft_type = "PREFIX_TUNING"
     config_class = PrefixTuningConfig
-    in_cache = True
 
     def encoder(self, config: PrefixTuningConfig, plan: PromptPlan) -> nn.Module | None:
         if not config.prefix_projection:
@@ -74,94 +62,7 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
         for name in last:
             parameters[name].zero_()
 
-    def site(self, model: PreTrainedModel) -> str:
-        kinds = {str(k) for k in getattr(model.config.get_text_config(), "layer_types", None) or ()}
-        if any(not k.endswith("attention") or "linear" in k for k in kinds):
-            raise AdapterError(f"{base_class(model).__name__} has layers without keys and values: {sorted(kinds)}")
-        backbone = model.base_model_prefix
-        for name in ("", backbone):
-            host = model.get_submodule(name) if name == "" or name in model._modules else None
-            if host is None or "inputs_embeds" not in (arguments := forward_arguments(host)):
-                continue
-            if cache_argument(arguments) in ("cache", "past_key_values"):
-                return name
-        raise AdapterError(f"{base_class(model).__name__}.forward takes no cache of keys and values, so no prefix")
-
     def resolved(self, model: PreTrainedModel, config: PrefixTuningConfig) -> PrefixTuningConfig:
         resolved = super().resolved(model, config)
-        grouped = model.config.get_text_config().to_dict().get("num_key_value_heads") is not None
-        for name, expected in _key_values(model).items():
-            # for grouped queries PEFT replaces heads and width, so that those of the queries can stand there
-            if getattr(config, name) not in (None, expected) and not (grouped and name != "num_layers"):
-                raise AdapterError(
-                    f"{name}: expected {expected}, that of {base_class(model).__name__}'s keys and values, found "
-                    f"{getattr(config, name)}; is it a prefix of another base model?"
-                )
-            setattr(resolved, name, expected)
         resolved.encoder_hidden_size = resolved.encoder_hidden_size or resolved.token_dim
         return resolved
-
-    def layer_shapes(self, model: PreTrainedModel, config: PrefixTuningConfig) -> tuple[tuple[int, int] | None, ...]:
-        """PEFT's rule for layers that are not alike: each takes the first of the heads, and of their numbers.
-
-        Raises:
-            AdapterError: a layer has more heads than the widest ones, so that it would get no prefix.
-        """
-        each = _layer_shapes(model)
-        assert config.num_attention_heads is not None
-        assert config.token_dim is not None
-        heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
-        short = [i for i, shape in enumerate(each) if shape and (shape[0] > heads or shape[1] > width)]
-        if short:
-            raise AdapterError(
-                f"{base_class(model).__name__}: a prefix holds {heads} key-value heads of width {width} a layer, those "
-                f"of its widest layers, and layers {short} have more heads, so they would get none of it and count "
-                "positions differently; use prompt tuning"
-            )
-        return () if all(shape == (heads, width) for shape in each) else each
-
-    def check(self, model: PreTrainedModel, config: PrefixTuningConfig) -> None:
-        said = model.config.get_text_config().to_dict()
-        places = set((getattr(model, "hf_device_map", None) or {}).values()) - {"cpu", "disk"}
-        if len(places) > 1:
-            raise AdapterError(
-                f"prefix tuning doesn't work on a model that is split over {len(places)} devices: load it on one, or "
-                "use prompt tuning"
-            )
-        decoder = said.get("num_decoder_layers", said.get("decoder_layers"))
-        if config.task_type == "SEQ_2_SEQ_LM" and decoder not in (None, config.num_layers):
-            raise AdapterError(f"num_layers: the decoder has {decoder}, but PEFT's format takes the encoder's number, "
-                               f"{config.num_layers}")  # fmt: skip
-
-
-def _key_values(model: PreTrainedModel) -> dict[str, int]:
-    """Layers, and heads and width of their keys and values; PEFT's rule for grouped queries."""
-    own: Any = model.config.get_text_config()
-    said = own.to_dict()  # whose attributes can't be asked for what differs between layers
-    layers, heads, width = (first_number(own, names) for names in (LAYERS, HEADS, HIDDEN))
-    size, groups = width // heads, said.get("num_key_value_heads")
-    if groups is not None:
-        size, heads = said.get("head_dim") or size, groups
-        # of layers that are not alike, the widest say it
-        for shape in _layer_shapes(model):
-            if shape is not None and shape[1] > size:
-                heads, size = shape
-    return {"num_layers": layers, "num_attention_heads": heads, "token_dim": size * heads}
-
-
-def _layer_shapes(model: PreTrainedModel) -> tuple[tuple[int, int] | None, ...]:
-    """Each layer's key-value heads and their width, ``None`` where it reads an earlier layer's; ``()``: all alike."""
-    own: Any = model.config.get_text_config()
-    said, layers = own.to_dict(), first_number(own, LAYERS)
-    if said.get("per_layer_config"):
-        found = [(layer.num_key_value_heads, layer.head_dim) for layer in own.per_layer_config]
-    elif said.get("global_head_dim"):  # Gemma 4 before transformers 5.15
-        alike = (own.num_key_value_heads, own.head_dim)
-        wide = (said.get("num_global_key_value_heads") or own.num_key_value_heads, own.global_head_dim)
-        found = [alike if kind == "sliding_attention" else wide for kind in own.layer_types]
-    elif said.get("num_kv_shared_layers"):
-        found = [(own.num_key_value_heads, own.head_dim)] * layers
-    else:
-        return ()
-    shared = layers - (said.get("num_kv_shared_layers") or 0)
-    return tuple(shape if i < shared else None for i, shape in enumerate(found))

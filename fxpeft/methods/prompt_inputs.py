@@ -10,51 +10,22 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
 from fxpeft.errors import AdapterError
+from fxpeft.methods.row_prompts import Prompt, RowPrompts, TaskPrompts
 
 IGNORED = -100  # a label that no loss counts
+OF_TRAINING = {  # arguments of prompts in training -> why a slot takes none
+    "task_ids": "a slot holds one task's prompt, the rows of a batch name theirs as adapters (fxpeft.rows)",
+    "input_type_mask": "a slot's forward counts labels as the model does",
+}
 # what forwards and generate call the cache: since transformers 5.24, before, and a state-space model's before
 CACHES = ("cache", "past_key_values", "cache_params")
-
-
-class RowPrompts(NamedTuple):
-    """Prompts of a batch whose rows have each its own.
-
-    Args:
-        values: ``[named, rows, width]``, of each row that was named; zeros for one that has none.
-        there: ``[named, 1]``, whether it has one; ``None``: all have. A row without is masked where the others have
-            theirs.
-        repeats: how many rows of a call each may stand for, side by side.
-    """
-
-    values: Tensor
-    there: Tensor | None
-    repeats: int
-
-    def of(self, batch: int) -> RowPrompts:
-        """For so many rows.
-
-        Raises:
-            AdapterError: they are not those that were named.
-        """
-        named = self.values.shape[0]
-        if batch == named:
-            return self
-        if batch != named * self.repeats:
-            raise AdapterError(f"a prompt for each row: expected {named} rows, as they were named, found {batch}")
-        values, there = (None if t is None else t.repeat_interleave(self.repeats, 0) for t in self[:2])
-        assert values is not None
-        return RowPrompts(values, there, 1)
-
-
-#: one prompt ``[rows, width]`` for all rows of a batch, each row's own, or none
-Prompt: TypeAlias = Tensor | RowPrompts | None
 
 
 def cache_argument(arguments: Mapping[str, inspect.Parameter]) -> str:
@@ -67,9 +38,16 @@ def cache_argument(arguments: Mapping[str, inspect.Parameter]) -> str:
 
 
 def embed_prompt(
-    inputs: dict[str, Any], *, prompt: Prompt, embed: nn.Module, virtual: int, task: str, cache: str
+    inputs: dict[str, Any],
+    *,
+    prompt: Prompt,
+    embed: nn.Module,
+    virtual: int,
+    task: str,
+    cache: str,
+    served: bool = False,
 ) -> dict[str, Any]:
-    """Prompt tuning and p-tuning: put virtual tokens before the embeddings.
+    """Prompt tuning and its kin: put virtual tokens before the embeddings.
 
     Args:
         inputs: the forward's arguments by name.
@@ -77,10 +55,14 @@ def embed_prompt(
         embed: the model's input embeddings.
         task: PEFT's task type; it says what becomes of labels and token types.
         cache: the forward's name of its cache; see :func:`cache_argument`.
+        served: the prompt is a slot's, finished: what a prompt in training is told by is refused.
 
     Returns:
         The arguments with ``inputs_embeds [batch, virtual + tokens, hidden]`` in place of ``input_ids``.
     """
+    for name in OF_TRAINING if served else ():
+        if inputs.get(name) is not None:
+            raise AdapterError(f"{name}: {OF_TRAINING[name]}; leave it out")
     if prompt is None or inputs.get("encoder_outputs") is not None:
         return inputs  # the encoder has seen the prompt, and generate has extended its mask
     inputs = _renamed(inputs, cache)
@@ -202,6 +184,8 @@ class PromptGeneration(FedModel):
         virtual, prompt = _encoder_prompt(self)
         if prompt is None or kwargs.get("encoder_outputs") is not None:
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        if isinstance(prompt, TaskPrompts):
+            prompt = prompt.of(kwargs.pop("task_ids", None))
         ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         with torch.no_grad():
             tokens = kwargs.pop("inputs_embeds", None)
@@ -258,7 +242,7 @@ class PromptGeneration(FedModel):
         )
 
 
-def _running(model: Any) -> tuple[Any, Callable[[], Prompt]]:
+def _running(model: Any) -> tuple[Any, Callable[[], Prompt | TaskPrompts]]:
     """The plan of the prompt that the model runs now, and what gives the prompt."""
     slot = model._modules.get("slot")
     if slot is not None:
@@ -276,7 +260,7 @@ def _of_lanes(model: Any) -> tuple[bool, Prompt]:
     return (True, slot()) if slot is not None and slot.lanes is not None else (False, None)
 
 
-def _encoder_prompt(model: Any) -> tuple[int, Prompt]:
+def _encoder_prompt(model: Any) -> tuple[int, Prompt | TaskPrompts]:
     plan, prompt = _running(model)
     encoder = plan.task == "SEQ_2_SEQ_LM" and not plan.prefix
     with torch.no_grad():

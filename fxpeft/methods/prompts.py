@@ -1,6 +1,6 @@
 """Prompt learning: the whole model's forward is the site, and an adapter is rows of virtual tokens.
 
-What prompt tuning, p-tuning and prefix tuning share: the config's fields and the defaults that come
+What prompt tuning, p-tuning, prefix tuning and their kin share: the config's fields and the defaults that come
 from the model, the plan, the parameters with or without an encoder, and PEFT's checkpoint.
 """
 
@@ -31,6 +31,7 @@ TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_p
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer")  # PEFT's names, in PEFT's order
 HIDDEN = ("hidden_size", "n_embd", "d_model")
 KEY = "prompt_embeddings"  # PEFT's, whatever the site
+ENCODER = "encoder."  # names of an encoder's parameters begin with it
 HEADS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
 CLASSES = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
            "ForQuestionAnswering": "QUESTION_ANS"}  # fmt: skip
@@ -118,6 +119,8 @@ class PromptPlan(SitePlan):
             constants |= {"layers": self.layers, "heads": self.heads}
             constants |= {"shapes": self.shapes} if self.shapes else {}
             reads |= {"layer": self.layer} if self.layer else {}
+        elif container == "slot":
+            constants["served"] = True
         return Feed(
             name, cache_prompt if self.prefix else embed_prompt, {path: ("prompt", value)}, reads, constants,
             container, PromptGeneration if self.generates else FedModel,
@@ -125,12 +128,24 @@ class PromptPlan(SitePlan):
 
 
 class PromptAdapter(SiteAdapter):
-    """A prompt in training: the virtual tokens' ``embedding``, and an ``encoder`` where the method has one."""
+    """A prompt in training: the virtual tokens' ``embedding``, and an ``encoder`` where the method has one.
+
+    Args:
+        frozen: those of ``parameters`` that are not trained.
+    """
 
     embedding: Tensor
 
-    def __init__(self, plan: SitePlan, parameters: Mapping[str, Tensor], encoder: nn.Module | None) -> None:
-        super().__init__(plan, {"embedding": parameters["embedding"]})
+    def __init__(
+        self,
+        plan: SitePlan,
+        parameters: Mapping[str, Tensor],
+        encoder: nn.Module | None = None,
+        *,
+        frozen: Collection[str] = (),
+    ) -> None:
+        own = {name: value for name, value in parameters.items() if not name.startswith(ENCODER)}
+        super().__init__(plan, own, frozen=frozen)
         self.encoder = encoder
 
     def extra_repr(self) -> str:
@@ -138,8 +153,8 @@ class PromptAdapter(SiteAdapter):
         shown = f"virtual_tokens={self.plan.rank}, embedding={tuple(self.embedding.shape)}"
         return shown if self.running else f"{shown}, off"
 
-    def forward(self) -> Tensor:
-        """The prompt, ``[rows, width]``."""
+    def forward(self) -> Any:
+        """The prompt, ``[rows, width]``, or what a method's own feed takes in its place."""
         prompt: Tensor = self.embedding if self.encoder is None else self.encoder(self.embedding)
         return prompt
 
@@ -188,7 +203,7 @@ class PromptMethod(Method[P]):
         parameters = {"embedding": embedding}
         encoder = self.encoder(config, plan) if encoded else None
         if encoder is not None:
-            parameters |= {f"encoder.{name}": value.detach().float() for name, value in encoder.named_parameters()}
+            parameters |= {f"{ENCODER}{name}": value.detach().float() for name, value in encoder.named_parameters()}
         self.initialise(config, plan, parameters, base)
         return {name: value.to(device) for name, value in parameters.items()}
 
@@ -198,7 +213,9 @@ class PromptMethod(Method[P]):
         return PromptAdapter(plan, parameters, self._encoder_of(config, plan, parameters))
 
     def _encoder_of(self, config: P, plan: SitePlan, parameters: Mapping[str, Tensor]) -> nn.Module | None:
-        own = {name.removeprefix("encoder."): nn.Parameter(v) for name, v in parameters.items() if name != "embedding"}
+        own = {
+            name.removeprefix(ENCODER): nn.Parameter(v) for name, v in parameters.items() if name.startswith(ENCODER)
+        }
         if not own:
             return None
         assert isinstance(plan, PromptPlan)
@@ -213,6 +230,14 @@ class PromptMethod(Method[P]):
         """The finished prompt, ``[rows, width]``, an encoder's dropout off."""
         found: Tensor = self.part(config, plan, parameters).eval()()
         return found.detach()
+
+    def unservable(self, config: P) -> str:
+        """Why an adapter has no finished prompt, or nothing."""
+        return ""
+
+    def of_length(self, num_virtual_tokens: int) -> P:
+        """A config for prompts of a length, whatever else they are: what slots are declared for."""
+        return self.config_class(num_virtual_tokens=num_virtual_tokens)
 
     def stored(self, config: P, site: str, plan: SitePlan, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"embedding": self.prompt(config, plan, parameters)}

@@ -16,7 +16,9 @@ from fxpeft.methods.bdlora import BdLora
 from fxpeft.methods.beft import Beft
 from fxpeft.methods.boft import Boft
 from fxpeft.methods.c3a import C3A
+from fxpeft.methods.cartridge import Cartridge
 from fxpeft.methods.config import AdapterConfig
+from fxpeft.methods.cpt import Cpt
 from fxpeft.methods.deft import Deft
 from fxpeft.methods.delora import Delora
 from fxpeft.methods.dora import Dora
@@ -30,6 +32,7 @@ from fxpeft.methods.loha import LoHa
 from fxpeft.methods.lokr import LoKr
 from fxpeft.methods.lora import Lora
 from fxpeft.methods.miss import Bat, Miss
+from fxpeft.methods.multitask_prompt_tuning import MultitaskPromptTuning
 from fxpeft.methods.oft import Oft
 from fxpeft.methods.p_tuning import PTuning
 from fxpeft.methods.prefix_tuning import PrefixTuning
@@ -48,7 +51,7 @@ METHODS: list[Method[Any]] = [
     Dora(), Alora(), BdLora(), TrainableTokens(), LnTuning(), LoHa(), LoKr(), Vera(), Bat(), Miss(), VBLoRA(), Delora(),
     Hra(), Oft(), Boft(), Beft(), Gralora(), Deft(), Hira(), C3A(), FourierFT(),
     Psoft(), Pvera(), Supertuning(), Shira(), Adamss(), UniLora(), TinyLora(), AdaLora(), Lora(), Ia3(),
-    PromptTuning(), PTuning(), PrefixTuning(),
+    PromptTuning(), PTuning(), MultitaskPromptTuning(), Cpt(), PrefixTuning(), Cartridge(),
 ]  # fmt: skip
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fxpeft.adapters.state import Adapter
 from fxpeft.errors import AdapterError
 from fxpeft.methods import METHODS, method_of
-from fxpeft.methods.prompt_inputs import Prompt, RowPrompts
 from fxpeft.methods.prompts import PromptLearningConfig, PromptMethod, PromptPlan, forward_arguments
+from fxpeft.methods.row_prompts import Prompt, RowPrompts
 from fxpeft.model.placement import placement
 from fxpeft.model.wrappers import submodule
 from fxpeft.passes.live import Container, feed_module, is_bound, unbind
@@ -145,7 +145,7 @@ def declare(
     """Site and plan of the prompts to come; those that the model has say it too.
 
     Args:
-        methods: ``prompt_tuning`` and ``p_tuning``, which share a slot, or ``prefix_tuning``.
+        methods: some of those whose prompts are embeddings and share a slot, or some of those whose fill the cache.
 
     Raises:
         AdapterError: both kinds of prompt, no length, or a model that takes none.
@@ -157,14 +157,15 @@ def declare(
         if num_virtual_tokens is not None:
             raise AdapterError(f"num_virtual_tokens: only with one of the methods {', '.join(known)}")
         return own[0] if own else None
-    if "prefix_tuning" in wanted and len(wanted) > 1:
-        raise AdapterError("methods: prefix_tuning fills the cache, prompts are embeddings; declare one of the two")
+    if len({known[m].in_cache for m in wanted}) > 1:
+        filling = " and ".join(m for m in wanted if known[m].in_cache)
+        raise AdapterError(f"methods: {filling} fills the cache, the others are embeddings; declare one of the two")
     if num_virtual_tokens is None and not own:
         raise AdapterError(f"{wanted[0]}: expected num_virtual_tokens, the length of the prompts to come, found None")
     if num_virtual_tokens is None:
         return own[0]
     method = known[wanted[0]]
-    config: PromptLearningConfig = method.config_class(num_virtual_tokens=num_virtual_tokens)
+    config: PromptLearningConfig = method.of_length(num_virtual_tokens)
     _, sites = method.find(model, config)
     site, plan = next(iter(sites.items()))
     assert isinstance(plan, PromptPlan)
@@ -188,6 +189,8 @@ def lower(slot: PromptSlot | None, adapter: Adapter) -> list[str]:
     name = method.name
     if slot is None:
         return [f"{name}: has no slot; declare methods=({name!r},), num_virtual_tokens={plan.rank}"]
+    if why := method.unservable(adapter.config):
+        return [f"{name}: {why}"]
     own = slot.plan
     for what, found, expected in (
         ("virtual tokens", _kind(plan), _kind(own)),

@@ -57,6 +57,7 @@ def convert(
     rank: Annotated[int | None, typer.Option(min=1, help="The most ranks of a site: truncated SVD.")] = None,
     to: Annotated[To | None, typer.Option(help="Another method; it reads the base model.")] = None,
     engine: Annotated[For | None, typer.Option("--for", help="One rank, one alpha, for an engine.")] = None,
+    task: Annotated[int | None, typer.Option(min=0, help="Of a multitask prompt: this task's, as a plain one.")] = None,
     rest: Annotated[Path | None, typer.Option(help="With --for: a folder for heads, biases and tokens.")] = None,
     model: Folded = None,
     as_json: Json = False,
@@ -69,20 +70,22 @@ def convert(
     """
     import torch
 
-    from fxpeft.checkpoint import read
+    from fxpeft.checkpoint import of_task, read
     from fxpeft.checkpoint.adapter_file import cast, shrink
     from fxpeft.checkpoint.engines import ENGINES, for_engine, split
     from fxpeft.checkpoint.gguf_file import SUFFIX, write_gguf
     from fxpeft.checkpoint.writing import write_files
     from fxpeft.model.empty import empty_model, model_config
 
-    if dtype is None and rank is None and to is None and engine is None:
-        raise AdapterError("convert: say what to: --dtype, --rank, --to or --for")
+    if dtype is None and rank is None and to is None and engine is None and task is None:
+        raise AdapterError("convert: say what to: --dtype, --rank, --to or --for, or which --task")
     as_gguf = output.suffix == SUFFIX
     if (rest is not None and engine is None) or (as_gguf and engine is not For.llama_cpp):
         raise AdapterError("convert: --rest needs --for, and a .gguf file --for llama.cpp")
     found, beside = read(adapter), None
     errors: dict[str, float] = {}
+    if task is not None:
+        found = of_task(found, task)
     if to is not None or (engine is not None and _needs_base(found)):
         with tempfile.TemporaryDirectory() as folder:  # an engine that can't take it leaves nothing behind
             found, errors = _as_lora(adapter, model, rank, output if engine is None else Path(folder))

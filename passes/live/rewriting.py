@@ -145,7 +145,7 @@ def feed_module(module: nn.Module, feed: Feed, *, name: str, dump: str | None = 
     source = _sources.recent(key) if key and dump is None else None
     if source is None:
         try:
-            graph = call_graph(named_forward(module))
+            graph = call_graph(named_forward(module), feed.takes)
             source = graph_source(Pipeline([FeedPass(feed)], dump=dump)(graph).graph)
         except PassError as error:
             raise PassError(f"{name or cls.__name__}: {error}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,9 @@ class Feed:
         reads: argument of ``function`` -> dotted path of what it reads in the model itself.
         constants: further arguments of ``function``: numbers and strings.
         mixin: what the bound class has besides; see :func:`fxpeft.passes.live.feed_module`.
+        takes: arguments that the model's own forward doesn't have and ``function`` takes out of the inputs.
+        finish: ``finish(output, inputs, **constants) -> output``, of the model's output and the arguments as they
+            came; ``None``: the output is what the model gives.
     """
 
     name: str
@@ -39,12 +42,14 @@ class Feed:
     constants: Mapping[str, Any] = field(default_factory=dict)
     container: str = "adapters"
     mixin: type | None = None
+    takes: tuple[str, ...] = ()
+    finish: Callable[..., Any] | None = None
 
     def signature(self) -> tuple[Any, ...]:
         """What the fed graph depends on, the operands' values left out."""
         operands = tuple((path, name, isinstance(value, nn.Module)) for path, (name, value) in self.operands.items())
         constants = tuple((name, type(value), value) for name, value in self.constants.items())
-        return self.function, operands, tuple(self.reads.items()), constants, self.container
+        return self.function, operands, tuple(self.reads.items()), constants, self.container, self.takes, self.finish
 
 
 class FeedPass(GraphPass):
@@ -74,29 +79,42 @@ class FeedPass(GraphPass):
             for argument, path in feed.reads.items():
                 install(graph_module, path, _Stand())
                 arguments[argument] = get_attr(graph, path)
-            fed = graph.call_function(feed.function, (call.args[1],), {**arguments, **feed.constants})
+            given = call.args[1]
+            fed = graph.call_function(feed.function, (given,), {**arguments, **feed.constants})
         call.args = (call.args[0], fed)
+        if feed.finish is not None:
+            with graph.inserting_after(call):
+                finished = graph.call_function(feed.finish, (call, given), dict(feed.constants))
+            call.replace_all_uses_with(finished, lambda user: user is not finished)
+            REWRITE.set(finished, (feed.name,))
         CALL.set(call, (feed.name,))
         for node in (*arguments.values(), fed):
             REWRITE.set(node, (feed.name,))
         return RewriteResult(graph_module, True, Report(self.name, ("",), (), before, len(graph.nodes)))
 
 
-def call_graph(forward: Callable[..., Any]) -> GraphModule:
+def call_graph(forward: Callable[..., Any], more: Sequence[str] = ()) -> GraphModule:
     """The graph that does nothing but call a bound forward with its own arguments, under their own names.
+
+    Args:
+        more: arguments beside its own, ``None`` by default.
 
     Raises:
         PassError: the forward takes ``*args``, or positional arguments without a name.
     """
     graph, named = Graph(), {}
-    rest: Node | None = None
+    others: str | None = None
     for p in inspect.signature(forward).parameters.values():
         if p.kind in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY):
             raise PassError(f"expected a forward whose arguments have names, found {p}")
         if p.kind is p.VAR_KEYWORD:
-            rest = graph.placeholder(f"**{p.name}")
+            others = p.name
         else:
             named[p.name] = graph.placeholder(p.name, None, *(() if p.default is p.empty else (p.default,)))
+    for name in more:
+        if name not in named:
+            named[name] = graph.placeholder(name, None, None)
+    rest = None if others is None else graph.placeholder(f"**{others}")
     base = get_attr(graph, LEAF)
     inputs = graph.call_function(gather, (named,) if rest is None else (named, rest))
     call = graph.call_function(spread, (base, inputs))

@@ -31,6 +31,10 @@ THEIR_OWN = {
         "methods/prompt_tuning",
         "methods/p_tuning",
         "methods/prefix_tuning",
+        "methods/prefixes",
+        "methods/multitask_prompt_tuning",
+        "methods/cpt",
+        "methods/cartridge",
         "serving/prompts",
         "integrations/trl",  # TRL asks for PEFT's class of that name
     )
