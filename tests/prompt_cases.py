@@ -10,7 +10,14 @@ from tiny import randomise, tiny_llama, token_ids
 from torch import Tensor
 
 import fxpeft
-from fxpeft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from fxpeft import (
+    CartridgeConfig,
+    CPTConfig,
+    MultitaskPromptTuningConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+)
 
 IDS = token_ids()
 VIRTUAL = 4
@@ -23,6 +30,13 @@ CONFIGS: dict[str, Any] = {
         num_virtual_tokens=VIRTUAL, encoder_reparameterization_type="LSTM", encoder_hidden_size=9, encoder_dropout=0.5,
         **v,
     ),
+    "task": lambda **v: MultitaskPromptTuningConfig(num_virtual_tokens=VIRTUAL, num_ranks=2, **v),
+    "context": lambda **v: CPTConfig(cpt_token_ids=[3, 9, 4, 11], opt_projection_format_epsilon=30.0, **v),
+    "cartridge": lambda **v: CartridgeConfig(num_virtual_tokens=VIRTUAL, **v),
+}  # fmt: skip
+METHODS = {
+    "prompt": "prompt_tuning", "prefix": "prefix_tuning", "projected": "prefix_tuning", "mlp": "p_tuning",
+    "lstm": "p_tuning", "task": "multitask_prompt_tuning", "context": "cpt", "cartridge": "cartridge",
 }  # fmt: skip
 
 

@@ -121,6 +121,14 @@ CASES = {
         lambda: fxpeft.PromptEncoderConfig(num_virtual_tokens=VIRTUAL, encoder_hidden_size=9), "p_tuning", True
     ),
     "prefix tuning": Case(lambda: fxpeft.PrefixTuningConfig(num_virtual_tokens=VIRTUAL), "prefix_tuning", True),
+    "multitask prompts": Case(
+        lambda: fxpeft.MultitaskPromptTuningConfig(num_virtual_tokens=VIRTUAL, num_ranks=2), "multitask_prompt_tuning",
+        True,
+    ),
+    "CPT": Case(
+        lambda: fxpeft.CPTConfig(cpt_token_ids=[3, 17, 21, 5], opt_projection_format_epsilon=30.0), "cpt", True
+    ),
+    "cartridge": Case(lambda: fxpeft.CartridgeConfig(num_virtual_tokens=VIRTUAL), "cartridge", True),
     "LoHa": of("LoHa"),
     "LoKr": of("LoKr"),
     "VeRA": of("VeRA"),
@@ -169,6 +177,8 @@ def files(case: Case, folder: Path) -> str:
         assert_close(case.output(case.loaded(folder / "ours")), case.output(model))
         return "its own"
     peer = peft.PeftModel.from_pretrained(case.bare(), str(folder / "ours")).eval()
+    if isinstance(case.config(), fxpeft.MultitaskPromptTuningConfig):  # whose forward asks for the task of each row
+        peer.forward = functools.partial(peer.forward, task_ids=torch.zeros(len(IDS), dtype=torch.long))
     assert_close(case.output(peer), case.output(model))
     peer.save_pretrained(str(folder / "theirs"))
     assert_close(case.output(case.loaded(folder / "theirs")), case.output(peer))
@@ -208,7 +218,9 @@ def scales(case: Case, folder: Path) -> str:
 
 @functools.cache
 def compiled_with(methods: tuple[str, ...]) -> tuple[Any, Any]:
-    """A model with slots for these methods, in one graph of Inductor's; its prompts are of a graph to come."""
+    """A model with slots for these methods, in one graph of Inductor's; its prompts are of a graph to come.
+
+    What is in the cache, or before the embeddings, is one kind of slot, whichever method made it."""
     case = next(case for case in CASES.values() if case.declared == methods[0])
     model = case.bare()
     fxpeft.prepare_hotswap(model, **{**case.options, "methods": methods})
@@ -221,7 +233,8 @@ def swaps(case: Case, folder: Path) -> str:
     """Two adapters in one graph of Inductor's; "off" is the bare model, for a prompt in a graph of its own."""
     folders = [case.saved(folder / str(i), i) for i in (0, 1)]
     prompt = "num_virtual_tokens" in case.options
-    model, compiled = compiled_with(case.options["methods"] if prompt else NO_PROMPTS[case.whole])
+    model, compiled = compiled_with(next(kind for kind in PROMPTS if case.declared in kind) if prompt else
+                                    NO_PROMPTS[case.whole])  # fmt: skip
     fxpeft.load_adapter(model, folders[0])
     if prompt:
         case.output(compiled)
@@ -349,6 +362,7 @@ ROWS: dict[str, Callable[[Case, Path], str]] = {
     "packages (`package`)": packages,
 }
 COMPILES = (swaps, packages)
+PROMPTS = ("prompt_tuning", "p_tuning", "multitask_prompt_tuning", "cpt"), ("prefix_tuning", "cartridge")
 NO_PROMPTS = {
     whole: tuple(
         dict.fromkeys(

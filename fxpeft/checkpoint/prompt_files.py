@@ -88,4 +88,4 @@ def of_task(found: Checkpoint, task: int) -> Checkpoint:
 
 
 def _write(folder: str | Path, made: Checkpoint) -> None:
-    write_files(folder, {**made.config.to_dict(), "inference_mode": True}, made.tensors)
+    write_files(folder, made.config.changed(inference_mode=True).to_dict(), made.tensors)

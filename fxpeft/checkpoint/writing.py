@@ -44,8 +44,7 @@ def to_tensors(plan: AdapterPlan, values: Values) -> dict[str, Tensor]:
 
 def write(folder: str | Path, model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
     """Write an adapter's two files, see :func:`write_files`; what the config leaves open the model says."""
-    values = config.to_dict()
-    values["inference_mode"] = True
+    values = config.changed(inference_mode=True).to_dict()
     if values["base_model_name_or_path"] is None:
         values["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
     if values["task_type"] is None and values["auto_mapping"] is None:

@@ -107,9 +107,9 @@ class MultitaskPromptTuning(PromptMethod[MultitaskPromptTuningConfig]):
     ) -> dict[str, Tensor]:
         sourced = config.prompt_tuning_init in FROM_SOURCE and not config.inference_mode
         start = config.changed(prompt_tuning_init="RANDOM") if sourced else config
-        made = PromptTuning().fresh(start, plan, base, device=device, dtype=dtype)
+        shared = PromptTuning().fresh(start, plan, base, device=device, dtype=dtype)
         shapes = self.shapes(config, plan)
-        made |= {n: torch.empty(shapes[n], dtype=torch.float32).normal_(0, STD).to(device) for n in TASKS}
+        made = {n: torch.empty(shapes[n], dtype=torch.float32).normal_(0, STD) for n in TASKS} | shared
         if sourced:
             made |= _of_source(config, shapes)
         return {name: value.to(device, torch.float32, copy=True) for name, value in made.items()}

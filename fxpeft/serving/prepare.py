@@ -74,7 +74,8 @@ def prepare_hotswap(
         methods: what the slots have to serve: ``"lora"``, ``"lora_bias"`` (a bias of B), ``"dora"``,
             ``"ia3"``, ``"adalora"``, ``"trainable_tokens"`` (of adapters of any method, and alone),
             ``"ln_tuning"`` (of the modules in ``modules_to_save``, or the architecture's norms),
-            ``"prompt_tuning"`` and ``"p_tuning"`` or ``"prefix_tuning"``, ``"loha"``, ``"lokr"``, ``"vera"``,
+            ``"prompt_tuning"``, ``"p_tuning"``, ``"multitask_prompt_tuning"`` and ``"cpt"``, or
+            ``"prefix_tuning"`` and ``"cartridge"``, ``"loha"``, ``"lokr"``, ``"vera"``,
             ``"miss"``, ``"miss_bat"``, ``"vblora"``, ``"delora"``, ``"alora"``, ``"hra"``, ``"oft"``, ``"boft"``,
             ``"beft"``, ``"gralora"``, ``"deft"``, ``"hira"``, ``"c3a"``, ``"fourierft"``, ``"psoft"``, ``"pvera"``,
             ``"tinylora"``, ``"unilora"``, ``"adamss"``, ``"shira"``, ``"supertuning"``.

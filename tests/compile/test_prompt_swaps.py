@@ -21,9 +21,12 @@ CONFIGS: dict[str, Any] = {
     "prompt": lambda n: fxpeft.PromptTuningConfig(num_virtual_tokens=n),
     "encoded": lambda n: fxpeft.PromptEncoderConfig(num_virtual_tokens=n, encoder_hidden_size=9),
     "prefix": lambda n: fxpeft.PrefixTuningConfig(num_virtual_tokens=n),
+    "task": lambda n: fxpeft.MultitaskPromptTuningConfig(num_virtual_tokens=n),
+    "context": lambda n: fxpeft.CPTConfig(cpt_token_ids=[5, 9, 3, 21][:n], opt_projection_format_epsilon=30.0),
     "projected": lambda n: fxpeft.PrefixTuningConfig(num_virtual_tokens=n, prefix_projection=True),
+    "cartridge": lambda n: fxpeft.CartridgeConfig(num_virtual_tokens=n),
 }
-PAIRS = {"prompt_tuning": ("prompt", "encoded"), "prefix_tuning": ("prefix", "projected")}
+KINDS = {"prompt_tuning": ("prompt", "encoded", "task", "context"), "cartridge": ("prefix", "projected", "cartridge")}
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +49,10 @@ def alone(folder: str) -> Tensor:
     return model(**INPUTS).logits
 
 
-@pytest.mark.parametrize("method", PAIRS)
+@pytest.mark.parametrize("method", KINDS)
 def test_forwards_recompile_nothing(method: str, folders: dict[str, str]) -> None:
     torch._dynamo.reset()
-    one, two = (folders[name] for name in PAIRS[method])
+    one, two, *others = (folders[name] for name in KINDS[method])
     model = tiny_llama()
     fxpeft.prepare_hotswap(model, methods=(method,), num_virtual_tokens=VIRTUAL)
     fxpeft.load_adapter(model, one, "one")
@@ -67,6 +70,9 @@ def test_forwards_recompile_nothing(method: str, folders: dict[str, str]) -> Non
             assert_close(compiled(**INPUTS).logits, wanted[1])
             fxpeft.set_adapter(compiled, "one")
             assert_close(compiled(**INPUTS).logits, wanted[0])
+            for folder in others:
+                fxpeft.hotswap(compiled, folder)
+                assert_close(compiled(**INPUTS).logits, alone(folder))
     assert counted.graphs == 0
 
 
@@ -84,24 +90,24 @@ def test_what_a_swap_must_not_be_is_seen(folders: dict[str, str]) -> None:
     assert counted.graphs == 2
 
 
-@pytest.mark.parametrize("method", PAIRS)
+@pytest.mark.parametrize("method", KINDS)
 def test_steps_of_generate_recompile_nothing(method: str, folders: dict[str, str]) -> None:
     """The first step makes room for the prompt, eager as in transformers; all others are one full graph."""
     torch._dynamo.reset()
-    one, two = PAIRS[method]
+    names = KINDS[method]
     compile_config = CompileConfig(fullgraph=True, mode="default", backend="eager")
     compile_config._compile_all_devices = True
     options = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
     wanted = {}
-    for name in (one, two):
+    for name in names:
         plain = tiny_llama()
         fxpeft.load_adapter(plain, folders[name])
         wanted[name] = plain.generate(**INPUTS, **options)
-    assert not torch.equal(wanted[one], wanted[two])
+    assert len({tuple(tokens.flatten().tolist()) for tokens in wanted.values()}) > 1
     model = tiny_llama()
     fxpeft.prepare_hotswap(model, methods=(method,), num_virtual_tokens=VIRTUAL)
     graphs = []
-    for name in (one, two, one):
+    for name in (*names, names[0]):
         with count_graphs() as counted:
             if graphs:
                 fxpeft.hotswap(model, folders[name])
@@ -111,4 +117,4 @@ def test_steps_of_generate_recompile_nothing(method: str, folders: dict[str, str
         assert torch.equal(found, wanted[name])
         assert not counted.breaks
         graphs.append(counted.graphs)
-    assert graphs == [1, 0, 0]
+    assert graphs == [1, *[0] * len(names)]

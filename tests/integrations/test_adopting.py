@@ -112,6 +112,8 @@ PROMPTS: dict[str, tuple[Any, str]] = {
         peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=10), "p_tuning"
     ),
     "prefix": (peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "prefix_tuning"),
+    "cpt": (peft.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[3, 9, 4], opt_projection_format_epsilon=9.0), "cpt"),
+    "cartridge": (peft.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "cartridge"),
 }  # fmt: skip
 
 

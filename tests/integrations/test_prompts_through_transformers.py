@@ -24,6 +24,10 @@ LLAMA: dict[str, Any] = {
     "prefix tuning": lambda: fxpeft.PrefixTuningConfig(
         num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=20, task_type="CAUSAL_LM"
     ),
+    "CPT": lambda: fxpeft.CPTConfig(
+        cpt_token_ids=[5, 9, 3], cpt_tokens_type_mask=[1, 3, 4], opt_projection_format_epsilon=9.0
+    ),
+    "cartridge": lambda: fxpeft.CartridgeConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
 }
 ENCODED = ("p-tuning", "prefix tuning")
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from closeness import assert_close
+from prompt_peers import gemma4
 from tiny import VOCABULARY, randomise, tiny_llama, token_ids
 from transformers import (
     DebertaV2Config,
@@ -26,21 +27,6 @@ PAIRS = [
     (PrefixTuningConfig, peft.PrefixTuningConfig),
     (PromptEncoderConfig, peft.PromptEncoderConfig),
 ]
-KINDS = ["sliding_attention", "full_attention"]
-
-
-def gemma4(**settings: Any) -> Any:
-    """Four layers: narrow and wide heads in turn; the last reads the second one's keys and values."""
-    if not hasattr(transformers, "Gemma4ForCausalLM"):
-        pytest.skip(f"Transformers {transformers.__version__} has no Gemma 4")
-    torch.manual_seed(0)
-    config = transformers.Gemma4TextConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, layer_types=KINDS * 2, sliding_window=16, max_position_embeddings=64,
-        vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=8, eos_token_id=None,
-        **{"global_head_dim": 16, "num_kv_shared_layers": 1, **settings},
-    )  # fmt: skip
-    return transformers.Gemma4ForCausalLM(config).eval()
 
 
 def both(model: Any, **options: Any) -> tuple[Any, Any]:

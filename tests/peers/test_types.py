@@ -18,7 +18,8 @@ COLUMNS = {  # in the README's table of what each method can do
     "LORA": "LoRA", "ADALORA": "AdaLoRA", "IA3": "IA3", "PROMPT_TUNING": "prompt tuning", "P_TUNING": "p-tuning",
     "PREFIX_TUNING": "prefix tuning", "LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA", "MISS": "MiSS",
     "VBLORA": "VB-LoRA", "DELORA": "DeLoRA", "HRA": "HRA", "OFT": "OFT", "BOFT": "BOFT",
-    "LN_TUNING": "LN tuning", "TRAINABLE_TOKENS": "trainable tokens",
+    "LN_TUNING": "LN tuning", "TRAINABLE_TOKENS": "trainable tokens", "MULTITASK_PROMPT_TUNING": "multitask prompts",
+    "CPT": "CPT", "CARTRIDGE": "cartridge",
 }  # fmt: skip
 ROWS = {  # in the guide's table of what each method can do
     "BEFT": "BEFT", "GRALORA": "GraLoRA", "DEFT": "DEFT", "HIRA": "HiRA", "C3A": "C3A", "FOURIERFT": "FourierFT",
@@ -28,11 +29,8 @@ ROWS = {  # in the guide's table of what each method can do
 }  # fmt: skip
 EXACT = "**exact**: trains, files both ways, swaps"
 FULL = ("C3A", "SUPERTUNING", "SHIRA", "FOURIERFT", "HIRA")
-SLOT, FOLD, NOT = "not here; would be exact in a slot", "not here; would only fold", "not here; can't be static"
+FOLD, NOT = "not here; would only fold", "not here; can't be static"
 REST = {
-    "CARTRIDGE": (SLOT, "keys and values in front, as prefix tuning"),
-    "CPT": (SLOT, "a prompt, trained under other constraints"),
-    "MULTITASK_PROMPT_TUNING": (SLOT, "a prompt for each task"),
     "FROD": (FOLD, "the whole weight anew"),
     "GLORA": (FOLD, "a product with the base's weight, of full rank"),
     "OSF": (FOLD, "a part of the base's decomposition, of most of its rank"),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_close
-from prompt_cases import CONFIGS, VIRTUAL, logits, prompted, saved
+from prompt_cases import CONFIGS, METHODS, VIRTUAL, logits, prompted, saved
 from safetensors.torch import load_file
 from tiny import randomise, tiny_bert, tiny_llama
 from transformers import LlamaForCausalLM
@@ -51,8 +51,7 @@ def test_a_prepared_model_runs_bare_until_it_has_a_prompt(tmp_path: Path) -> Non
 def test_prepare_keeps_a_prompt_and_its_encoder(name: str) -> None:
     model = prompted(name)
     wanted, own = logits(model), {n: p.detach().clone() for n, p in model.adapters.default.named_parameters()}
-    method = {"prompt": "prompt_tuning", "prefix": "prefix_tuning", "projected": "prefix_tuning"}.get(name, "p_tuning")
-    fxpeft.prepare_hotswap(model, methods=(method,))
+    fxpeft.prepare_hotswap(model, methods=(METHODS[name],))
     assert "adapters" not in model._modules
     assert_close(logits(model), wanted, terms=1)
     fxpeft.release_hotswap(model)

@@ -42,7 +42,10 @@ CASES: dict[str, Callable[[], AdapterConfig]] = {
     ),
     "prompt_tuning": lambda: fxpeft.PromptTuningConfig(num_virtual_tokens=VIRTUAL),
     "p_tuning": lambda: fxpeft.PromptEncoderConfig(num_virtual_tokens=VIRTUAL, encoder_hidden_size=24),
+    "multitask_prompt_tuning": lambda: fxpeft.MultitaskPromptTuningConfig(num_virtual_tokens=VIRTUAL),
+    "cpt": lambda: fxpeft.CPTConfig(cpt_token_ids=list(range(VIRTUAL))),
     "prefix_tuning": lambda: fxpeft.PrefixTuningConfig(num_virtual_tokens=VIRTUAL),
+    "cartridge": lambda: fxpeft.CartridgeConfig(num_virtual_tokens=VIRTUAL),
     "loha": lambda: fxpeft.LoHaConfig(r=3, alpha=5, target_modules=TARGETS),
     "lokr": lambda: fxpeft.LoKrConfig(r=3, alpha=5, decompose_factor=4, target_modules=TARGETS),
     "vera": lambda: fxpeft.VeraConfig(r=12, d_initial=3.0, target_modules=TARGETS),
@@ -69,7 +72,7 @@ CASES: dict[str, Callable[[], AdapterConfig]] = {
     "ln_tuning": fxpeft.LNTuningConfig,
     "trainable_tokens": lambda: fxpeft.TrainableTokensConfig(token_indices=[7, 10, 22]),
 }
-PROMPTS = ("prompt_tuning", "p_tuning", "prefix_tuning")
+PROMPTS = ("prompt_tuning", "p_tuning", "multitask_prompt_tuning", "cpt", "prefix_tuning", "cartridge")
 WHOLE = ("miss_bat", "hira", "c3a", "fourierft", "shira", "supertuning")  # their updates are of full rank
 WITHOUT_SITES = (*PROMPTS, "ln_tuning", "trainable_tokens")
 
