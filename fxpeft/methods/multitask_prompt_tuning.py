@@ -124,6 +124,9 @@ class MultitaskPromptTuning(PromptMethod[MultitaskPromptTuningConfig]):
     ) -> MultitaskAdapter:
         return MultitaskAdapter(plan, parameters)
 
+    def of_length(self, num_virtual_tokens: int) -> MultitaskPromptTuningConfig:
+        return MultitaskPromptTuningConfig(num_virtual_tokens=num_virtual_tokens, num_transformer_submodules=1)
+
     def unservable(self, config: MultitaskPromptTuningConfig) -> str:
         return "" if config.num_tasks == 1 else (
             f"it has a prompt for each of {config.num_tasks} tasks, and a slot holds one: give each task a folder of "

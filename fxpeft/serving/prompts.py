@@ -195,12 +195,14 @@ def lower(slot: PromptSlot | None, adapter: Adapter) -> list[str]:
     for what, found, expected in (
         ("virtual tokens", _kind(plan), _kind(own)),
         ("num_virtual_tokens", plan.rank, own.rank),
-        ("shape", [plan.rows, plan.width], [own.rows, own.width]),
+        ("width", plan.width, own.width),
         ("task_type", plan.task, own.task),
     ):
         if found != expected:
             return [f"{name}: {what}: the slot was declared for {expected!r}, found {found!r}"]
     prompt = method.prompt(adapter.config, plan, adapter.values.sites[site])
+    if len(prompt) != own.rows:  # of an encoder-decoder's there may be a second half, which nothing reads
+        prompt = torch.cat((prompt[: plan.rank], prompt.new_zeros(own.rows - plan.rank, own.width)))
     adapter.prompt = prompt.to(slot.prompt.device, slot.prompt.dtype, copy=True).contiguous()
     return []
 

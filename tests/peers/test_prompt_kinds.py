@@ -256,6 +256,29 @@ def test_one_task_is_a_plain_prompt(tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize("declared", ["multitask_prompt_tuning", "prompt_tuning"])
+def test_an_encoder_decoders_slot_takes_prompts_with_and_without_a_second_half(declared: str, tmp_path: Path) -> None:
+    """PEFT's default has one, which nothing reads; a multitask prompt has none."""
+    inputs = {"input_ids": IDS, "decoder_input_ids": IDS[:, :3]}
+    wanted = []
+    for name, config in (
+        ("halves", fxpeft.PromptTuningConfig(num_virtual_tokens=VIRTUAL)),
+        ("task", MultitaskPromptTuningConfig(num_virtual_tokens=VIRTUAL, num_transformer_submodules=1)),
+    ):
+        model = tiny_t5()
+        fxpeft.add_adapter(model, config)
+        randomise(model.adapters.parameters(), seed=len(name), scale=0.9)
+        fxpeft.save_adapter(model, tmp_path / name)
+        with torch.no_grad():
+            wanted.append(model(**inputs).logits)
+    served = tiny_t5()
+    fxpeft.prepare_hotswap(served, methods=(declared,), num_virtual_tokens=VIRTUAL)
+    for name, expected in zip(("halves", "task"), wanted, strict=True):
+        fxpeft.load_adapter(served, tmp_path / name, name)
+        with torch.no_grad():
+            assert_close(served(**inputs).logits, expected)
+
+
 # --- cartridges ---
 
 

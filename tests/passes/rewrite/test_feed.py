@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from typing import Any
 
@@ -175,3 +176,27 @@ def test_the_graph_is_dumped(tmp_path: Any) -> None:
     feed_module(model(), feed(), name="", dump=str(tmp_path))
     assert "shifted" in (tmp_path / "01-feed-after.py").read_text()
     assert "shifted" not in (tmp_path / "01-feed-before.py").read_text()
+
+
+def told(inputs: dict[str, Any], *, by: Tensor, words: nn.Embedding, factor: float) -> dict[str, Any]:
+    """Takes out an argument that the model's forward doesn't have."""
+    more = inputs["more"]
+    return {name: value for name, value in inputs.items() if name != "more"} | {"shift": by * factor * (more or 1)}
+
+
+def doubled(output: Tensor, inputs: dict[str, Any], *, factor: float) -> Tensor:
+    """Of the arguments as they came."""
+    return output * (2 if inputs["more"] is None else inputs["more"]) + factor
+
+
+def test_an_argument_more_and_an_end() -> None:
+    """The forward shows it, before what it takes by any name; the model's own never sees it."""
+    made = model()
+    options: dict[str, Any] = {"takes": ("more", "flag"), "finish": doubled}
+    feed_module(made, Feed("test", told, feed().operands, {"words": "words"}, {"factor": 0.5}, **options), name="model")
+    assert list(inspect.signature(made.forward).parameters) == ["ids", "scale", "flag", "more", "rest"]
+    words = made.words(IDS)
+    torch.testing.assert_close(made(IDS, 3.0), (words * 3 + SHIFT * 0.5) * 2 + 0.5)
+    torch.testing.assert_close(made(IDS, 3.0, more=5), (words * 3 + SHIFT * 2.5) * 5 + 0.5)
+    unbind(made)
+    assert list(inspect.signature(made.forward).parameters) == ["ids", "scale", "flag", "rest"]
