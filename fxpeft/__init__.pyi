@@ -244,6 +244,12 @@ from fxpeft.methods import (
     PveraConfig as PveraConfig,
 )
 from fxpeft.methods import (
+    RandLoraConfig as RandLoraConfig,
+)
+from fxpeft.methods import (
+    RoadConfig as RoadConfig,
+)
+from fxpeft.methods import (
     ShiraConfig as ShiraConfig,
 )
 from fxpeft.methods import (
@@ -263,6 +269,9 @@ from fxpeft.methods import (
 )
 from fxpeft.methods import (
     VeraConfig as VeraConfig,
+)
+from fxpeft.methods import (
+    WaveFTConfig as WaveFTConfig,
 )
 from fxpeft.methods import (
     register as register,

@@ -18,7 +18,7 @@ def spread(tensors: Mapping[str, Tensor], seed: int = 0, scale: float = 0.3) -> 
     randomise((value for value in tensors.values() if value.is_floating_point()), seed, scale)
     with torch.no_grad():
         for key, value in tensors.items():
-            if "magnitude" in key or "ia3" in key or "lambda" in key or "boft_s" in key:
+            if "magnitude" in key or "ia3" in key or "lambda" in key or "boft_s" in key or "alpha" in key:
                 value.add_(1)
 
 

@@ -45,14 +45,14 @@ class KindCase:
 
 def conv1d() -> Conv1D:
     """Transformers', whose weight is [in, out]; it starts so small that what multiplies it moves nothing."""
-    made = Conv1D(5, 6)
+    made = Conv1D(10, 6)
     with torch.no_grad():
         made.weight.mul_(15)
     return made
 
 
 KINDS = {
-    "Linear": KindCase(lambda: nn.Linear(6, 5), lambda: torch.randn(3, 6)),
+    "Linear": KindCase(lambda: nn.Linear(6, 10), lambda: torch.randn(3, 6)),
     "Conv1D": KindCase(conv1d, lambda: torch.randn(3, 6)),
     "Embedding": KindCase(lambda: nn.Embedding(9, 5), lambda: torch.arange(6).view(2, 3)),
     "Conv1d": KindCase(lambda: nn.Conv1d(6, 5, 3, padding=1), lambda: torch.randn(3, 6, 7)),
@@ -152,6 +152,18 @@ METHODS = {
     "Super-Tuning": MethodCase(
         fxpeft.SupertuningConfig, peft.SupertuningConfig, {"sparsity": 0.5}, "supertuning", refused=LINEAR,
         alone=("Conv1D",), other={"sparsity": 0.7, "r": 2, "select_top": False},
+    ),
+    "RandLoRA": MethodCase(
+        fxpeft.RandLoraConfig, peft.RandLoraConfig, {"r": 4, "randlora_alpha": 9, "projection_prng_key": 3}, "randlora",
+        refused=LINEAR, other={"r": 2, "sparse": True},
+    ),
+    "RoAd": MethodCase(
+        fxpeft.RoadConfig, peft.RoadConfig, {"group_size": 10}, "road", refused=LINEAR, alone=("Conv1D",),
+        other={"group_size": 2, "variant": "road_4"},
+    ),
+    "WaveFT": MethodCase(
+        fxpeft.WaveFTConfig, peft.WaveFTConfig, {"n_frequency": 20, "wavelet_family": "db2", "scaling": 2.0}, "waveft",
+        refused=LINEAR, other={"n_frequency": 30, "use_idwt": False},
     ),
     "PSOFT": MethodCase(
         fxpeft.PsoftConfig, peft.PsoftConfig, {"r": 5, "psoft_alpha": 6}, "psoft", refused=LINEAR, alone=("Conv1D",),

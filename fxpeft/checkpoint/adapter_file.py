@@ -69,10 +69,11 @@ def _check_sites(found: Checkpoint, keys: Mapping[str, Mapping[str, str]]) -> No
         CheckpointError: no floating-point numbers, a factor without ranks, or not both factors; all are named.
     """
     problems: list[str] = []
+    method = method_of(found.config)
     for own in keys.values():
         factor = {part: found.tensors[key] for part, key in own.items() if part in ("lora_A", "lora_B")}
-        for key in own.values():
-            if (why := why_unfit(found.tensors[key], None)) is not None:
+        for part, key in own.items():
+            if (why := why_unfit(found.tensors[key], method.dtype(part))) is not None:
                 problems.append(f"{key}: {why}")
         for part, tensor in factor.items():
             if tensor.ndim < 2 or not tensor.numel():
@@ -125,7 +126,7 @@ def inspect_sites(found: Checkpoint) -> list[FileSite]:
         if pair is not None:
             norm = product_norm(*pair)
         elif first is None:
-            norm = math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
+            norm = math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values() if t.is_floating_point()))
         shapes = {key: list(t.shape) for key, t in tensors.items()}
         count = sum(t.numel() for t in tensors.values())
         rank = 0 if first is None or of_parameter(found.config, name) else len(first)

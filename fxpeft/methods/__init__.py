@@ -30,7 +30,9 @@ from fxpeft.methods.prefix_tuning import PrefixTuningConfig
 from fxpeft.methods.prompt_tuning import PromptTuningConfig
 from fxpeft.methods.psoft import PsoftConfig
 from fxpeft.methods.pvera import PveraConfig
+from fxpeft.methods.randlora import RandLoraConfig
 from fxpeft.methods.registry import METHODS, config_class, config_for, following, method_of, register, slot_needs
+from fxpeft.methods.road import RoadConfig
 from fxpeft.methods.shira import ShiraConfig
 from fxpeft.methods.supertuning import SupertuningConfig
 from fxpeft.methods.tinylora import TinyLoraConfig
@@ -39,6 +41,7 @@ from fxpeft.methods.unilora import UniLoraConfig
 from fxpeft.methods.values import Values
 from fxpeft.methods.vblora import VBLoRAConfig
 from fxpeft.methods.vera import VeraConfig
+from fxpeft.methods.waveft import WaveFTConfig
 
 __all__ = [
     "METHODS",
@@ -74,6 +77,8 @@ __all__ = [
     "PromptTuningConfig",
     "PsoftConfig",
     "PveraConfig",
+    "RandLoraConfig",
+    "RoadConfig",
     "ShiraConfig",
     "SupertuningConfig",
     "TinyLoraConfig",
@@ -82,6 +87,7 @@ __all__ = [
     "VBLoRAConfig",
     "Values",
     "VeraConfig",
+    "WaveFTConfig",
     "config_class",
     "config_for",
     "following",

@@ -122,6 +122,7 @@ OWN_TARGETS: dict[str, dict[str, list[str] | str]] = {
     "ia3": IA3_TARGETS,
     "beft": BEFT_TARGETS,
     "adamss": {"vit": ["query", "value"]},
+    "waveft": {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]},
     "shira": {"phi": ["q_proj", "v_proj"]},
 }
 _FEEDFORWARD = (

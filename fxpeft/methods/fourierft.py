@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.names import pattern_value
 from fxpeft.passes.targets.one_node import one_node
 
-SPECTRUM, PLACES = "fourierft_spectrum", "fourierft_places"
+C = TypeVar("C", bound=AdapterConfig)
+SPECTRUM, PLACES, PATTERN = "fourierft_spectrum", "fourierft_places", "n_frequency_pattern"
 
 
 @dataclass
@@ -77,45 +78,65 @@ def fourierft(
     return applied(kind, base, x, delta.type_as(fourierft_spectrum), None)
 
 
-class FourierFT(Method[FourierFTConfig]):
-    """The parameter ``fourierft_spectrum`` [n]; ``fourierft_places`` [n], in the weight counted through, stay."""
+class Spectral(Method[C]):
+    """A parameter of n numbers, and their places in the weight, counted through, which stay and follow from a seed.
+
+    ``names``: of the two. ``deviation``: of the numbers at the start, where that is at random.
+    """
+
+    title: ClassVar[str]
+    names: ClassVar[tuple[str, str]]
+    deviation: ClassVar[float] = 1.0
+
+    def plan(self, config: C, site: str, kind: Kind) -> SitePlan:
+        own: Any = config
+        check_linear(self.title, site, kind)
+        return self.planned(config, site, kind, pattern_value(own.n_frequency_pattern, site, own.n_frequency, PATTERN))
+
+    def planned(self, config: C, site: str, kind: Kind, count: int) -> SitePlan:
+        """A site's plan; ``AdapterError`` where its weight has fewer numbers."""
+        own: Any = config
+        if count > (size := kind.in_features * kind.out_features):
+            raise AdapterError(f"{site}: n_frequency: expected at most its weight's {size} numbers, found {count}")
+        return SitePlan(kind, count, own.scaling)
+
+    def shapes(self, config: C, plan: SitePlan) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(self.names, (plan.rank,))
+
+    def keys(self, kind: Kind) -> dict[str, str]:
+        return {self.names[0]: self.names[0]}
+
+    def frozen(self, config: C) -> Collection[str]:
+        return self.names[1:]
+
+    def initialise(self, config: C, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
+        own: Any = config
+        nn.init.normal_(parameters[self.names[0]], std=0.0 if own.init_weights else self.deviation)
+        self.restore(config, plan, parameters, base)
+
+    def restore(self, config: C, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
+        own: Any = config
+        generator = torch.Generator().manual_seed(own.random_loc_seed)
+        size = plan.kind.out_features * plan.kind.in_features
+        parameters[self.names[1]].copy_(torch.randperm(size, generator=generator)[: plan.rank])
+
+    def kept(self, config: C, plan: SitePlan) -> Kept:
+        return Kept()
+
+
+class FourierFT(Spectral[FourierFTConfig]):
+    """Parameter ``fourierft_spectrum`` [n]; ``fourierft_places`` [n] stay."""
 
     name = "fourierft"
     peft_type = "FOURIERFT"
     config_class = FourierFTConfig
+    title = "FourierFT"
+    names = (SPECTRUM, PLACES)
     integers = (PLACES,)
 
-    def plan(self, config: FourierFTConfig, site: str, kind: Kind) -> SitePlan:
-        check_linear("FourierFT", site, kind)
-        count = pattern_value(config.n_frequency_pattern, site, config.n_frequency, "n_frequency_pattern")
-        if count > (size := kind.in_features * kind.out_features):
-            raise AdapterError(f"{site}: n_frequency: expected at most its weight's {size} numbers, found {count}")
-        return SitePlan(kind, count, config.scaling)
-
-    def shapes(self, config: FourierFTConfig, plan: SitePlan) -> dict[str, tuple[int, ...]]:
-        return {SPECTRUM: (plan.rank,), PLACES: (plan.rank,)}
-
-    def keys(self, kind: Kind) -> dict[str, str]:
-        return {SPECTRUM: SPECTRUM}
-
-    def initialise(self, config: FourierFTConfig, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
-        nn.init.zeros_(parameters[SPECTRUM]) if config.init_weights else nn.init.normal_(parameters[SPECTRUM])
-        self.restore(config, plan, parameters, base)
-
-    def frozen(self, config: FourierFTConfig) -> Collection[str]:
-        return (PLACES,)
-
-    def restore(self, config: FourierFTConfig, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
-        generator = torch.Generator().manual_seed(config.random_loc_seed)
-        size = plan.kind.out_features * plan.kind.in_features
-        parameters[PLACES].copy_(torch.randperm(size, generator=generator)[: plan.rank])
-
     def rewrite(self, name: str, config: FourierFTConfig, site: SiteAdapter) -> Rewrite:
-        return Rewrite(f"fourierft:{name}", fourierft, site.operands(name, (SPECTRUM, PLACES, "scaling")))
+        return Rewrite(f"fourierft:{name}", fourierft, site.operands(name, (*self.names, "scaling")))
 
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
         kind, both = plan.kind, (parameters[SPECTRUM], parameters[PLACES])
         return full_rank(transformed(*both, kind.out_features, kind.in_features), plan.scaling)
-
-    def kept(self, config: FourierFTConfig, plan: SitePlan) -> Kept:
-        return Kept()

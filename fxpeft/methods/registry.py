@@ -39,6 +39,8 @@ from fxpeft.methods.prefix_tuning import PrefixTuning
 from fxpeft.methods.prompt_tuning import PromptTuning
 from fxpeft.methods.psoft import Psoft
 from fxpeft.methods.pvera import Pvera
+from fxpeft.methods.randlora import RandLora
+from fxpeft.methods.road import Road
 from fxpeft.methods.shira import Shira
 from fxpeft.methods.supertuning import Supertuning
 from fxpeft.methods.tinylora import TinyLora
@@ -46,11 +48,13 @@ from fxpeft.methods.tokens import TrainableTokens
 from fxpeft.methods.unilora import UniLora
 from fxpeft.methods.vblora import VBLoRA
 from fxpeft.methods.vera import Vera
+from fxpeft.methods.waveft import WaveFT
 
 METHODS: list[Method[Any]] = [
     Dora(), Alora(), BdLora(), TrainableTokens(), LnTuning(), LoHa(), LoKr(), Vera(), Bat(), Miss(), VBLoRA(), Delora(),
     Hra(), Oft(), Boft(), Beft(), Gralora(), Deft(), Hira(), C3A(), FourierFT(),
-    Psoft(), Pvera(), Supertuning(), Shira(), Adamss(), UniLora(), TinyLora(), AdaLora(), Lora(), Ia3(),
+    Psoft(), Pvera(), Adamss(), UniLora(), TinyLora(), Shira(), Supertuning(), RandLora(), Road(), WaveFT(),
+    AdaLora(), Lora(), Ia3(),
     PromptTuning(), PTuning(), MultitaskPromptTuning(), Cpt(), PrefixTuning(), Cartridge(),
 ]  # fmt: skip
 

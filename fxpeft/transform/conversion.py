@@ -70,7 +70,8 @@ def convert(
         module = submodule(model, site)
         plan = adapter.site_plan(site)
         own = brings.get(site, {})
-        dtype = next(iter(current.sites[site].values())).dtype
+        parameters = (*current.sites[site].values(), *current.shared.values())
+        dtype = next(tensor.dtype for tensor in parameters if tensor.is_floating_point())
         base = Base(module, own, shared=current.shared)
         try:
             if "weight" in own:

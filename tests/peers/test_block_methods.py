@@ -46,6 +46,12 @@ KIND = KindCase(lambda: nn.Linear(12, 6), lambda: torch.randn(3, 2, 12))
         fxpeft.ShiraConfig(r=3),
         fxpeft.SupertuningConfig(sparsity=0.8, r=3),
         fxpeft.SupertuningConfig(sparsity=0.8, select_top=False, save_precomputed_indices=False),
+        fxpeft.RandLoraConfig(r=4, randlora_alpha=5, save_projection=False),
+        fxpeft.RandLoraConfig(r=2, randlora_alpha=3, very_sparse=True),
+        fxpeft.RoadConfig(group_size=6, variant="road_2"),
+        fxpeft.RoadConfig(group_size=2, variant="road_4"),
+        fxpeft.WaveFTConfig(n_frequency=40, scaling=3.0),
+        fxpeft.WaveFTConfig(n_frequency=50, scaling=3.0, wavelet_family="db5", proportional_parameters=True),
     ],
     ids=lambda config: config.peft_type,
 )  # fmt: skip
@@ -70,6 +76,7 @@ def test_other_forms(config: Any, tmp_path: Path) -> None:
     fxpeft.HiraConfig(r=3, hira_dropout=0.5), fxpeft.PsoftConfig(r=3, psoft_dropout=0.5),
     fxpeft.PveraConfig(r=3, pvera_dropout=0.5), fxpeft.PveraConfig(r=3, generator_seed=7),
     fxpeft.SupertuningConfig(sparsity=0.5, r=2, lora_dropout=0.5),
+    fxpeft.RandLoraConfig(r=4, randlora_alpha=5, randlora_dropout=0.5),
     fxpeft.TinyLoraConfig(tinylora_dropout=0.5), fxpeft.UniLoraConfig(theta_d_length=21, unilora_dropout=0.5),
 ], ids=lambda config: config.peft_type)  # fmt: skip
 def test_what_is_drawn_is_drawn_as_in_peft(config: Any, tmp_path: Path) -> None:
@@ -90,6 +97,9 @@ def test_what_is_drawn_is_drawn_as_in_peft(config: Any, tmp_path: Path) -> None:
     fxpeft.C3AConfig(block_size=3, init_weights=True), fxpeft.PsoftConfig(r=4), fxpeft.PveraConfig(r=3),
     fxpeft.FourierFTConfig(n_frequency=5, init_weights=True), fxpeft.TinyLoraConfig(weight_tying=1.0),
     fxpeft.AdamssConfig(num_subspaces=2, subspace_rank=2),
+    fxpeft.WaveFTConfig(n_frequency=7),
+    fxpeft.RoadConfig(group_size=2),
+    fxpeft.RandLoraConfig(r=5),
     fxpeft.SupertuningConfig(sparsity=0.7, r=2),
     fxpeft.ShiraConfig(r=2),
 ], ids=lambda config: config.peft_type)  # fmt: skip
@@ -102,6 +112,8 @@ def test_a_fresh_one_changes_nothing_and_has_pefts_tensors(config: Any) -> None:
     given = {k: v for k, v in config.to_dict().items() if k in theirs.__dataclass_fields__ and k != "peft_type"}
     peer = peft.get_peft_model(KIND.net(), theirs(**given))
     wanted = {key: tuple(value.shape) for key, value in peft.get_peft_model_state_dict(peer).items()}
+    twice = tuple(f".{site}.randlora_{factor}" for site in BOTH for factor in "AB")  # what all sites share, once more
+    wanted = {key: shape for key, shape in wanted.items() if not key.endswith(twice)}
     assert {key: tuple(value.shape) for key, value in fxpeft.adapter_state_dict(net).items()} == wanted
 
 

@@ -142,6 +142,10 @@ def reads(method: MethodCase, kind: KindCase, folder: Path) -> None:
         "unilora_theta",
         "adamss_A",
         "adamss_B",
+        "waveft_",
+        "road_",
+        "randlora_lambda",
+        "randlora_gamma",
         "supertuning_values",
         "shira_weight",
     )

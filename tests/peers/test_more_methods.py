@@ -219,7 +219,7 @@ def test_sites_that_do_not_fit_are_named() -> None:
         (fxpeft.VBLoRAConfig(vector_length=5, target_modules=BOTH), "first: vector_length 5 doesn't divide its 6"),
         (fxpeft.MissConfig(r=4, init_weights="bat", target_modules=BOTH), "first: init_weights='bat': .*found 4"),
         (fxpeft.MissConfig(r=7, target_modules=BOTH), "first: r: expected at most its 6 inputs, found 7"),
-        (fxpeft.MissConfig(r=3, mini_r=2, init_weights="mini", target_modules=BOTH), "first: mini_r 2 doesn't divide"),
+        (fxpeft.MissConfig(r=3, mini_r=4, init_weights="mini", target_modules=BOTH), "first: mini_r 4 doesn't divide"),
         (fxpeft.LNTuningConfig(target_modules=["norm"]), "no module of the model is named by target_modules"),
         (fxpeft.LNTuningConfig(), "no default target_modules of LN tuning for Net"),
     ):  # fmt: skip

@@ -24,20 +24,17 @@ COLUMNS = {  # in the README's table of what each method can do
 ROWS = {  # in the guide's table of what each method can do
     "BEFT": "BEFT", "GRALORA": "GraLoRA", "DEFT": "DEFT", "HIRA": "HiRA", "C3A": "C3A", "FOURIERFT": "FourierFT",
     "PSOFT": "PSOFT", "PVERA": "PVeRA", "TINYLORA": "TinyLoRA", "UNILORA": "UniLoRA",
-    "SHIRA": "SHiRA", "SUPERTUNING": "Super-Tuning",
+    "SHIRA": "SHiRA", "SUPERTUNING": "Super-Tuning", "RANDLORA": "RandLoRA", "ROAD": "RoAd", "WAVEFT": "WaveFT",
     "ADAMSS": "AdaMSS",
 }  # fmt: skip
 EXACT = "**exact**: trains, files both ways, swaps"
-FULL = ("C3A", "SUPERTUNING", "SHIRA", "FOURIERFT", "HIRA")
+FULL = ("C3A", "WAVEFT", "ROAD", "RANDLORA", "SUPERTUNING", "SHIRA", "FOURIERFT", "HIRA")
 FOLD, NOT = "not here; would only fold", "not here; can't be static"
 REST = {
     "FROD": (FOLD, "the whole weight anew"),
     "GLORA": (FOLD, "a product with the base's weight, of full rank"),
     "OSF": (FOLD, "a part of the base's decomposition, of most of its rank"),
     "PEANUT": (FOLD, "a small network of the base's weight"),
-    "RANDLORA": (FOLD, "a sum of random factors, of full rank"),
-    "ROAD": (FOLD, "rotations of pairs of outputs"),
-    "WAVEFT": (FOLD, "a sparse wavelet transform, of full rank"),
     "ADAPTION_PROMPT": (NOT, "a second attention, with a gate"),
     "LILY": (NOT, "a router mixes factors by the input"),
     "POLY": (NOT, "tasks are an argument of every forward"),

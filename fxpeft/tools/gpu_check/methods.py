@@ -66,6 +66,9 @@ CASES: dict[str, Callable[[], AdapterConfig]] = {
     "adamss": lambda: fxpeft.AdamssConfig(r=12, subspace_rank=2, target_modules=TARGETS),
     "shira": lambda: fxpeft.ShiraConfig(r=2, target_modules=["v_proj"]),
     "supertuning": lambda: fxpeft.SupertuningConfig(sparsity=0.9, r=3, target_modules=["v_proj"]),
+    "randlora": lambda: fxpeft.RandLoraConfig(r=8, randlora_alpha=8, target_modules=["v_proj"]),
+    "road": lambda: fxpeft.RoadConfig(group_size=8, target_modules=["v_proj"]),
+    "waveft": lambda: fxpeft.WaveFTConfig(n_frequency=60, wavelet_family="db3", target_modules=["v_proj"]),
     "hra": lambda: fxpeft.HRAConfig(r=6, target_modules=TARGETS),
     "oft": lambda: fxpeft.OFTConfig(oft_block_size=16, target_modules=TARGETS),
     "boft": lambda: fxpeft.BOFTConfig(boft_n_butterfly_factor=2, target_modules=TARGETS),
@@ -73,7 +76,8 @@ CASES: dict[str, Callable[[], AdapterConfig]] = {
     "trainable_tokens": lambda: fxpeft.TrainableTokensConfig(token_indices=[7, 10, 22]),
 }
 PROMPTS = ("prompt_tuning", "p_tuning", "multitask_prompt_tuning", "cpt", "prefix_tuning", "cartridge")
-WHOLE = ("miss_bat", "hira", "c3a", "fourierft", "shira", "supertuning")  # their updates are of full rank
+# their updates are of full rank
+WHOLE = ("miss_bat", "hira", "c3a", "fourierft", "shira", "supertuning", "randlora", "road", "waveft")
 WITHOUT_SITES = (*PROMPTS, "ln_tuning", "trainable_tokens")
 
 
