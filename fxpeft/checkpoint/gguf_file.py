@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,12 @@ from fxpeft.files import replace_files
 from fxpeft.passes.base import PassError
 
 SUFFIX = ".gguf"
+TEXT = "model.language_model."  # where a model of images has its language model
+
+
+HEAD = {"lm_head": "llama.cpp has none of it: token_embd is its head too"}
+ORDERED = {"query_key_value": "llama.cpp has its rows in another order"}
+PARTED = {"input_linear": "llama.cpp has it in two"}
 
 
 @dataclass(frozen=True)
@@ -31,23 +37,68 @@ class Architecture:
 
     Args:
         name: its word for it. pairs: rows of q and k are ordered by pairs. left: sites of the base that it changes or
-            leaves out, by their last names.
+            leaves out, by their last names -> why. text: model types of its language model, where it may have another.
     """
 
     name: str
     pairs: bool = False
-    left: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
+    text: tuple[str, ...] = ()
 
 
+GEMMA3 = Architecture("gemma3", left={**HEAD, "embed_tokens": "llama.cpp has it with other rows"})
+#: whose converters in llama.cpp's ``conversion/`` do nothing to what LoRAs adapt but rename, and ``permute``
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "LlamaForCausalLM": Architecture("llama", pairs=True),
-    "MistralForCausalLM": Architecture("llama", pairs=True),
-    "SmolLM3ForCausalLM": Architecture("smollm3", pairs=True),
-    "Qwen2ForCausalLM": Architecture("qwen2"),
-    "Qwen3ForCausalLM": Architecture("qwen3"),
-    "GemmaForCausalLM": Architecture("gemma", left=("lm_head",)),
-    "Gemma2ForCausalLM": Architecture("gemma2", left=("lm_head",)),
-    "Gemma3ForCausalLM": Architecture("gemma3", left=("lm_head", "embed_tokens")),
+    **{
+        named: Architecture(name, pairs=True)
+        for named, name in {
+            "LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "MixtralForCausalLM": "llama",
+            "Ministral3ForCausalLM": "mistral3", "SmolLM3ForCausalLM": "smollm3", "ArceeForCausalLM": "arcee",
+            "GraniteForCausalLM": "granite", "OlmoForCausalLM": "olmo",
+        }.items()
+    },
+    **{
+        named: Architecture(name)
+        for named, name in {
+            "Qwen2ForCausalLM": "qwen2", "Qwen2MoeForCausalLM": "qwen2moe", "Qwen3ForCausalLM": "qwen3",
+            "Qwen3MoeForCausalLM": "qwen3moe", "Qwen2VLForConditionalGeneration": "qwen2vl",
+            "Qwen2_5_VLForConditionalGeneration": "qwen2vl", "Qwen3VLForConditionalGeneration": "qwen3vl",
+            "Olmo2ForCausalLM": "olmo2", "Olmo3ForCausalLM": "olmo2", "OlmoeForCausalLM": "olmoe",
+            "ApertusForCausalLM": "apertus", "PhiForCausalLM": "phi2", "Phi3ForCausalLM": "phi3",
+            "Starcoder2ForCausalLM": "starcoder2", "StableLmForCausalLM": "stablelm", "CohereForCausalLM": "command-r",
+            "Cohere2ForCausalLM": "cohere2", "GlmForCausalLM": "chatglm", "Glm4ForCausalLM": "glm4",
+            "Glm4MoeForCausalLM": "glm4moe", "Exaone4ForCausalLM": "exaone4", "ExaoneMoeForCausalLM": "exaone-moe",
+            "NemotronForCausalLM": "nemotron", "SeedOssForCausalLM": "seed_oss", "Ernie4_5ForCausalLM": "ernie4_5",
+            "Ernie4_5_MoeForCausalLM": "ernie4_5-moe", "HunYuanDenseV1ForCausalLM": "hunyuan-dense",
+            "HunYuanMoEV1ForCausalLM": "hunyuan-moe", "Lfm2ForCausalLM": "lfm2", "GptOssForCausalLM": "gpt-oss",
+            "GPT2LMHeadModel": "gpt2",
+        }.items()
+    },
+    **{
+        named: Architecture(name, left=ORDERED)
+        for named, name in {
+            "GPTNeoXForCausalLM": "gptneox", "BloomForCausalLM": "bloom", "FalconForCausalLM": "falcon",
+        }.items()
+    },
+    "GraniteMoeForCausalLM": Architecture("granitemoe", pairs=True, left=PARTED),
+    "GraniteMoeSharedForCausalLM": Architecture("granitemoe", pairs=True, left=PARTED),
+    "Mistral3ForConditionalGeneration": Architecture("mistral3", pairs=True, text=("mistral", "ministral3")),
+    "GemmaForCausalLM": Architecture("gemma", left=HEAD),
+    "Gemma2ForCausalLM": Architecture("gemma2", left=HEAD),
+    "Gemma3ForCausalLM": GEMMA3, "Gemma3ForConditionalGeneration": GEMMA3,
+}  # fmt: skip
+LATENT = "kv_b_proj is taken apart into heads of keys and of values there"
+LINEAR = "the rows of its linear attention are in another order there"
+SCALED = "its multipliers are multiplied into the weights there"
+#: what llama.cpp makes more of than other names, and rows ordered by pairs
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM"), LATENT),
+    **dict.fromkeys(
+        ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", "Qwen3_5ForConditionalGeneration"),
+        LINEAR,
+    ),
+    "FalconH1ForCausalLM": SCALED,
+    "BitNetForCausalLM": "its weights are rounded to -1, 0 and 1 there, beside an update that is not",
 }
 
 
@@ -65,26 +116,31 @@ def write_gguf(path: Path, found: Checkpoint, base: Any) -> None:
     except ImportError:
         raise AdapterError("GGUF needs the package gguf: pip install 'fxpeft[gguf]'") from None
     named = (getattr(base, "architectures", None) or [""])[0]
-    known = ARCHITECTURES.get(named)
-    if known is None:
+    known, text = ARCHITECTURES.get(named), base.get_text_config()
+    if known is None or (known.text and text.model_type not in known.text):
+        why = REFUSED.get(named) or f"expected a base of {', '.join(ARCHITECTURES)}, found {short(named)}"
         raise AdapterError(
-            f"{found.source}: GGUF: expected a base of {', '.join(ARCHITECTURES)}, found {short(named)}: give the "
-            "folder that --for llama.cpp writes to llama.cpp's own converter of LoRAs"
+            f"{found.source}: GGUF: {f'{named}: ' if named in REFUSED else ''}{why}: give the folder that --for "
+            "llama.cpp writes to llama.cpp's own converter of LoRAs"
         )
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == known.name)
-    names = gguf.get_tensor_name_map(architecture, base.num_hidden_layers)
+    names = gguf.get_tensor_name_map(architecture, text.num_hidden_layers)
+    tied = any(getattr(config, "tie_word_embeddings", False) for config in (base, text))
+    left = {**(HEAD if tied else {}), **known.left}
     tensors, problems = dict[str, Tensor](), list[str]()
     for site, own in site_tensors(found)[0].items():
-        last, tied = site.rpartition(".")[2], getattr(base, "tie_word_embeddings", False)
-        name = names.get_name(f"{site}.weight", try_suffixes=(".weight",))
-        if last in known.left or (tied and last == "lm_head"):
-            problems.append(f"{site}: llama.cpp has no such weight, or another one, of {named}")
+        last = site.rpartition(".")[2]
+        name = names.get_name(f"{site.replace(TEXT, 'model.', 1)}.weight", try_suffixes=(".weight",))
+        if last in left:
+            problems.append(f"{site}: {left[last]}")
             continue
-        if name is None:
-            problems.append(f"{site}: {known.name} has no weight of the name")
+        if name is None or name.startswith("position_embd"):
+            problems.append(
+                f"{site}: {known.name} has {'no weight of the name' if name is None else 'no update of it'}"
+            )
             continue
         try:
-            a, b = own["lora_A"], _ordered(own["lora_B"], last, base) if known.pairs else own["lora_B"]
+            a, b = own["lora_A"], _ordered(own["lora_B"], last, text) if known.pairs else own["lora_B"]
         except PassError as error:
             problems.append(f"{site}: {error}")
             continue
@@ -94,11 +150,10 @@ def write_gguf(path: Path, found: Checkpoint, base: Any) -> None:
     replace_files({path: _content(gguf, known.name, found.config, tensors)})
 
 
-def _ordered(b: Tensor, last: str, base: Any) -> Tensor:
+def _ordered(b: Tensor, last: str, text: Any) -> Tensor:
     """B ``[out, rank]`` with the rows of each head in the order of pairs, as llama.cpp's ``permute`` has the base's."""
-    heads = {"q_proj": base.num_attention_heads, "k_proj": base.num_key_value_heads or base.num_attention_heads}.get(
-        last
-    )
+    own = text.num_key_value_heads or text.num_attention_heads
+    heads = {"q_proj": text.num_attention_heads, "k_proj": own}.get(last)
     if heads is None:
         return b
     if len(b) % (2 * heads):
