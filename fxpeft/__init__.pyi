@@ -190,6 +190,9 @@ from fxpeft.methods import (
     FourierFTConfig as FourierFTConfig,
 )
 from fxpeft.methods import (
+    GloraConfig as GloraConfig,
+)
+from fxpeft.methods import (
     GraloraConfig as GraloraConfig,
 )
 from fxpeft.methods import (
@@ -227,6 +230,9 @@ from fxpeft.methods import (
 )
 from fxpeft.methods import (
     OFTConfig as OFTConfig,
+)
+from fxpeft.methods import (
+    OSFConfig as OSFConfig,
 )
 from fxpeft.methods import (
     PrefixTuningConfig as PrefixTuningConfig,

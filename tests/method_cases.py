@@ -165,6 +165,13 @@ METHODS = {
         fxpeft.WaveFTConfig, peft.WaveFTConfig, {"n_frequency": 20, "wavelet_family": "db2", "scaling": 2.0}, "waveft",
         refused=LINEAR, other={"n_frequency": 30, "use_idwt": False},
     ),
+    "GLoRA": MethodCase(
+        fxpeft.GloraConfig, peft.GloraConfig, {"r": 3, "config_D_E": "vector"}, "glora", refused=LINEAR,
+        alone=("Conv1D",), other={"r": 2, "config_A_B": "vector"},
+    ),
+    "OSF": MethodCase(
+        fxpeft.OSFConfig, peft.OSFConfig, {}, "osf", refused=LINEAR, alone=("Conv1D",), other={"effective_rank": 4},
+    ),
     "PSOFT": MethodCase(
         fxpeft.PsoftConfig, peft.PsoftConfig, {"r": 5, "psoft_alpha": 6}, "psoft", refused=LINEAR, alone=("Conv1D",),
         other={"r": 3, "ab_svd_init": "pissa_init"},

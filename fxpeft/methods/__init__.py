@@ -13,6 +13,7 @@ from fxpeft.methods.data_starts import CordaConfig, LoraGAConfig
 from fxpeft.methods.deft import DeftConfig
 from fxpeft.methods.delora import DeloraConfig
 from fxpeft.methods.fourierft import FourierFTConfig
+from fxpeft.methods.glora import GloraConfig
 from fxpeft.methods.gralora import GraloraConfig
 from fxpeft.methods.hira import HiraConfig
 from fxpeft.methods.hra import HRAConfig
@@ -25,6 +26,7 @@ from fxpeft.methods.lora import LoraConfig
 from fxpeft.methods.miss import MissConfig
 from fxpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from fxpeft.methods.oft import OFTConfig
+from fxpeft.methods.osf import OSFConfig
 from fxpeft.methods.p_tuning import PromptEncoderConfig
 from fxpeft.methods.prefix_tuning import PrefixTuningConfig
 from fxpeft.methods.prompt_tuning import PromptTuningConfig
@@ -59,6 +61,7 @@ __all__ = [
     "DeloraConfig",
     "EvaConfig",
     "FourierFTConfig",
+    "GloraConfig",
     "GraloraConfig",
     "HRAConfig",
     "HiraConfig",
@@ -72,6 +75,7 @@ __all__ = [
     "MissConfig",
     "MultitaskPromptTuningConfig",
     "OFTConfig",
+    "OSFConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptTuningConfig",

@@ -116,14 +116,32 @@ LN_TARGETS: dict[str, list[str]] = {
     "qwen2": ["post_attention_layernorm"],
     "qwen3": ["post_attention_layernorm"],
 }  # fmt: skip
+_WHOLE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
+_DECODER = ["q_proj", "k_proj", "v_proj", "out_proj"]
+OSF_TARGETS: dict[str, list[str] | str] = {  # of others all linear layers
+    **dict.fromkeys(("llama", "llama4", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text"), _WHOLE),
+    **dict.fromkeys(("qwen2", "qwen3", "phi"), _WHOLE),
+    "opt": [*_DECODER, "fc1", "fc2"],
+    "gptj": [*_DECODER, "fc_in", "fc_out"],
+    **{name: ["query_key_value", "dense_4h_to_h"] for name in ("bloom", "gpt_neox", "falcon")},
+    **{name: ["c_attn", "c_proj"] for name in ("gpt2", "gpt_bigcode")},
+}  # fmt: skip
+_FEW: dict[str, list[str] | str] = {"phi": ["q_proj", "v_proj"]}
+_SECOND: dict[str, list[str] | str] = {name: ["mlp.c_proj"] for name in ("gpt2", "gpt_bigcode")}
 # method -> where its own table differs
 OWN_TARGETS: dict[str, dict[str, list[str] | str]] = {
     "adalora": ADALORA_TARGETS,
     "ia3": IA3_TARGETS,
     "beft": BEFT_TARGETS,
+    "vblora": {name: targets for name, targets in ADALORA_TARGETS.items() if name != "roberta"},
+    "osf": OSF_TARGETS,
+    "vera": _FEW,
+    "shira": _FEW,
+    "pvera": {**_FEW, "dinov2": ["query", "value"]},
     "adamss": {"vit": ["query", "value"]},
-    "waveft": {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]},
-    "shira": {"phi": ["q_proj", "v_proj"]},
+    "c3a": _SECOND,
+    "fourierft": _SECOND,
+    "waveft": _SECOND,
 }
 _FEEDFORWARD = (
     "down_proj", "output.dense", "dense_4h_to_h", "mlp.c_proj", "w2", "wo", "mlp.dense_4h_to_h", "fc2", "fc_out",

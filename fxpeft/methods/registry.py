@@ -23,6 +23,7 @@ from fxpeft.methods.deft import Deft
 from fxpeft.methods.delora import Delora
 from fxpeft.methods.dora import Dora
 from fxpeft.methods.fourierft import FourierFT
+from fxpeft.methods.glora import Glora
 from fxpeft.methods.gralora import Gralora
 from fxpeft.methods.hira import Hira
 from fxpeft.methods.hra import Hra
@@ -34,6 +35,7 @@ from fxpeft.methods.lora import Lora
 from fxpeft.methods.miss import Bat, Miss
 from fxpeft.methods.multitask_prompt_tuning import MultitaskPromptTuning
 from fxpeft.methods.oft import Oft
+from fxpeft.methods.osf import Osf
 from fxpeft.methods.p_tuning import PTuning
 from fxpeft.methods.prefix_tuning import PrefixTuning
 from fxpeft.methods.prompt_tuning import PromptTuning
@@ -53,8 +55,8 @@ from fxpeft.methods.waveft import WaveFT
 METHODS: list[Method[Any]] = [
     Dora(), Alora(), BdLora(), TrainableTokens(), LnTuning(), LoHa(), LoKr(), Vera(), Bat(), Miss(), VBLoRA(), Delora(),
     Hra(), Oft(), Boft(), Beft(), Gralora(), Deft(), Hira(), C3A(), FourierFT(),
-    Psoft(), Pvera(), Adamss(), UniLora(), TinyLora(), Shira(), Supertuning(), RandLora(), Road(), WaveFT(),
-    AdaLora(), Lora(), Ia3(),
+    Psoft(), Pvera(), Adamss(), UniLora(), TinyLora(), Shira(), Supertuning(), RandLora(), Road(), WaveFT(), Glora(),
+    Osf(), AdaLora(), Lora(), Ia3(),
     PromptTuning(), PTuning(), MultitaskPromptTuning(), Cpt(), PrefixTuning(), Cartridge(),
 ]  # fmt: skip
 

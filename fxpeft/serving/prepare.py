@@ -79,7 +79,7 @@ def prepare_hotswap(
             ``"miss"``, ``"miss_bat"``, ``"vblora"``, ``"delora"``, ``"alora"``, ``"hra"``, ``"oft"``, ``"boft"``,
             ``"beft"``, ``"gralora"``, ``"deft"``, ``"hira"``, ``"c3a"``, ``"fourierft"``, ``"psoft"``, ``"pvera"``,
             ``"tinylora"``, ``"unilora"``, ``"adamss"``, ``"shira"``, ``"supertuning"``,
-            ``"randlora"``, ``"road"``, ``"waveft"``.
+            ``"randlora"``, ``"road"``, ``"waveft"``, ``"glora"``, ``"osf"``.
             Where only LoRA is declared, the graph holds no gain, shift or rotation.
         target_parameters: as in :class:`~fxpeft.LoraConfig`, for adapters of experts and other parameters.
         num_virtual_tokens: length of every prompt to come, for the prompt methods.

@@ -62,6 +62,8 @@ def default_targets(model: nn.Module | Modules, method: str = "lora") -> list[st
     modules = Modules.of(model)
     model_type, architecture = model_type_of(modules.model), type(modules.model).__name__
     own = OWN_TARGETS.get(method, {})
+    if method == "osf" and model_type not in own:
+        return all_linear(modules, None)
     if model_type in own or (model_type in TARGETS and method != "ia3"):
         return own.get(model_type) or TARGETS[model_type]
     if method == "ia3":

@@ -52,6 +52,10 @@ KIND = KindCase(lambda: nn.Linear(12, 6), lambda: torch.randn(3, 2, 12))
         fxpeft.RoadConfig(group_size=2, variant="road_4"),
         fxpeft.WaveFTConfig(n_frequency=40, scaling=3.0),
         fxpeft.WaveFTConfig(n_frequency=50, scaling=3.0, wavelet_family="db5", proportional_parameters=True),
+        fxpeft.GloraConfig(r=3, config_A_B="constant", config_C="vector"),
+        fxpeft.GloraConfig(config_A_B="vector", config_C="none", config_D_E="vector"),
+        fxpeft.OSFConfig(effective_rank=5),
+        fxpeft.OSFConfig(effective_rank=0.4),
     ],
     ids=lambda config: config.peft_type,
 )  # fmt: skip
@@ -97,6 +101,8 @@ def test_what_is_drawn_is_drawn_as_in_peft(config: Any, tmp_path: Path) -> None:
     fxpeft.C3AConfig(block_size=3, init_weights=True), fxpeft.PsoftConfig(r=4), fxpeft.PveraConfig(r=3),
     fxpeft.FourierFTConfig(n_frequency=5, init_weights=True), fxpeft.TinyLoraConfig(weight_tying=1.0),
     fxpeft.AdamssConfig(num_subspaces=2, subspace_rank=2),
+    fxpeft.OSFConfig(),
+    fxpeft.GloraConfig(r=3),
     fxpeft.WaveFTConfig(n_frequency=7),
     fxpeft.RoadConfig(group_size=2),
     fxpeft.RandLoraConfig(r=5),
@@ -113,7 +119,7 @@ def test_a_fresh_one_changes_nothing_and_has_pefts_tensors(config: Any) -> None:
     peer = peft.get_peft_model(KIND.net(), theirs(**given))
     wanted = {key: tuple(value.shape) for key, value in peft.get_peft_model_state_dict(peer).items()}
     twice = tuple(f".{site}.randlora_{factor}" for site in BOTH for factor in "AB")  # what all sites share, once more
-    wanted = {key: shape for key, shape in wanted.items() if not key.endswith(twice)}
+    wanted = {key: shape for key, shape in wanted.items() if not key.endswith((*twice, ".zeros"))}
     assert {key: tuple(value.shape) for key, value in fxpeft.adapter_state_dict(net).items()} == wanted
 
 

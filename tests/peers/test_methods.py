@@ -142,6 +142,8 @@ def reads(method: MethodCase, kind: KindCase, folder: Path) -> None:
         "unilora_theta",
         "adamss_A",
         "adamss_B",
+        "osf_svd_params",
+        "glora_",
         "waveft_",
         "road_",
         "randlora_lambda",

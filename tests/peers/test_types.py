@@ -25,15 +25,14 @@ ROWS = {  # in the guide's table of what each method can do
     "BEFT": "BEFT", "GRALORA": "GraLoRA", "DEFT": "DEFT", "HIRA": "HiRA", "C3A": "C3A", "FOURIERFT": "FourierFT",
     "PSOFT": "PSOFT", "PVERA": "PVeRA", "TINYLORA": "TinyLoRA", "UNILORA": "UniLoRA",
     "SHIRA": "SHiRA", "SUPERTUNING": "Super-Tuning", "RANDLORA": "RandLoRA", "ROAD": "RoAd", "WAVEFT": "WaveFT",
+    "GLORA": "GLoRA", "OSF": "OSF",
     "ADAMSS": "AdaMSS",
 }  # fmt: skip
 EXACT = "**exact**: trains, files both ways, swaps"
-FULL = ("C3A", "WAVEFT", "ROAD", "RANDLORA", "SUPERTUNING", "SHIRA", "FOURIERFT", "HIRA")
+FULL = ("OSF", "C3A", "GLORA", "WAVEFT", "ROAD", "RANDLORA", "SUPERTUNING", "SHIRA", "FOURIERFT", "HIRA")
 FOLD, NOT = "not here; would only fold", "not here; can't be static"
 REST = {
     "FROD": (FOLD, "the whole weight anew"),
-    "GLORA": (FOLD, "a product with the base's weight, of full rank"),
-    "OSF": (FOLD, "a part of the base's decomposition, of most of its rank"),
     "PEANUT": (FOLD, "a small network of the base's weight"),
     "ADAPTION_PROMPT": (NOT, "a second attention, with a gate"),
     "LILY": (NOT, "a router mixes factors by the input"),

@@ -24,7 +24,8 @@ from transformers import (
 
 import fxpeft
 from fxpeft import AdapterError, LoraConfig
-from fxpeft.methods.defaults import TARGETS
+from fxpeft.methods import METHODS
+from fxpeft.methods.defaults import OWN_TARGETS, TARGETS
 from fxpeft.targets.attention import attention_targets
 from fxpeft.targets.defaults import default_targets
 
@@ -32,6 +33,14 @@ from fxpeft.targets.defaults import default_targets
 def test_table_is_pefts() -> None:
     theirs = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     assert {k: v if isinstance(v, str) else list(v) for k, v in theirs.items()} == TARGETS
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method.targeted], ids=lambda method: method.name)
+def test_a_methods_own_table_is_pefts(method: Any) -> None:
+    theirs = getattr(peft.utils.constants, f"TRANSFORMERS_MODELS_TO_{method.peft_type}_TARGET_MODULES_MAPPING", {})
+    own = {**TARGETS, **OWN_TARGETS.get(method.name, {})}
+    wanted = {k: v if isinstance(v, str) else list(v) for k, v in theirs.items()}
+    assert {k: own.get(k) for k in wanted} == wanted
 
 
 # --- watching a forward ---

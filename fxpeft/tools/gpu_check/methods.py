@@ -69,6 +69,8 @@ CASES: dict[str, Callable[[], AdapterConfig]] = {
     "randlora": lambda: fxpeft.RandLoraConfig(r=8, randlora_alpha=8, target_modules=["v_proj"]),
     "road": lambda: fxpeft.RoadConfig(group_size=8, target_modules=["v_proj"]),
     "waveft": lambda: fxpeft.WaveFTConfig(n_frequency=60, wavelet_family="db3", target_modules=["v_proj"]),
+    "glora": lambda: fxpeft.GloraConfig(r=4, target_modules=["v_proj"]),
+    "osf": lambda: fxpeft.OSFConfig(effective_rank=0.9, target_modules=["v_proj"]),
     "hra": lambda: fxpeft.HRAConfig(r=6, target_modules=TARGETS),
     "oft": lambda: fxpeft.OFTConfig(oft_block_size=16, target_modules=TARGETS),
     "boft": lambda: fxpeft.BOFTConfig(boft_n_butterfly_factor=2, target_modules=TARGETS),
@@ -77,7 +79,7 @@ CASES: dict[str, Callable[[], AdapterConfig]] = {
 }
 PROMPTS = ("prompt_tuning", "p_tuning", "multitask_prompt_tuning", "cpt", "prefix_tuning", "cartridge")
 # their updates are of full rank
-WHOLE = ("miss_bat", "hira", "c3a", "fourierft", "shira", "supertuning", "randlora", "road", "waveft")
+WHOLE = ("miss_bat", "hira", "c3a", "fourierft", "shira", "supertuning", "randlora", "road", "waveft", "glora", "osf")
 WITHOUT_SITES = (*PROMPTS, "ln_tuning", "trainable_tokens")
 
 
