@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -105,7 +106,7 @@ def assign(
         keys = {n: _short(method.key(site, site_plan, n), method.prefix) for n in shapes}
         taken = {n: take(keys[n], s, method.dtype(n)) for n, s in shapes.items()}
         found_here = {n: t for n, t in taken.items() if t is not None}
-        values.sites[site] = method.taken(config, site_plan, found_here)
+        values.sites[site] = method.taken(config, site_plan, _of_one_dtype(found_here))
         fits = {n: tuple(t.shape) for n, t in found_here.items()} == shapes
         if fits and (why := method.why_unfit(config, site_plan, values.sites[site])):
             wrong.append(f"{site}: {why}")
@@ -158,6 +159,15 @@ def assign(
         )
     _restore(model, plan, values, found.source, shapes_only=shapes_only)
     return values.each(lambda tensor: tensor.to("meta")) if shapes_only else values
+
+
+def _of_one_dtype(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A site's numbers in the widest dtype that a file has there, since one product is made of all of them."""
+    floating = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(floating) < 2:
+        return tensors
+    wide = functools.reduce(torch.promote_types, floating)
+    return {name: tensor.to(wide) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 def _turn_stacks(plan: AdapterPlan, left: dict[str, Tensor], release: str | None) -> None:

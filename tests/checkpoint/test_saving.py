@@ -170,17 +170,20 @@ def test_killed_between_the_two_files_the_new_adapter_is_read_by_every_entry(fol
 
 def test_sixty_kills(tmp_path: Path) -> None:
     """At any moment whatever, from outside."""
-    folder, chance = tmp_path / "a", random.Random(0)
+    folder, chance, begun = tmp_path / "a", random.Random(0), fork.Event()
     save(folder, 0)
 
     def forever(first: int) -> None:
+        begun.set()  # a busy machine may start it late
         for number in range(first, 10**6):
             save(folder, number % 2)
 
     seen = set()
     for kill in range(60):
         child = fork.Process(target=forever, args=(kill,))
+        begun.clear()
         child.start()
+        assert begun.wait(60)
         time.sleep(chance.uniform(0.005, 0.05))
         assert child.pid is not None
         os.kill(child.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Files of methods that PEFT wrote in another way once."""
+"""Files that are not as PEFT writes them today: what it wrote once, and tensors of several dtypes."""
 
 from __future__ import annotations
 
@@ -62,3 +62,24 @@ def test_another_oft_is_refused_with_the_reason(tmp_path: Path) -> None:
     })  # fmt: skip
     with pytest.raises(fxpeft.CheckpointError, match=r"q_proj.oft_r: an OFT of PEFT before 0.16 .* expected oft_R"):
         fxpeft.load_adapter(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize("config", [
+    fxpeft.AdaLoraConfig(init_r=4, total_step=9, target_modules=["q_proj"]),
+    fxpeft.DeloraConfig(r=3, target_modules=["q_proj"]),
+    fxpeft.LoraConfig(r=3, target_modules=["q_proj"], use_dora=True),
+    fxpeft.LoHaConfig(r=2, target_modules=["q_proj"]),
+], ids=lambda config: type(config).__name__)  # fmt: skip
+def test_a_site_of_several_dtypes_has_the_widest(config: Any, tmp_path: Path) -> None:
+    model, ids = tiny_llama(), token_ids()
+    add(model, config)
+    fxpeft.save_adapter(model, tmp_path)
+
+    def mixed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {k: t.double() if number == 1 else t for number, (k, t) in enumerate(sorted(tensors.items()))}
+
+    rewritten(tmp_path, mixed)
+    loaded = tiny_llama()
+    fxpeft.load_adapter(loaded, tmp_path)
+    with torch.no_grad():
+        assert_close(loaded(ids).logits, model(ids).logits)
