@@ -21,7 +21,8 @@ from fxpeft.passes.base import attribute, join
 from fxpeft.passes.live import base_weight
 from fxpeft.passes.rewrite.feed import Feed
 from fxpeft.passes.rewrite.inject import Rewrite
-from fxpeft.passes.slots.slot import FEATURES
+from fxpeft.passes.slots.kronecker import Shapes
+from fxpeft.passes.slots.slot import FEATURES, MULTIPLY
 from fxpeft.passes.targets.kinds import Kind
 
 C = TypeVar("C", bound=AdapterConfig)
@@ -31,9 +32,9 @@ class SlotValues(NamedTuple):
     """A site's adapter in the form that every slot takes, ranks first.
 
     ``a``: [rank, in, ...], ``b``: [rank, out], ``d``: [rank] float32; ``g_in``: [in], ``g_out``: [out],
-    ``shift``: [out], float32, ``rotation``: [blocks, size, size] of the inputs, less the identity, or ``None`` where
-    the adapter has none. A method without ranks gives
-    rank 0: ``SlotValues.without_ranks``.
+    ``shift``: [out], float32, ``rotation``: [blocks, size, size] of the inputs, less the identity, ``w1`` and ``w2``:
+    of a Kronecker product that is added, its scale in ``w1``, or ``None`` where the adapter has none. A method without
+    ranks gives rank 0: ``SlotValues.without_ranks``.
     """
 
     a: Tensor
@@ -43,21 +44,23 @@ class SlotValues(NamedTuple):
     g_out: Tensor | None = None
     shift: Tensor | None = None
     rotation: Tensor | None = None
+    w1: Tensor | None = None
+    w2: Tensor | None = None
 
     @classmethod
     def without_ranks(cls, kind: Kind, **features: Tensor) -> SlotValues:
-        """Gains, shift and rotation alone."""
+        """Features alone."""
         like = next(iter(features.values()))
         a, b = like.new_empty(kind.a_shape(0)), like.new_empty(0, kind.out_features)
         return cls(a, b, like.new_empty(0), **features)
 
     def features(self) -> dict[str, Tensor]:
-        """Name -> value of the gains, the shift and the rotation that the adapter has."""
+        """Name -> value of the gains, the shift, the rotation and the product that the adapter has."""
         return {name: value for name in FEATURES if (value := getattr(self, name)) is not None}
 
     def multiplies(self) -> list[str]:
         """Names of those that multiply what the base computes, or what it is given."""
-        return [name for name in self.features() if name != "shift"]
+        return [name for name in self.features() if name in MULTIPLY]
 
 
 class Kept(NamedTuple):
@@ -76,12 +79,14 @@ class Base:
         root: the site's module, or a model that has it at ``path``; looked up where a method asks for it.
         own: parameter name -> the adapter's own value for it (``bias``, ``weight``).
         shared: name -> tensor that all sites of the adapter share; on the device of the first one.
+        place: shapes of W1 and W2 where a slot has a place for a Kronecker product, and no other adapter is there.
     """
 
     root: nn.Module
     own: Mapping[str, Tensor] = field(default_factory=dict)
     path: str = ""
     shared: Mapping[str, Tensor] = field(default_factory=dict)
+    place: Shapes | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -356,6 +361,14 @@ class Method(abc.ABC, Generic[C]):
     def kept(self, config: C, plan: SitePlan) -> Kept:
         """What training a site keeps of a token, as the plan says it."""
         return Kept(False) if self.feeds else Kept(own=plan.rank)
+
+    def flops(self, config: C, plan: SitePlan) -> int | None:
+        """What the update at a site adds per token, as the plan says it; ``None``: what its parameters do."""
+        return None
+
+    def notes(self, config: C, plans: Mapping[str, SitePlan]) -> list[str]:
+        """What the plan says of an adapter besides."""
+        return []
 
     def dropout(self, config: C, kind: Kind) -> float:
         """Probability of dropping an input of the training subgraph."""

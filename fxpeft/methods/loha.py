@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft.methods.base import Base, SiteAdapter, SitePlan, SlotValues
-from fxpeft.methods.lycoris import Lycoris, LycorisConfig, applied, as_factors, exact
+from fxpeft.methods.lycoris import Lycoris, LycorisConfig, applied, as_factors, exact, in_ranks
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
 
@@ -113,8 +113,7 @@ class LoHa(Lycoris[LoHaConfig]):
         return Rewrite(f"loha:{name}", hadamard, site.operands(name, operands))
 
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
-        a, b = rank_first(plan.kind, parameters)
-        return SlotValues(a, b, torch.full((len(a),), plan.scaling))
+        return in_ranks(plan, *rank_first(plan.kind, parameters))
 
 
 def _factors(a: Tensor | None, b: Tensor | None, t: Tensor | None) -> tuple[Tensor, Tensor]:

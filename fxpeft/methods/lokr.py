@@ -2,14 +2,15 @@
 
     y = base(x) + alpha / r * (W1 kron W2) x
 
-W2, the larger one, is a product of rank r where that is smaller, and so is W1 with ``decompose_both``.
-``W1 kron (Wa Wb)`` is ``(W1 kron Wa) (I kron Wb)``, so that it is a LoRA of W1's smaller side times r ranks.
+W2, the larger one, is a product of rank r where that is smaller, and so is W1 with ``decompose_both``. A slot has a
+place of its own for the two; where that holds others, or other sizes, ``W1 kron (Wa Wb)`` is
+``(W1 kron Wa) (I kron Wb)``, so that it is a LoRA of W1's smaller side times r ranks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fxpeft.methods.base import Base, SiteAdapter, SitePlan, SlotValues
-from fxpeft.methods.lycoris import Lycoris, LycorisConfig, applied, as_factors, exact, narrow
+from fxpeft.methods.lycoris import Lycoris, LycorisConfig, applied, as_factors, exact, in_ranks, narrow
 from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.slots.kronecker import KRONECKER, two_factors, work
 from fxpeft.passes.targets.kinds import Kind
 
 NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -50,19 +52,11 @@ class LoKrPlan(SitePlan):
 
     out: tuple[int, int] = (1, 1)
     into: tuple[int, int] = (1, 1)
+    decompose_factor: int = -1
 
-
-def two_factors(size: int, factor: int) -> tuple[int, int]:
-    """Two numbers whose product is ``size``, the smaller one first, as PEFT finds them.
-
-    They are ``factor`` and its partner where that divides it, else the two nearest to each other of which the smaller
-    one is not above ``factor`` (-1: whatever it is).
-    """
-    if factor > 0 and size % factor == 0:
-        return factor, size // factor
-    most = size if factor == -1 else factor
-    best = max((m for m in range(1, math.isqrt(size) + 1) if size % m == 0 and m <= most), default=1)
-    return best, size // best
+    @property
+    def factor(self) -> int:
+        return self.decompose_factor
 
 
 def kronecker(
@@ -80,21 +74,27 @@ def kronecker(
 
 def product(kind: Kind, factors: Mapping[str, Tensor]) -> Tensor:
     """``[out, in, *kernel]``."""
-    entries = "oi,pq...->opiq..."
-    if "lokr_t2" in factors:
-        w2 = torch.einsum("ij...,ip,jr->pr...", *(factors[name] for name in ("lokr_t2", "lokr_w2_a", "lokr_w2_b")))
-    elif "lokr_w2" in factors:
-        w2 = factors["lokr_w2"]
-        if len(kind.kernel) == 1:
-            entries = "oi,pqk->poqik"  # PEFT's product of W1's two dimensions and these three
-    else:
-        w2 = factors["lokr_w2_a"] @ factors["lokr_w2_b"]
-    return torch.einsum(entries, first(factors), w2).reshape(kind.out_features, *kind.a_shape(1)[1:])
+    entries = "oi,pqk->poqik" if is_odd(kind, factors) else "oi,pq...->opiq..."
+    return torch.einsum(entries, first(factors), whole(factors)).reshape(kind.out_features, *kind.a_shape(1)[1:])
+
+
+def is_odd(kind: Kind, factors: Collection[str]) -> bool:
+    """Whether PEFT's product is one of W1's two dimensions and the three of a conv1d's W2, in another order."""
+    return "lokr_w2" in factors and len(kind.kernel) == 1
 
 
 def first(factors: Mapping[str, Tensor]) -> Tensor:
     """W1."""
     return factors["lokr_w1"] if "lokr_w1" in factors else factors["lokr_w1_a"] @ factors["lokr_w1_b"]
+
+
+def whole(factors: Mapping[str, Tensor]) -> Tensor:
+    """W2, ``[o2, i2, *kernel]``, or with its inputs and kernel as one dimension."""
+    if "lokr_t2" in factors:
+        names = ("lokr_t2", "lokr_w2_a", "lokr_w2_b")
+        made: Tensor = torch.einsum("ij...,ip,jr->pr...", *(factors[name] for name in names))
+        return made
+    return factors["lokr_w2"] if "lokr_w2" in factors else factors["lokr_w2_a"] @ factors["lokr_w2_b"]
 
 
 def second(factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -113,8 +113,7 @@ def rank_first(kind: Kind, factors: Mapping[str, Tensor]) -> tuple[Tensor, Tenso
     factors = exact(factors)
     (a1, b1), (a2, b2) = narrow(first(factors)), second(factors)
     ranks = len(a1) * len(a2)
-    odd = "lokr_w2" in factors and len(kind.kernel) == 1  # see product
-    if odd or ranks > min(kind.out_features, math.prod(kind.a_shape(1)[1:])):
+    if is_odd(kind, factors) or ranks > min(kind.out_features, math.prod(kind.a_shape(1)[1:])):
         return as_factors(product(kind, factors))
     a = torch.einsum("pa,ib->piab", a1, a2).reshape(ranks, *kind.a_shape(1)[1:])
     return a, torch.einsum("po,iq->pioq", b1, b2).reshape(ranks, kind.out_features)
@@ -126,11 +125,12 @@ class LoKr(Lycoris[LoKrConfig]):
     name = "lokr"
     peft_type = "LOKR"
     config_class = LoKrConfig
+    needs: ClassVar = {"lokr": KRONECKER}
 
     def plan(self, config: LoKrConfig, site: str, kind: Kind) -> LoKrPlan:
         plan = config.site_plan("LoKr", site, kind)
-        sizes = (two_factors(size, config.decompose_factor) for size in (kind.out_features, kind.in_features))
-        return LoKrPlan(kind, plan.rank, plan.scaling, *sizes)
+        out, into = (two_factors(size, config.decompose_factor) for size in (kind.out_features, kind.in_features))
+        return LoKrPlan(kind, plan.rank, plan.scaling, out, into, config.decompose_factor)
 
     def shapes(self, config: LoKrConfig, plan: SitePlan) -> dict[str, tuple[int, ...]]:
         assert isinstance(plan, LoKrPlan)
@@ -162,6 +162,19 @@ class LoKr(Lycoris[LoKrConfig]):
     def rewrite(self, name: str, config: LoKrConfig, site: SiteAdapter) -> Rewrite:
         return Rewrite(f"lokr:{name}", kronecker, site.operands(name, ("scaling", "dropped", *NAMES)))
 
+    def notes(self, config: LoKrConfig, plans: Mapping[str, SitePlan]) -> list[str]:
+        kinds = [plan.kind for plan in plans.values() if not is_odd(plan.kind, self.shapes(config, plan))]
+        flops = sum(2 * work(kind, config.decompose_factor) for kind in kinds)
+        factor, where = config.decompose_factor, "all sites" if len(kinds) == len(plans) else f"{len(kinds)} sites"
+        return [f"in slots prepared with lokr_factor={factor}: no ranks, and {flops:,} flops/token, for {where}"]
+
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
-        a, b = rank_first(plan.kind, parameters)
-        return SlotValues(a, b, torch.full((len(a),), plan.scaling))
+        assert isinstance(plan, LoKrPlan)
+        (o1, o2), (i1, i2) = plan.out, plan.into
+        own = (o1, i1), (o2, i2, *plan.kind.kernel)
+        if base.place == own and not is_odd(plan.kind, parameters):
+            factors = exact(parameters)
+            w2 = whole(parameters if "lokr_w2" in parameters else factors).reshape(own[1])
+            w1 = first(factors) * plan.scaling
+            return SlotValues.without_ranks(plan.kind, w1=w1, w2=w2)
+        return in_ranks(plan, *rank_first(plan.kind, parameters))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Kept, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig
+from fxpeft.passes.base import PassError
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.names import pattern_value
 from fxpeft.passes.targets.one_node import one_node
@@ -78,6 +80,9 @@ class Lycoris(Method[C]):
 
     def kept(self, config: C, plan: SitePlan) -> Kept:
         return Kept()
+
+    def flops(self, config: C, plan: SitePlan) -> int:
+        return 2 * plan.kind.out_features * math.prod(plan.kind.a_shape(1)[1:])
 
 
 class Dropped(nn.Module):
@@ -148,6 +153,20 @@ def as_factors(delta: Tensor) -> tuple[Tensor, Tensor]:
     """A ``[ranks, in, *kernel]`` and B ``[ranks, out]`` of an update, of as many ranks as it has outputs or inputs."""
     a, b = narrow(delta.flatten(1))
     return a.view(len(a), *delta.shape[1:]), b
+
+
+def in_ranks(plan: SitePlan, a: Tensor, b: Tensor) -> SlotValues:
+    """Slot values of an update as A ``[ranks, in, *kernel]`` and B ``[ranks, out]``, without its scale.
+
+    Raises:
+        PassError: a slot applies A in another way than the target its weight.
+    """
+    if not plan.kind.like_target:
+        raise PassError(
+            'with padding="same" and dilation a LoRA is a convolution without dilation, and this update has the '
+            "target's; leave the site out"
+        )
+    return SlotValues(a, b, torch.full((len(a),), plan.scaling))
 
 
 def full_rank(delta: Tensor, scaling: float) -> SlotValues:

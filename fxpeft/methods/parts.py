@@ -35,6 +35,11 @@ class SitePlan:
         """How many inputs are rotated together, of a method that does so."""
         return 0
 
+    @property
+    def factor(self) -> int:
+        """By which inputs and outputs are taken apart for a Kronecker product, of a method that has one; else 0."""
+        return 0
+
     def scaled(self, strength: float) -> SitePlan:
         """The same with its scale multiplied."""
         return self if strength == 1 else replace(self, scaling=self.scaling * strength)

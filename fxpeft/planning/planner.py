@@ -105,7 +105,8 @@ def plan(
         shapes = method.shapes(found.config, site)
         count, size = method.cost(found.config, site, dtype)
         # what feeds a forward adds no work per token; a parameter is updated once a call, whatever the tokens
-        flops = 0 if method.feeds or site.kind.leaf else _flops(site, shapes.values())
+        told = method.flops(found.config, site)
+        flops = 0 if method.feeds or site.kind.leaf else _flops(site, shapes.values()) if told is None else told
         alpha = None
         if hasattr(found.config, "lora_alpha"):
             own = getattr(found.config, "alpha_pattern", None) or {}
@@ -210,6 +211,7 @@ def _told(
     notes += [f"{name}: the update, or the copy, of {first}, whose weight it has" for name, first in found.tied.items()]
     if tokens := method.invocation(config):
         notes.append(f"acts from the last occurrence of the tokens {list(tokens)} on")
+    notes += method.notes(found.config, found.sites)
     notes += _beside([name for name in modules if name in hosts], modules)
     return skipped, notes + (_unused(config, subjects) if subjects else [])
 

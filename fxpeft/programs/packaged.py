@@ -60,7 +60,7 @@ class Package:
         self._model = skeleton(outlines)
         serving.prepare_hotswap(
             self._model, self.manifest["max_rank"], targets=pattern_of(self.manifest["sites"]),
-            methods=self.manifest["methods"], rank=self.manifest["rank"],
+            methods=self.manifest["methods"], rank=self.manifest["rank"], lokr_factor=0,
         )  # fmt: skip
         self._serving = serving_of(state_of(self._model))
         self._in_spec, self._out_spec = _specs(self._runner.loader.get_call_spec())

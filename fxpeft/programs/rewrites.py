@@ -21,6 +21,7 @@ from fxpeft.methods.config import AdapterConfig
 from fxpeft.model.skeleton import skeleton
 from fxpeft.passes.meta import TARGET
 from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.slots.kronecker import KRONECKER
 from fxpeft.passes.slots.slot import Slot
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.passes.targets.match import Target
@@ -57,8 +58,8 @@ class Slots:
     parameters: str | Collection[str] | None = None
 
     def features(self) -> frozenset[str]:
-        """The gains and shifts that the methods need."""
-        return check_slots(self.methods, self.max_rank, self.rank, at_targets=True)
+        """The features that the methods need; a Kronecker product goes into ranks."""
+        return check_slots(self.methods, self.max_rank, self.rank, at_targets=True) - KRONECKER
 
 
 def rewrites_of(

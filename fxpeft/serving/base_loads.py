@@ -10,7 +10,8 @@ from fxpeft.adapters.change import changing
 from fxpeft.adapters.state import find_state
 from fxpeft.model.placement import placement
 from fxpeft.model.wrappers import submodule
-from fxpeft.serving.swap import Serving, lower_again, reshow, serving_of
+from fxpeft.serving.lowering import lower_again
+from fxpeft.serving.swap import Serving, reshow, serving_of
 
 
 def watch_loads(model: nn.Module) -> None:

@@ -95,7 +95,7 @@ def _make_slots(model: nn.Module, serving: Serving) -> None:
         device, dtype = placement(module, model, autocast=False, leaf=kind.leaf)
         features = () if kind.leaf else serving.features
         for name, shape in Slot.shapes(
-            kind, serving.max_rank, features, lanes.count if lanes else 1, serving.block
+            kind, serving.max_rank, features, lanes.count if lanes else 1, serving.block, serving.factor
         ).items():
             wanted[site, name] = shape, torch.float32 if name in EXACT else dtype, device
     order = sorted(wanted, key=lambda key: (key[1], key[0].rpartition(".")[2]))
@@ -107,7 +107,7 @@ def _make_slots(model: nn.Module, serving: Serving) -> None:
         serving.slots[site] = Slot(
             kind, serving.max_rank, serving.rank, features=features, memory=(room, own), lanes=lanes, site=site,
             reach=ReachAt(serving.reach.calls, site) if serving.reach is not None and kind.is_linear else None,
-            block=serving.block,
+            block=serving.block, factor=serving.factor,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A scale that one call asks for, in the slots: d times a factor, and what gains and shifts follow from it."""
+"""A scale that one call asks for, in the slots: d and W1 times a factor, and what gains and shifts follow from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from fxpeft.adapters.calls import check_factor
 from fxpeft.adapters.state import Adapter, find_state
 from fxpeft.errors import AdapterError
 from fxpeft.passes.slots.copies import Copies
-from fxpeft.serving.swap import Serving, lower
+from fxpeft.passes.slots.kronecker import KRONECKER
+from fxpeft.serving.lowering import lower
+from fxpeft.serving.swap import Serving
 
 
 @torch.no_grad()
@@ -33,7 +35,8 @@ def rescale(serving: Serving, module: nn.Module | None, factor: float) -> None:
     shown = serving.shown if board is None else [place.adapter for place in board.placed.values()]
     for adapter in shown:
         check_factor(adapter, factor)
-    featured = {a.name for a in shown if factor != 1 and any(value.features() for value in a.lowered.values())}
+    follow = (a for a in shown if any(value.features().keys() - KRONECKER for value in a.lowered.values()))
+    featured = {adapter.name for adapter in follow} if factor != 1 else set()
     if featured and (module is None or find_state(module) is None or board is not None):
         raise AdapterError(
             f"a call asks for the scale {factor:g}: {', '.join(sorted(featured))} has gains that follow from its "
@@ -52,7 +55,8 @@ def rescale(serving: Serving, module: nn.Module | None, factor: float) -> None:
         Copies(pairs, [slot.d for slot in serving.slots.values()], join=False).run()
         for site, slot in serving.slots.items() if board is None else ():
             for name in slot.features:
-                values = [v for a in scaled if site in a.lowered and (v := getattr(a.lowered[site], name)) is not None]
+                given = {a.name: v for a in scaled if (v := getattr(a.lowered.get(site), name, None)) is not None}
+                values = [v * factor if name == "w1" and own not in featured else v for own, v in given.items()]
                 if values:
                     getattr(slot, name).copy_(values[0] if len(values) == 1 else torch.stack(values).sum(0))
         lock.factor = factor

@@ -14,6 +14,7 @@ from fxpeft.methods.prompts import forward_arguments
 from fxpeft.model.batch_rows import other_rows
 from fxpeft.model.placement import parted
 from fxpeft.model.wrappers import submodule
+from fxpeft.passes.slots.kronecker import KRONECKER
 from fxpeft.passes.slots.slot import LEAST
 from fxpeft.passes.targets.kinds import Kind
 from fxpeft.serving.prompts import prompt_methods
@@ -81,19 +82,20 @@ def _takes_cache(model: nn.Module, path: str) -> bool:
     return any(cache_argument(forward_arguments(part)) for part in submodule(model, path).modules())
 
 
-def check_parted(model: nn.Module, hosts: Iterable[str], methods: Sequence[str], lanes: int) -> None:
-    """Check that modules which tensor parallelism has parted get slots of low-rank factors alone.
+def check_parted(model: nn.Module, hosts: Iterable[str], methods: Sequence[str], lanes: int) -> list[str]:
+    """Check that modules which tensor parallelism has parted get slots of low-rank factors alone; returns them.
 
     Raises:
         AdapterError: something else was declared; the parted modules are named.
     """
     given = [
-        *(f"methods={m!r}" for m in methods if slot_needs().get(m) or m == Alora.name),
+        *(f"methods={m!r}" for m in methods if slot_needs()[m] - KRONECKER or m == Alora.name),
         *([f"lanes={lanes}"] if lanes > 1 else []),
     ]
-    cut = sorted(name for name in hosts if parted(submodule(model, name))) if given else []
-    if cut:
+    cut = sorted(name for name in hosts if parted(submodule(model, name)))
+    if cut and given:
         raise AdapterError(
             f"{', '.join(given)}: expected LoRA in one lane where tensor parallelism has parted modules, as here:\n"
             f"{listing(cut)}\nleave them out of targets"
         )
+    return cut

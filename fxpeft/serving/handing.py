@@ -14,9 +14,10 @@ from fxpeft.checkpoint import Checkpoint, for_model
 from fxpeft.errors import AdapterError, listing
 from fxpeft.model.modules import Modules
 from fxpeft.serving.board import Named
+from fxpeft.serving.lowering import lower
 from fxpeft.serving.packing import settle
 from fxpeft.serving.rows import check_named
-from fxpeft.serving.swap import lower, serving_of
+from fxpeft.serving.swap import serving_of
 
 
 @ordinary()

@@ -20,6 +20,7 @@ from fxpeft.methods.alora import Alora
 from fxpeft.methods.ln_tuning import LnTuning, LNTuningConfig
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import PassError
+from fxpeft.passes.slots.kronecker import KRONECKER
 from fxpeft.passes.slots.lanes import Lanes
 from fxpeft.passes.slots.rotation import BLOCK
 from fxpeft.passes.slots.slot import ActiveRank
@@ -32,9 +33,10 @@ from fxpeft.serving.binding import bind_slots
 from fxpeft.serving.board import Board
 from fxpeft.serving.declared import check_lanes, check_parted, check_slots
 from fxpeft.serving.guard import ModelLock, drain, guard_forwards
+from fxpeft.serving.lowering import lower, side_by_side
 from fxpeft.serving.packing import settle
 from fxpeft.serving.reach import SlotReach, check_invocations
-from fxpeft.serving.swap import Serving, lower, watch_reads
+from fxpeft.serving.swap import Serving, watch_reads
 from fxpeft.serving.together import check_gains, check_ranks
 from fxpeft.targets.parameters import check_hosts
 from fxpeft.targets.saved import saved_modules
@@ -60,6 +62,7 @@ def prepare_hotswap(
     max_tokens: int | None = None,
     token_modules: Sequence[str] | None = None,
     max_block: int | None = None,
+    lokr_factor: int | None = None,
 ) -> None:
     """Give every target a slot. From then on loading, swapping, mixing and switching off are copies.
 
@@ -80,7 +83,7 @@ def prepare_hotswap(
             ``"beft"``, ``"gralora"``, ``"deft"``, ``"hira"``, ``"c3a"``, ``"fourierft"``, ``"psoft"``, ``"pvera"``,
             ``"tinylora"``, ``"unilora"``, ``"adamss"``, ``"shira"``, ``"supertuning"``,
             ``"randlora"``, ``"road"``, ``"waveft"``, ``"glora"``, ``"osf"``.
-            Where only LoRA is declared, the graph holds no gain, shift or rotation.
+            Where only LoRA is declared, the graph holds no gain, shift, rotation or product of two matrices.
         target_parameters: as in :class:`~fxpeft.LoraConfig`, for adapters of experts and other parameters.
         num_virtual_tokens: length of every prompt to come, for the prompt methods.
         modules_to_save, bias: as in :class:`~fxpeft.LoraConfig`, for adapters that bring them.
@@ -97,13 +100,16 @@ def prepare_hotswap(
         max_block: for ``"oft"`` and ``"boft"``: how many inputs are rotated together at most; 32 by default, or what
             the model's adapters have. A site holds blocks of that size, or of the nearest that divides its inputs, and
             smaller ones whose size divides theirs.
+        lokr_factor: for ``"lokr"``: the ``decompose_factor`` of adapters whose two matrices go into a place of their
+            own, at no ranks; what the model's adapters have by default, or -1. All others go into ranks; with 0, with
+            lanes, and where tensor parallelism has parted modules, each does.
 
     Raises:
         AdapterError: unknown targets or methods, or an adapter that doesn't fit; nothing was changed.
         LockTimeout: a forward of another thread went on for longer than ``lock_timeout``; nothing was changed.
     """
     model = unwrap(model)
-    check_slots(methods, max_rank, rank)
+    needs = check_slots(methods, max_rank, rank)
     if isinstance(lanes, bool) or not isinstance(lanes, int) or lanes < 1:
         raise AdapterError(f"lanes: expected how many adapters one batch may have, at least 1, found {lanes!r}")
     if (setting := constants_setting()) is not None:
@@ -119,8 +125,9 @@ def prepare_hotswap(
         *_declare(model, adapters, targets, exclude, modules_to_save, bias, methods, target_parameters),
         lock=ModelLock(lock_timeout, hold_generate, lanes > 1),
     )  # fmt: skip
+    cut = check_parted(model, serving.hosts(), methods, lanes)
+    serving.factor = _factor(needs, adapters, lokr_factor, alike=lanes == 1 and not cut)
     serving.block = _block(serving, adapters, max_block)
-    check_parted(model, serving.hosts(), methods, lanes)
     if Alora.name in methods:
         serving.reach = SlotReach(serving)
     if lanes > 1:
@@ -144,12 +151,13 @@ def prepare_hotswap(
     # everything that can be refused is refused on copies, before the model is touched
     trial = [lower(model, serving, Adapter(a.name, a.plan, a.current(), a.strength)) for a in adapters]
     active = existing.active if existing is not None else []
-    check_ranks([a for a in trial if a.name in active], max_rank)
-    check_gains([a for a in trial if a.name in active])
-    check_invocations([a for a in trial if a.name in active])
-    tokens_serving.check_alone([a for a in trial if a.name in active])
+    together = side_by_side(model, serving, [a for a in trial if a.name in active])
+    check_ranks(together, max_rank)
+    check_gains(together)
+    check_invocations(together)
+    tokens_serving.check_alone(together)
     if serving.board is not None:
-        serving.board.check([a for a in trial if a.name in active], max_rank)
+        serving.board.check(together, max_rank)
 
     with serving.lock.write():  # nobody else has it; from here on they wait at it
         try:
@@ -168,6 +176,27 @@ def _block(serving: Serving, adapters: list[Adapter], wanted: int | None) -> int
         raise AdapterError("max_block: only with 'oft' or 'boft' among the methods")
     if isinstance(wanted, bool) or wanted < 2:
         raise AdapterError(f"max_block: expected how many inputs are rotated together, at least 2, found {wanted!r}")
+    return wanted
+
+
+def _factor(needs: frozenset[str], adapters: list[Adapter], wanted: int | None, *, alike: bool) -> int:
+    """By which inputs and outputs are taken apart; 0: no place for products.
+
+    Args:
+        alike: every row of a call computes with the whole of every slot.
+    """
+    if wanted is None:
+        own = (plan.factor for adapter in adapters for plan in adapter.plan.sites.values() if plan.factor)
+        return next(own, -1) if needs & KRONECKER and alike else 0
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < -1:
+        raise AdapterError(f"lokr_factor: expected -1, 0 or a decompose_factor, found {wanted!r}")
+    if wanted and not needs & KRONECKER:
+        raise AdapterError("lokr_factor: only with 'lokr' among the methods")
+    if wanted and not alike:
+        raise AdapterError(
+            f"lokr_factor={wanted}: with lanes, and where tensor parallelism has parted modules, a LoKr goes into "
+            "ranks; leave it out"
+        )
     return wanted
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, ValuesView
+from collections.abc import Callable, Mapping, ValuesView
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from fxpeft.adapters.attach import check_together
 from fxpeft.adapters.change import changing
 from fxpeft.adapters.state import Adapter, Host, ModelState, Strength
-from fxpeft.errors import AdapterError, listing
-from fxpeft.methods import method_of, slot_needs
-from fxpeft.methods.base import Base, SlotValues
+from fxpeft.errors import AdapterError
+from fxpeft.methods import slot_needs
 from fxpeft.methods.values import Values
-from fxpeft.passes.base import PassError
 from fxpeft.passes.recent import Recent
+from fxpeft.passes.slots import kronecker
 from fxpeft.passes.slots.copies import Copies
-from fxpeft.passes.slots.rotation import BLOCK, fitted
+from fxpeft.passes.slots.rotation import BLOCK
 from fxpeft.passes.slots.slot import LEAST, ActiveRank, Slot
 from fxpeft.passes.slots.tokens import TokenSlot
 from fxpeft.passes.targets.kinds import Kind
@@ -30,8 +29,8 @@ from fxpeft.serving import tokens as tokens_serving
 from fxpeft.serving.board import Board
 from fxpeft.serving.brought import show_copies, show_features
 from fxpeft.serving.guard import ModelLock
+from fxpeft.serving.lowering import lower, side_by_side
 from fxpeft.serving.packing import settle
-from fxpeft.serving.places import check_finite
 from fxpeft.serving.ranks import clear_ranks
 from fxpeft.serving.reach import SlotReach, check_invocations
 from fxpeft.serving.staging import ACCELERATORS, StreamOrder
@@ -52,7 +51,7 @@ class Serving(Host):
         shown: the adapters that are in the slots now.
         dirty: site -> number of leading ranks that may hold something other than zero, where there are such.
         used: site -> number of ranks that its ``idle`` was set for; ``None``: unknown.
-        featured: site and feature (gain, shift) that may hold something other than its neutral value.
+        featured: site and feature that may hold something other than its neutral value.
         holds: module or parameter -> values of the adapter whose copy it holds, ``None`` for the base's.
         plans: config -> plan, of the last ones, so that adapters of one config share the search for their sites.
         places: where the slots' memory is. Copies that were prepared for another list of places are made anew.
@@ -60,6 +59,7 @@ class Serving(Host):
         order: of reads and writes on accelerators, where slots are on such.
         torn: a swap began to write and did not come to its end.
         board: who is where, in slots with lanes. block: how many inputs blocks of rotations have.
+        factor: by which inputs and outputs are taken apart for a Kronecker product; 0: there is no place for one.
         reach: which tokens of a call the adapters act on, where ``alora`` was declared.
     """
 
@@ -86,6 +86,7 @@ class Serving(Host):
     token_slots: dict[str, TokenSlot] = field(default_factory=dict)
     reach: SlotReach | None = None
     block: int = BLOCK
+    factor: int = 0
     lock: ModelLock = field(default_factory=ModelLock)
     rescaling: ClassVar[Callable[..., None]]  # fxpeft.serving.call_scale has it
 
@@ -105,7 +106,14 @@ class Serving(Host):
     def features(self) -> frozenset[str]:
         """The optional placeholders that the declared methods need."""
         needs = slot_needs()
-        return frozenset[str]().union(*(needs[m] for m in self.methods))
+        found = frozenset[str]().union(*(needs[m] for m in self.methods))
+        return found if self.factor else found - kronecker.KRONECKER
+
+    def place(self, site: str) -> kronecker.Shapes | None:
+        """The shapes of W1 and W2 where a site's slot has a place for a Kronecker product."""
+        kind = self.kinds.get(site)
+        has = kind is not None and kind.takes_kronecker and "w1" in self.features
+        return kronecker.shapes(kind, self.factor) if kind is not None and has else None
 
     def hosts(self) -> set[str]:
         """Names of the modules that have placeholders."""
@@ -136,6 +144,7 @@ class Serving(Host):
         for adapter in adapters:
             if not adapter.settled and adapter is not fresh:
                 settle(adapter, self.slots)
+        adapters = side_by_side(model, self, adapters)
         check_together(adapters)
         check_ranks(adapters, self.max_rank)
         check_gains(adapters)
@@ -205,63 +214,6 @@ def serving_of(state: ModelState) -> Serving:
     return state.serving
 
 
-def lower(model: nn.Module, serving: Serving, adapter: Adapter) -> Adapter:
-    """Give an adapter its slot values at its strength. The model is not touched.
-
-    Raises:
-        AdapterError: a site, module or parameter without a slot, a rank above ``max_rank``, or a
-            method that the slots were not declared for; all are named.
-    """
-    method, values = method_of(adapter.config), adapter.values
-    sites = {} if method.unlowered else values.sites
-    biases, weights = ([p for p in values.tensors if p.endswith(".bias") is b] for b in (True, False))
-    places: list[tuple[str, Iterable[str], Collection[str]]] = [
-        ("declare it in targets, or in target_parameters where it is a parameter", sites, serving.kinds),
-        ("declare it in modules_to_save", values.saved, serving.saved),
-        ("declare it in bias", biases, serving.tensors),
-        ("an adapter with a weight of its own has to be there before prepare_hotswap", weights, serving.tensors),
-    ]
-    problems = [f"{n}: has no slot; {how}" for how, own, slots in places for n in own if n not in slots]
-    needed = method.declared(adapter.config)
-    if needed not in serving.methods and not method.unlowered:
-        problems.append(f"its method, {needed}: declare methods={(*serving.methods, needed)}")
-    brings, lowered = values.own(), dict[str, SlotValues]()
-    problems += prompts_serving.lower(serving.prompts, adapter)
-    problems += tokens_serving.problems(serving.token_slots, adapter)
-    for site, parameters in sites.items():
-        base = Base(model, brings.get(site, {}), site, values.shared)
-        slot = serving.slots.get(site)
-        if slot is not None and (slot.features or method.follows_base) and slot.a.device.type in ACCELERATORS:
-            parameters = {name: value.to(slot.a.device) for name, value in parameters.items()}
-        try:
-            value = method.lower(adapter.site_plan(site), parameters, base)
-            if value.rotation is not None and site in serving.kinds:
-                value = value._replace(rotation=fitted(value.rotation, serving.kinds[site], serving.block))
-            lowered[site] = value
-        except PassError as error:
-            problems.append(f"{site}: {error}")
-            continue
-        if (rank := lowered[site].d.numel()) > serving.max_rank:
-            problems.append(f"{site}: rank {rank} is above max_rank {serving.max_rank}")
-    if serving.board is not None:
-        problems += check_finite(lowered)
-    if problems:
-        raise AdapterError(
-            f"adapter {adapter.name!r} doesn't fit the slots; nothing was changed.\n{listing(problems)}\n"
-            "Prepare the model for it: release_hotswap(model), then prepare_hotswap(...) before compiling."
-        )
-    adapter.lowered, adapter.copies, adapter.stale = lowered, None, False
-    return adapter
-
-
-def lower_again(state: ModelState) -> None:
-    """The base has other weights: have adapters that follow from them lowered anew before they are shown next."""
-    needs = slot_needs()
-    for adapter in state.adapters.values():
-        method = method_of(adapter.config)
-        adapter.stale = method.follows_base or bool(needs.get(method.declared(adapter.config)))
-
-
 def reshow(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
     """Write the slots, whatever they hold now. Where that breaks off, they are torn until it is done again."""
     board = serving.board
@@ -278,6 +230,7 @@ def reshow(model: nn.Module, serving: Serving, adapters: list[Adapter]) -> None:
         serving.dirty = dict.fromkeys(serving.slots, serving.max_rank)
         serving.holds = {}
         serving.featured = {(site, name) for site, slot in serving.slots.items() for name in slot.features}
+    adapters = side_by_side(model, serving, adapters)
     serving.torn = True
     serving.lock.version += 1
     _show(model, serving, adapters)

@@ -22,7 +22,8 @@ from fxpeft.model.empty import empty_model
 from fxpeft.model.modules import Modules
 from fxpeft.passes.slots.rotation import BLOCK
 from fxpeft.serving.declared import servable
-from fxpeft.serving.swap import lower, serving_of
+from fxpeft.serving.lowering import lower
+from fxpeft.serving.swap import serving_of
 from fxpeft.tools.answers import Json, Source, show
 from fxpeft.tools.convert import repeated
 
@@ -78,4 +79,5 @@ def _prepare(bare: Any, adapter: Adapter, max_rank: int, slots: str, declared: s
             token_modules=list(made.tokens) or None,
             max_tokens=max((len(rows.tokens) for rows in made.tokens.values()), default=None),
             max_block=max(blocks, BLOCK) if blocks else None,
+            lokr_factor=next((plan.factor for plan in made.sites.values() if plan.factor), None),
         )

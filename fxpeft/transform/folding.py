@@ -35,6 +35,7 @@ from fxpeft.methods.base import Base, SlotValues
 from fxpeft.model.wrappers import unwrap
 from fxpeft.passes.base import PassError, attribute, join
 from fxpeft.passes.live.product import Product
+from fxpeft.passes.slots.slot import MULTIPLY
 from fxpeft.passes.torch_private import is_freezing
 from fxpeft.serving.release import remove
 from fxpeft.serving.swap import serving_of
@@ -276,7 +277,7 @@ def _check_order(state: ModelState, wanted: list[str]) -> None:
 
 def _gains(adapter: Adapter) -> bool:
     needs = slot_needs().get(method_of(adapter.config).declared(adapter.config), frozenset())
-    return not needs <= {"shift"}
+    return bool(needs & MULTIPLY)
 
 
 def _check_enabled(state: ModelState) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from fxpeft.adapters.inplace import exchange, put_back, values_at
 from fxpeft.adapters.installing import switch
 from fxpeft.adapters.state import ModelState
-from fxpeft.serving.swap import lower_again, serving_of
+from fxpeft.serving.lowering import lower_again
+from fxpeft.serving.swap import serving_of
 
 
 def write_and_run(

@@ -25,7 +25,7 @@ class SlotTensor:
         part: which of the slot's tensors it is: ``"a"``, ``"b"``, ``"d"``, or one of its features.
         site: the slot's site, as it is called in reports.
         tensor: the tensor itself, which later adapters are copied into.
-        features: which of ``g_in``, ``g_out``, ``shift`` and ``rotation`` the slot has.
+        features: which of ``g_in``, ``g_out``, ``shift``, ``rotation``, ``w1`` and ``w2`` the slot has.
     """
 
     part: str

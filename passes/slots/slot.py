@@ -1,13 +1,14 @@
 """The universal slot: static placeholders at one site that any lowered adapter is copied into.
 
-    y = g_out * (base(x') + expand(reduce(x', A[:r]) * d[:r], B[:r])) + shift,    x' = (g_in * x) (I + R)
+    y = g_out * (base(x') + expand(reduce(x', A[:r]) * d[:r], B[:r]) + (W1 kron W2) x') + shift
+    x' = (g_in * x) (I + R)
 
-g_in, g_out, shift and the rotation R of blocks (:mod:`fxpeft.passes.slots.rotation`) are there where
-the slot was made for methods that need them; without them the graph holds no trace of them. A, B and
-d hold ``max_rank`` ranks, rank first. In *dynamic* mode the subgraph narrows them to the rank in use,
-which it reads as the *size* of a carrier tensor: a size is symbolic in a compiled graph, so one graph
-serves every rank and does only that rank's work. In *static* mode all ranks are computed, and the
-unused ones are zero.
+g_in, g_out, shift, the rotation R of blocks (:mod:`fxpeft.passes.slots.rotation`), W1 and W2
+(:mod:`fxpeft.passes.slots.kronecker`) are there where the slot was made for methods that need them;
+without them the graph holds no trace of them. A, B and d hold ``max_rank`` ranks, rank first. In
+*dynamic* mode the subgraph narrows them to the rank in use, which it reads as the *size* of a carrier
+tensor: a size is symbolic in a compiled graph, so one graph serves every rank and does only that
+rank's work. In *static* mode all ranks are computed, and the unused ones are zero.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from fxpeft.passes.container import Container
 from fxpeft.passes.rewrite.inject import Rewrite
+from fxpeft.passes.slots import kronecker
 from fxpeft.passes.slots.reach import ReachAt, reached
 from fxpeft.passes.slots.room import Room, Span
 from fxpeft.passes.slots.rotation import BLOCK, block_of, rotated
@@ -30,12 +32,13 @@ from fxpeft.passes.torch_private import is_recorded, mark_dynamic, version_of
 
 Ranks: TypeAlias = tuple[Tensor, Tensor, Tensor, bool]
 #: name -> what is in a slot that holds nothing
-FEATURES = {"g_in": 1, "g_out": 1, "shift": 0, "rotation": 0}
+FEATURES = {"g_in": 1, "g_out": 1, "shift": 0, "rotation": 0, "w1": 0, "w2": 0}
+MULTIPLY = frozenset(("g_in", "g_out", "rotation"))  # those that multiply what others add, or are given
 LANE = "lane_"  # begins the name of a feature of each lane
 NEUTRAL = {"d": 0, **FEATURES}
 NEUTRAL |= {LANE + name: NEUTRAL[name] for name in FEATURES}
 # float32 whatever the model's dtype: alpha / rank in bfloat16 would be off by up to 0.4%
-EXACT = tuple(name for name in NEUTRAL if not name.endswith("rotation"))
+EXACT = tuple(name for name in NEUTRAL if not name.endswith(("rotation", *kronecker.KRONECKER)))
 CARRIER = ".carrier"  # where a program's slots read the active rank, in the place of an ActiveRank
 LEAST = 2  # Dynamo specialises sizes 0 and 1, so ranks start at 2; rank 1 is padded
 
@@ -75,12 +78,14 @@ class Slot(Container):
     Args:
         kind: the site's kind.
         rank: the model's active rank, or ``None`` for static mode.
-        features: which of ``g_in`` [in], ``g_out`` [out], ``shift`` [out] and ``rotation`` [blocks, size, size] it has.
+        features: which of ``g_in`` [in], ``g_out`` [out], ``shift`` [out], ``rotation`` [blocks, size, size], ``w1``
+            [o1, i1] and ``w2`` [o2, i2, *kernel] it has.
         memory: its tensors by name, of zeros, and the room where they lie. Default: memory of its own.
         lanes: a ``Lanes``, of a model whose rows may have adapters of their own; see :mod:`fxpeft.passes.slots.lanes`.
         site: the site's name, for messages.
         reach: of a model that was declared for adapters which act on some tokens of a call.
         block: how many inputs a block of the rotation has; where that doesn't divide them, the nearest that does.
+        factor: by which outputs and inputs are taken apart for ``w1`` and ``w2``, as PEFT's ``decompose_factor``.
 
     ``idle`` says that it holds nothing, so that a graph without it may run; whoever writes slots keeps it true.
     """
@@ -92,6 +97,8 @@ class Slot(Container):
     g_out: Tensor
     shift: Tensor
     rotation: Tensor
+    w1: Tensor
+    w2: Tensor
     lane_g_in: Tensor  # with lanes: [lanes + 1, in], and so on
     lane_g_out: Tensor
     lane_shift: Tensor
@@ -113,6 +120,7 @@ class Slot(Container):
         site: str = "",
         reach: ReachAt | None = None,
         block: int = BLOCK,
+        factor: int = -1,
     ) -> None:
         super().__init__()
         self.kind, self.rank, self.idle = kind, rank, False
@@ -122,7 +130,7 @@ class Slot(Container):
         self.kept: Kept | None = None  # what a call that is not compiled reads
         self.room: Room | None = memory[0] if memory else None
         given = memory[1] if memory else {}
-        shapes = self.shapes(kind, max_rank, features, 1 if lanes is None else lanes.count, block)
+        shapes = self.shapes(kind, max_rank, features, 1 if lanes is None else lanes.count, block, factor)
         self.features = tuple(name for name in FEATURES if name in shapes)
         for name, shape in shapes.items():
             value = given.get(name)
@@ -135,12 +143,16 @@ class Slot(Container):
 
     @staticmethod
     def shapes(
-        kind: Kind, max_rank: int, features: Collection[str] = (), lanes: int = 1, block: int = BLOCK
+        kind: Kind, max_rank: int, features: Collection[str] = (), lanes: int = 1, block: int = BLOCK, factor: int = -1
     ) -> dict[str, tuple[int, ...]]:
         """Name -> shape of a slot's placeholders; of several lanes' features a row each, and a neutral one."""
         takes = {"g_in": kind.takes_gain, "g_out": True, "shift": kind.takes_bias, "rotation": kind.takes_rotation}
+        takes |= dict.fromkeys(kronecker.KRONECKER, kind.takes_kronecker)
         into, out, size = kind.in_features, kind.out_features, block_of(kind.in_features, block)
+        sizes: dict[str, tuple[int, ...]]
         sizes = {"g_in": (into,), "g_out": (out,), "shift": (out,), "rotation": (into // size, size, size)}
+        if "w1" in features:
+            sizes["w1"], sizes["w2"] = kronecker.shapes(kind, factor)
         a, b = kind.slot_shapes(max_rank)
         own = [name for name in FEATURES if name in features and takes[name]]
         shapes = {"a": a, "b": b, "d": (max_rank,), **{name: sizes[name] for name in own}}
@@ -164,9 +176,10 @@ class Slot(Container):
         return own.narrow(0, start, count) if span is None else span.narrow(start, count)
 
     def extra_repr(self) -> str:
-        """How many ranks it holds, the rank in use, and whether it holds nothing."""
+        """How many ranks it holds, the rank in use, its features, and whether it holds nothing."""
         rank = [] if self.rank is None else [f"rank={self.rank.rank}"]
-        return ", ".join([f"max_rank={len(self.d)}", *rank, *self.features, *(["idle"] if self.idle else [])])
+        own = [f"{n}={list(getattr(self, n).shape)}" if n in kronecker.KRONECKER else n for n in self.features]
+        return ", ".join([f"max_rank={len(self.d)}", *rank, *own, *(["idle"] if self.idle else [])])
 
     def _announce(self) -> None:
         """Let :func:`slot_of` find the slot by its tensors."""
@@ -354,6 +367,8 @@ def _served(
     g_out: Tensor | None = None,
     shift: Tensor | None = None,
     rotation: Tensor | None = None,
+    w1: Tensor | None = None,
+    w2: Tensor | None = None,
 ) -> Tensor:
     if g_in is not None:
         x = (x * kind.per_input(g_in)).type_as(x)
@@ -361,6 +376,8 @@ def _served(
         x = rotated(x, rotation, kind.feature_dimension)
     y = base(x)
     out = y + update(x)
+    if w1 is not None and w2 is not None:
+        out = out + kronecker.product(kind, x, w1, w2)
     if g_out is not None:
         out = out * kind.per_output(g_out)
     if shift is not None:

@@ -39,6 +39,7 @@ class Kind:
     takes_bias = True  # whether a term may be added per output feature, as lora_bias does
     takes_gain = True  # whether the input can be multiplied
     takes_rotation = False  # whether blocks of the input's features can be rotated, and the weight's for them
+    takes_kronecker = False  # whether two small products can be applied in the way of its weight
     takes_lanes = False  # whether rows of its input may have adapters of their own
     gathers = False  # whether each row can be multiplied with factors of its own
     feature_dimension = -1  # where its input has its features

@@ -94,6 +94,10 @@ def test_swapped_in_slots_from_file_to_file(tmp_path: Path) -> None:
         for name in ("LoKr", "mixed", "LoHa", "with magnitudes", "LoKr"):
             fxpeft.hotswap(ours, tmp_path / f"{name}.safetensors", "a")
             assert close(output(ours), expected[name]), name
+    place = unet()  # a LoKr's two matrices have their own, which is no rank
+    fxpeft.prepare_hotswap(place, 2, targets=[*SOME["LoKr"]], methods=("lokr",))
+    fxpeft.load_adapter(place, tmp_path / "LoKr.safetensors", "a")
+    assert close(output(place), expected["LoKr"])
     narrow = unet()
     fxpeft.prepare_hotswap(narrow, 8, targets=[*SOME["LoHa"]])
     with pytest.raises(AdapterError, match=r"its method, loha: declare methods="):

@@ -68,6 +68,7 @@ def test_the_plan_is_what_add_adapter_does(factory: Any, options: dict[str, Any]
          2 * (16 + 48), 2 * (16 + 48)),
         (fxpeft.AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules="role:mlp.up"), 2 * 3 * 81, None),
         (fxpeft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5), 5 * 32, 0),
+        (fxpeft.LoKrConfig(r=2, target_modules="role:attention.query"), 2 * (4 * 4 + 2 * 2 * 8), 2 * 2 * 32 * 32),
     ],
 )  # fmt: skip
 def test_every_method_has_a_plan(config: Any, parameters: int, flops: int | None) -> None:

@@ -95,7 +95,8 @@ def prepared(kind: str = "", **options: Any) -> Net:
     adapter(model, LoraConfig(r=2, target_modules=["layers.1.down"]), "part", seed=1)
     adapter(model, IA3Config(target_modules=["up", "down"], feedforward_modules=["down"]), "gains", seed=2)
     adapter(model, fxpeft.OFTConfig(oft_block_size=3, target_modules=["up"]), "turned", seed=3)
-    fxpeft.prepare_hotswap(model, 8, targets=TARGETS, methods=("lora", "lora_bias", "ia3", "oft"), **options)
+    adapter(model, fxpeft.LoKrConfig(r=2, target_modules=["up", "shared"]), "product", seed=4)
+    fxpeft.prepare_hotswap(model, 8, targets=TARGETS, methods=("lora", "lora_bias", "ia3", "oft", "lokr"), **options)
     return model
 
 
@@ -111,7 +112,7 @@ def test_idle_slots_run_a_graph_without_them(kind: str, rank: Any) -> None:
     model, bare, recorder = prepared(kind, rank=rank), eager(net()), Recorder()
     compiled = fxpeft.compile(model, inner=recorder)
     with no_recompiles(), torch.no_grad():
-        for name in ("a", "off", "gains", "part", "off", "turned", "a"):
+        for name in ("a", "off", "gains", "part", "off", "turned", "product", "a"):
             fxpeft.disable_adapters(model) if name == "off" else fxpeft.enable_adapters(model)
             if name != "off":
                 fxpeft.set_adapter(model, name)

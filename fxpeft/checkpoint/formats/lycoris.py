@@ -84,10 +84,11 @@ def as_lora(part: Part, kinds: Mapping[str, Kind] | None) -> Part:
                 f"{site}: small factors of an update of {there}: where no model is at hand, expected one of at most "
                 f"{MOST} numbers in its factors; load it into its model"
             )
-        if [size.out_features, size.in_features] != there or kind.groups > 1:
-            groups = f" in {kind.groups} groups" if kind.groups > 1 else ""
+        # a LoRA of a weight that is dilated is not, where the padding is "same"
+        other = f" in {kind.groups} groups" if kind.groups > 1 else "" if kind.like_target else ", dilated"
+        if [size.out_features, size.in_features] != there or other:
             found = [size.out_features, size.in_features]
-            wrong.append(f"{site}: an update of {found}, and the model's weight is {there}{groups}")
+            wrong.append(f"{site}: an update of {found}, and the model's weight is {there}{other}")
             continue
         a, b = ranks_of(own, kinds[site] if kinds is not None else None)
         for name in own:

@@ -143,7 +143,7 @@ def enable_lora_hotswap(pipe: Pipeline, target_rank: int = 128, check_compiled: 
     Args:
         target_rank: the most ranks of a site. check_compiled: accepted; slots are there before an adapter is.
         options: of :func:`fxpeft.prepare_hotswap`. ``methods=("lora",)`` is less work where no DoRA comes, and
-            ``targets`` say less memory.
+            ``targets`` say less memory; ``lokr_factor`` gives LoKrs a place of their own, which by default take ranks.
 
     Raises:
         AdapterError: as :func:`fxpeft.prepare_hotswap`; no component was changed.
@@ -159,7 +159,9 @@ def prepare(model: nn.Module, rank: int, options: dict[str, Any]) -> None:
     """Slots at every layer that an image tool's file may change."""
     bare = unwrap(model)
     targets = [name for name, module in bare.named_modules() if isinstance(module, LAYERS)]
-    prepare_hotswap(model, **{"max_rank": rank, "targets": targets, "methods": METHODS, **options})
+    # a LoKr's place costs every call something: where methods aren't chosen it is asked for
+    usual = {} if "methods" in options else {"methods": METHODS, "lokr_factor": 0}
+    prepare_hotswap(model, **{"max_rank": rank, "targets": targets, **usual, **options})
 
 
 def active_names(pipe: Pipeline) -> list[str]:

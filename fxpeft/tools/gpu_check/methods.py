@@ -88,6 +88,7 @@ def prepared_for(name: str) -> dict[str, Any]:
     targets = None if name in WITHOUT_SITES else ALL
     own: dict[str, Any] = {"num_virtual_tokens": VIRTUAL} if name in PROMPTS else {}
     own |= {"max_block": 16} if name in ("oft", "boft") else {"max_rank": 512} if name in WHOLE else {}
+    own |= {"lokr_factor": 4} if name == "lokr" else {}
     return {"targets": targets, **own}
 
 

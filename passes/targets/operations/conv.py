@@ -55,6 +55,11 @@ class Conv(Kind):
         return self.groups == 1 and all(size == 1 for size in self.kernel)
 
     @property
+    def takes_kronecker(self) -> bool:  # type: ignore[override]
+        """Whether it has no groups; of three dimensions no adapter is such a product."""
+        return self.groups == 1 and len(self.kernel) < 3
+
+    @property
     def feature_dimension(self) -> int:  # type: ignore[override]
         """Before the sizes."""
         return -1 - len(self.kernel)

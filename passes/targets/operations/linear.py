@@ -24,7 +24,7 @@ _ADDED = Places(input=1, weight=(2, "mat2"), bias=(0, "input"), flip=True)
 class Linear(Kind):
     """``F.linear``; also ``addmm`` with the weight stored ``[in, out]`` (GPT-2's Conv1D)."""
 
-    takes_lanes = gathers = takes_rotation = True
+    takes_lanes = gathers = takes_rotation = takes_kronecker = True
 
     def update_ranks(
         self, x: Tensor, a: Tensor, b: Tensor, d: Tensor, *, narrowed: bool, masked: bool = True

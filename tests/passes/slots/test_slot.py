@@ -46,7 +46,7 @@ def called(made: Slot, base: nn.Module, x: Tensor) -> Tensor:
         return slot(made.kind, base, x, rank=made.rank, **operands)
 
 
-@pytest.mark.parametrize("features", [(), ("g_in",), ("g_out", "shift"), tuple(FEATURES)], ids=str)
+@pytest.mark.parametrize("features", [(), ("g_in",), ("g_out", "shift"), ("w1", "w2"), tuple(FEATURES)], ids=str)
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_computes_the_formula(features: tuple[str, ...], dynamic: bool) -> None:
     rank = ActiveRank(8) if dynamic else None
@@ -58,6 +58,7 @@ def test_computes_the_formula(features: tuple[str, ...], dynamic: bool) -> None:
     if "rotation" in features:
         gained = gained + gained @ torch.block_diag(*made.rotation)
     wanted = base(gained) + ((gained @ made.a.T) * made.d) @ made.b
+    wanted = wanted + gained @ torch.kron(made.w1, made.w2).T if "w1" in features else wanted
     wanted = wanted * made.g_out if "g_out" in features else wanted
     wanted = wanted + made.shift if "shift" in features else wanted
     assert_close(called(made, base, X), wanted.detach())
@@ -110,7 +111,7 @@ def test_a_dtype_reaches_the_factors_and_not_the_scales() -> None:
     values = {name: buffer.clone() for name, buffer in made.named_buffers()}
     made.to(torch.bfloat16)
     assert {name: b.dtype for name, b in made.named_buffers()} == {
-        name: torch.bfloat16 if name in ("a", "b", "rotation") else torch.float32 for name in values
+        name: torch.bfloat16 if name in ("a", "b", "rotation", "w1", "w2") else torch.float32 for name in values
     }
     assert all(torch.equal(b, values[name].to(b.dtype)) for name, b in made.named_buffers())
     assert all(slot_of(b) is made for b in made.buffers())
