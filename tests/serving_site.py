@@ -58,7 +58,8 @@ def alone(folder: Path | None, ids: list[int], made: int, scale: float = 1.0) ->
     model = base()
     if folder is not None:
         fxpeft.load_adapter(model, folder)
-        fxpeft.set_scale(model, "default", scale)
+        if scale != 1:  # a prompt has none
+            fxpeft.set_scale(model, "default", scale)
     row = torch.tensor([ids])
     for _ in range(made):
         row = torch.cat([row, model(row).logits[:, -1:].argmax(-1)], 1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
 from fxpeft.errors import AdapterError
-from fxpeft.methods.row_prompts import Prompt, RowPrompts, TaskPrompts
+from fxpeft.methods.row_prompts import Prompt, RowPrompts, TaskPrompts, TokenPrompts
 
 IGNORED = -100  # a label that no loss counts
 OF_TRAINING = {  # arguments of prompts in training -> why a slot takes none
@@ -40,7 +40,7 @@ def cache_argument(arguments: Mapping[str, inspect.Parameter]) -> str:
 def embed_prompt(
     inputs: dict[str, Any],
     *,
-    prompt: Prompt,
+    prompt: Prompt | TokenPrompts,
     embed: nn.Module,
     virtual: int,
     task: str,
@@ -52,6 +52,7 @@ def embed_prompt(
     Args:
         inputs: the forward's arguments by name.
         prompt: ``[rows, hidden]``, the same for the whole batch or each row's own; the first ``virtual`` rows are used.
+            Of tokens: they take the place of the embeddings of tokens that are there.
         embed: the model's input embeddings.
         task: PEFT's task type; it says what becomes of labels and token types.
         cache: the forward's name of its cache; see :func:`cache_argument`.
@@ -67,6 +68,10 @@ def embed_prompt(
         return inputs  # the encoder has seen the prompt, and generate has extended its mask
     inputs = _renamed(inputs, cache)
     out = dict(inputs)
+    if isinstance(prompt, TokenPrompts):
+        tokens = embed(out["input_ids"]) if out.get("inputs_embeds") is None else out["inputs_embeds"]
+        out["inputs_embeds"], out["input_ids"] = torch.where(prompt.there, prompt.values.to(tokens), tokens), None
+        return out
     _drop(out, "position_ids", "they are counted with the virtual tokens")
     if task in ("SEQ_CLS", "TOKEN_CLS"):
         out["token_type_ids"] = _extended(out.get("token_type_ids"), virtual, 0)
@@ -242,7 +247,7 @@ class PromptGeneration(FedModel):
         )
 
 
-def _running(model: Any) -> tuple[Any, Callable[[], Prompt | TaskPrompts]]:
+def _running(model: Any) -> tuple[Any, Callable[[], Any]]:
     """The plan of the prompt that the model runs now, and what gives the prompt."""
     slot = model._modules.get("slot")
     if slot is not None:
@@ -254,7 +259,7 @@ def _running(model: Any) -> tuple[Any, Callable[[], Prompt | TaskPrompts]]:
     raise AdapterError(f"{type(model).__name__} runs a prompt's forward, but no prompt is active")
 
 
-def _of_lanes(model: Any) -> tuple[bool, Prompt]:
+def _of_lanes(model: Any) -> tuple[bool, Any]:
     """Whether slots have lanes, so that calls may have no prompt or each row its own; and that, where they have."""
     slot = model._modules.get("slot")
     return (True, slot()) if slot is not None and slot.lanes is not None else (False, None)
@@ -270,7 +275,7 @@ def _encoder_prompt(model: Any) -> tuple[int, Prompt | TaskPrompts]:
 def _decoder_virtual(model: Any) -> tuple[int, str]:
     """How many virtual tokens the decoder's cache holds, and the name of the mask that covers them."""
     plan, (lanes, prompt) = _running(model)[0], _of_lanes(model)
-    virtual = 0 if lanes and prompt is None else plan.rank
+    virtual = 0 if lanes and (prompt is None or isinstance(prompt, TokenPrompts)) else plan.rank
     if plan.task != "SEQ_2_SEQ_LM":
         return virtual, "attention_mask"
     return virtual if plan.prefix else 0, "decoder_attention_mask"

@@ -75,5 +75,16 @@ class TaskPrompts(NamedTuple):
         return own[0] if own.shape[0] == 1 else RowPrompts(own, None, 1)
 
 
+class TokenPrompts(NamedTuple):
+    """Virtual tokens that stand in a batch's rows already, as tokens whose ids say nothing.
+
+    Args:
+        values: ``[rows, tokens, width]``. there: ``[rows, tokens, 1]``, which tokens are such.
+    """
+
+    values: Tensor
+    there: Tensor
+
+
 #: one prompt ``[rows, width]`` for all rows of a batch, each row's own, or none
 Prompt: TypeAlias = Tensor | RowPrompts | None

@@ -40,11 +40,13 @@ class Named:
         mixtures: each adapter's name -> its weight; empty: the bare base.
         ids: which of them a row has, ``[rows]``, or a token, ``[rows, tokens]``.
         repeats: how many rows of a call each may stand for, side by side, as beams do.
+        virtual: for each token its place in the soft prompt of what it names, or -1, ``[rows, tokens]``.
     """
 
     mixtures: Sequence[Mapping[str, float]]
     ids: Tensor
     repeats: int = 1
+    virtual: Tensor | None = None
 
     def names(self) -> list[str]:
         """The adapters that are named, each once."""
@@ -325,7 +327,8 @@ class Board:
             if lanes.held is None or lanes.held[:2] != (named, self.version):
                 prompted = any(self.placed[name].adapter.prompt is not None for name in named.names())
                 tensors, starts = self._tensors(named)
-                lanes.name(tensors, named.repeats, prompted)
+                virtual = None if named.virtual is None or not prompted else named.virtual.to(tensors.picks.device)
+                lanes.name(tensors, named.repeats, prompted, virtual)
                 lanes.held = (named, self.version, starts)
             if reach is not None and named.ids.ndim == 1:  # what is named for a token acts there
                 lanes.act(reach.of_rows(lanes.held[2], named.repeats))

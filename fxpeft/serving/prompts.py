@@ -17,7 +17,7 @@ from fxpeft.adapters.state import Adapter
 from fxpeft.errors import AdapterError
 from fxpeft.methods import METHODS, method_of
 from fxpeft.methods.prompts import PromptLearningConfig, PromptMethod, PromptPlan, forward_arguments
-from fxpeft.methods.row_prompts import Prompt, RowPrompts
+from fxpeft.methods.row_prompts import Prompt, RowPrompts, TokenPrompts
 from fxpeft.model.placement import placement
 from fxpeft.model.wrappers import submodule
 from fxpeft.passes.live import Container, feed_module, is_bound, unbind
@@ -75,7 +75,7 @@ class PromptSlot(Container):
         alone = "" if lanes is None else why_alone(model, plan)
         return cls(site, plan, device=device, dtype=weight.dtype, lanes=lanes, alone=alone)
 
-    def forward(self) -> Prompt:
+    def forward(self) -> Prompt | TokenPrompts:
         """The prompt of a call."""
         lanes = self.lanes
         if lanes is None:
@@ -85,6 +85,10 @@ class PromptSlot(Container):
         if not lanes.prompted:
             return None
         picks = owners(lanes, self.brings)
+        if picks.ndim > 1:  # tokens are named, and those of prompts are among them
+            virtual = lanes.virtual
+            places = picks * self.plan.rows + virtual.clamp(min=0)
+            return TokenPrompts(self.lane_prompts.flatten(0, 1)[places], (virtual >= 0).unsqueeze(-1))
         there = None if self.alone else (picks < lanes.count).unsqueeze(-1)
         return RowPrompts(self.lane_prompts.index_select(0, picks), there, lanes.repeats)
 

@@ -110,6 +110,10 @@ class Lease:
         mixes = ({n: w for n, w in self._mix.items() if (at := starts[n]) is not None and at <= p} for p in places)
         return [(place, self.renamed(mix) or {}) for place, mix in zip(places, mixes, strict=True)]
 
+    def prompted(self) -> bool:
+        """Whether one of them has a soft prompt."""
+        return any(version.adapter.prompt is not None for version in self.versions())
+
     def versions(self) -> list[Version]:
         """What it holds."""
         return list(self._held.values())

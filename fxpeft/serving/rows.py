@@ -61,13 +61,17 @@ def rows(model: nn.Module, names: Sequence[Lane]) -> AbstractContextManager[None
     return _naming(model, board, named)
 
 
-def tokens(model: nn.Module, names: Sequence[Sequence[Lane]]) -> AbstractContextManager[None]:
+def tokens(
+    model: nn.Module, names: Sequence[Sequence[Lane]], virtual: Sequence[Sequence[int]] | None = None
+) -> AbstractContextManager[None]:
     """Give each token adapters of its own, as :func:`rows` does each row.
 
     That is for batches that hold several requests in one row, as those of continuous batching, ``[1, tokens]``.
 
     Args:
         names: for each row, for each of its tokens, what :func:`rows` takes for a row; as many for every row.
+        virtual: where one of them has a soft prompt of embeddings: for each token its place in the prompt of what it
+            names, or -1 for a token of text. Tokens of a prompt stand before their request's own, with any id.
 
     Raises:
         AdapterError, LockError: as :func:`rows`.
@@ -80,7 +84,14 @@ def tokens(model: nn.Module, names: Sequence[Sequence[Lane]]) -> AbstractContext
     if len(set(counts)) > 1 or not counts[0]:
         raise AdapterError(f"tokens: expected a name for every token, as many in each row, found {short(counts)}")
     mixtures, ids = _numbered([name for row in found for name in row])
-    return _naming(model, board, Named(mixtures, torch.tensor(ids).view(len(found), -1)))
+    places = None
+    if virtual is not None:
+        if [len(row) for row in virtual] != counts or any(type(place) is not int for row in virtual for place in row):
+            raise AdapterError(
+                f"virtual: expected an integer for every token, as names has them, found {short(virtual)}"
+            )
+        places = torch.tensor([list(row) for row in virtual])
+    return _naming(model, board, Named(mixtures, torch.tensor(ids).view(len(found), -1), virtual=places))
 
 
 def _prepared(model: nn.Module) -> tuple[nn.Module, Board]:
@@ -209,10 +220,10 @@ def check_named(state: ModelState, board: Board, named: Named) -> None:
     for adapter in state.running():
         board.check_rows_take(adapter)
     prompts = [name for name in names if state.get(name).prompt is not None]
-    if prompts and named.ids.ndim > 1:
-        raise AdapterError(f"tokens: {prompts[0]}: a prompt stands before a whole row, tokens can't name it: use rows")
+    if named.ids.ndim > 1:
+        _check_virtual(board, named, prompts)
     bare = next((m for m in named.mixtures if m.keys().isdisjoint(prompts)), None) if prompts else None
-    if bare is not None and board.prompts is not None and board.prompts.alone:
+    if named.ids.ndim == 1 and bare is not None and board.prompts is not None and board.prompts.alone:
         raise AdapterError(
             f"rows: {', '.join(bare) or None} has no prompt, and {prompts[0]} has one: beside it a row without can't "
             f"be masked where the prompt is, since {board.prompts.alone}; call the model once for each"
@@ -235,3 +246,36 @@ def check_named(state: ModelState, board: Board, named: Named) -> None:
                     f"{'rows of an embedding' if adapter.plan.tokens else 'gains'} ({method_of(adapter.config).name}) "
                     "don't grow with a scale"
                 )
+
+
+def _check_virtual(board: Board, named: Named, prompts: Sequence[str]) -> None:
+    """Refuse tokens of prompts that aren't there.
+
+    Raises:
+        AdapterError: what of them, and why.
+    """
+    virtual = named.virtual
+    if prompts and board.prompts is not None and board.prompts.plan.prefix:
+        raise AdapterError(
+            f"tokens: {prompts[0]}: a prompt stands before a whole row, and of keys and values no token can stand for "
+            "one of it: use rows"
+        )
+    if virtual is None:
+        if prompts:
+            raise AdapterError(
+                f"tokens: {prompts[0]}: a prompt stands before a whole row, tokens can't name it unless virtual says "
+                "which of them are its: use rows"
+            )
+        return
+    if virtual.shape != named.ids.shape:
+        raise AdapterError(f"virtual: expected {list(named.ids.shape)}, as names, found {list(virtual.shape)}")
+    most = -1 if board.prompts is None else board.prompts.plan.rank - 1
+    low, high = (int(found) for found in (virtual.min(), virtual.max()))
+    if low < -1 or high > most:
+        raise AdapterError(f"virtual: expected places from -1 to {most}, found {low if low < -1 else high}")
+    for number in set(named.ids[virtual >= 0].tolist()):
+        if named.mixtures[number].keys().isdisjoint(prompts):
+            name = ", ".join(named.mixtures[number]) or None
+            raise AdapterError(
+                f"virtual: a token that names {name} can't stand for one of a prompt, which that has not"
+            )

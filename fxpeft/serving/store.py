@@ -206,22 +206,34 @@ class AdapterStore:
                 yield
 
     @contextmanager
-    def tokens(self, names: Sequence[Sequence[Lane]], *, timeout: float | None = None) -> Iterator[None]:
+    def tokens(
+        self,
+        names: Sequence[Sequence[Lane]],
+        virtual: Sequence[Sequence[int]] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Iterator[None]:
         """:func:`fxpeft.tokens` with the store's names."""
         found = [[mixture(name) for name in row] for row in names]
         with self._lease(_weights(itertools.chain(*found)), timeout) as lease:
-            with self._timed(tokens(self.model, [[lease.renamed(mix) for mix in row] for row in found])):
+            with self._timed(tokens(self.model, [[lease.renamed(mix) for mix in row] for row in found], virtual)):
                 yield
 
     @contextmanager
-    def batch(self, leases: Sequence[Lease | None], acting: Sequence[Lane] | None = None) -> Iterator[None]:
+    def batch(
+        self,
+        leases: Sequence[Lease | None],
+        acting: Sequence[Lane] | None = None,
+        virtual: Sequence[int] | None = None,
+    ) -> Iterator[None]:
         """:func:`fxpeft.tokens` of one row, with a lease for each token.
 
         Args:
             acting: what of each lease's lane acts on its token; all of it by default.
+            virtual: the token's place in the soft prompt of its lease, or -1.
         """
         lanes = [None if lease is None else lease.lane for lease in leases] if acting is None else acting
-        with self._timed(tokens(self.model, [lanes])):
+        with self._timed(tokens(self.model, [lanes], None if virtual is None else [virtual])):
             yield
 
     def fit(self, leases: Iterable[Lease | None]) -> bool:

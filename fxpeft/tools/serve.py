@@ -28,6 +28,7 @@ def serve(
     module_to_save: Annotated[
         list[str] | None, typer.Option(help="A module that adapters may bring whole, as lm_head; repeatable.")
     ] = None,
+    virtual_tokens: Annotated[int | None, typer.Option(min=1, help="Of each soft prompt, for their methods.")] = None,
     adapter_bytes: Annotated[int, typer.Option(min=1, help="Memory for adapters.")] = 8 << 30,
     cache_tokens: Annotated[int, typer.Option(min=64, help="Room for keys and values.")] = 16384,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Of one forward.")] = 512,
@@ -48,7 +49,7 @@ def serve(
     settings = Settings(
         model, adapters, name, host, port, api_key, lanes, max_rank, tuple(method or ("lora",)), targets, adapter_bytes,
         cache_tokens, batch_tokens, queue, timeout, drain, device, dtype, log_level, compiled,
-        tuple(module_to_save or ()),
+        tuple(module_to_save or ()), virtual_tokens,
     )  # fmt: skip
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once all is answered
     with open_server(settings) as server:

@@ -54,8 +54,9 @@ class Lanes(threading.local):
             use only.
 
     ``named``: what rows are named for, of no rows where none are. ``repeats``: how many rows of a call each may stand
-    for, side by side. ``prompted``: whether one of them has a prompt. ``reach``: from which tokens of the call on they
-    act, read in slots that were declared for it. ``held``: what the owner of this remembers of its rows.
+    for, side by side. ``prompted``: whether one of them has a prompt. ``virtual``: ``[rows, tokens]``, where tokens are
+    named and some have: the place of each in its adapter's prompt, or -1. ``reach``: from which tokens of the call on
+    they act, read in slots that were declared for it. ``held``: what the owner of this remembers of its rows.
     """
 
     def __init__(self, count: int, max_rank: int, dynamic: bool = True) -> None:
@@ -69,12 +70,13 @@ class Lanes(threading.local):
             sizes, numbers = ((0, LEAST), (0, self.count)), torch.empty(0, dtype=torch.long)
             mask, weights = (torch.empty(size) for size in sizes)
             self.named, self.repeats, self.held = RowTensors(mask, weights, numbers, numbers, mask), 1, None
-            self.prompted, self.reach = False, LaneReach(numbers, numbers, numbers)
+            self.prompted, self.virtual, self.reach = False, numbers, LaneReach(numbers, numbers, numbers)
 
-    def name(self, named: RowTensors, repeats: int, prompted: bool = False) -> None:
+    def name(self, named: RowTensors, repeats: int, prompted: bool = False, virtual: Tensor | None = None) -> None:
         """Name the rows of this thread's calls."""
         self._sized(named.mask, named.ranks, named.own)
         self.named, self.repeats, self.prompted = named, repeats, prompted
+        self.virtual = named.picks.new_empty(0) if virtual is None else virtual
 
     def act(self, reach: LaneReach) -> None:
         """Say from which tokens of this thread's call on the ranks act."""

@@ -67,6 +67,13 @@ def test_transformers_is_as_the_server_needs_it(where: Any, text: str) -> None:
     assert text in inspect.getsource(where), f"{CHANGED}: {where.__qualname__} has no {text!r}"
 
 
+SOFT = {
+    "soft": fxpeft.PromptTuningConfig(num_virtual_tokens=3),
+    "task": fxpeft.MultitaskPromptTuningConfig(num_virtual_tokens=3, num_ranks=2),
+    "prefix": fxpeft.PrefixTuningConfig(num_virtual_tokens=3),
+}
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hooks")
@@ -79,6 +86,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         r=3, lora_alpha=64, target_modules=["q_proj", "down_proj"], alora_invocation_tokens=[9, 30]
     )
     save(serving_site.base(), invoked, folder / "adapters" / "invoked", seed=13)
+    for seed, (name, soft) in enumerate(SOFT.items()):
+        save(serving_site.base(), soft, folder / "adapters" / name, seed=20 + seed)
     return folder
 
 
@@ -92,12 +101,14 @@ def run(root: Path) -> Iterator[Callable[..., AdapterBatching]]:
         compiled: bool = False,
         saved: tuple[str, ...] = (),
         methods: tuple[str, ...] = ("lora",),
+        virtual: int | None = None,
     ) -> AdapterBatching:
         if (key := f"{targets} {compiled} {saved} {methods}") not in made:
             model = serving_site.base()
             fxpeft.prepare_hotswap(
-                model, 12, targets=targets, lanes=3, hold_generate=False, modules_to_save=saved, methods=methods
-            )
+                model, 12, targets=targets, lanes=3, hold_generate=False, modules_to_save=saved, methods=methods,
+                num_virtual_tokens=virtual,
+            )  # fmt: skip
             store = fxpeft.AdapterStore(model, root / "adapters")
             made[key] = start(model, store, tokens=512, batch_tokens=32, requests=8, compiled=compiled)
         return made[key]
@@ -141,9 +152,9 @@ def seen(batching: AdapterBatching, monkeypatch: pytest.MonkeyPatch) -> list[set
     forwards: list[set[str]] = []
     before = batching.store.batch
 
-    def batch(leases: Any, acting: Any) -> Any:
+    def batch(leases: Any, *more: Any) -> Any:
         forwards.append({version.name for lease in leases if lease for version in lease.versions()})
-        return before(leases, acting)
+        return before(leases, *more)
 
     monkeypatch.setattr(batching.store, "batch", batch)
     return forwards
@@ -204,6 +215,55 @@ def test_an_invocation_is_looked_for_in_each_request(run: Callable[..., AdapterB
         model(input_ids=torch.tensor([[5, 9, 30, 5]]), cu_seq_lens_q=torch.tensor([0, 2, 4]))
 
 
+def test_requests_have_soft_prompts_beside_others(
+    run: Callable[..., AdapterBatching], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt's tokens stand before those of its request, and only there; a client is told of its own alone."""
+    batching = run(targets=["q_proj", "down_proj"], methods=("lora", "prompt_tuning"), virtual=3)
+    forwards = seen(batching, monkeypatch)
+    lanes = ["soft", "task", None, "a0", {"soft": 1.0, "a0": 0.5}, "soft"]
+    prompts = [list(range(4, 6 + 3 * number)) for number in range(len(lanes))]
+    prompts[-1] = list(range(4, 54))  # longer than a forward
+
+    async def all_of_them() -> list[list[int]]:
+        return await asyncio.gather(*(ask(batching, lane, ids, 20) for lane, ids in zip(lanes, prompts, strict=True)))
+
+    for lane, ids, found in zip(lanes, prompts, asyncio.run(all_of_them()), strict=True):
+        model = serving_site.base()
+        for name, scale in lane.items() if isinstance(lane, dict) else [(lane, 1.0)] if lane else []:
+            fxpeft.load_adapter(model, root / "adapters" / name, name)
+            if scale != 1:
+                fxpeft.set_scale(model, name, scale)
+        if isinstance(lane, dict):
+            fxpeft.set_adapter(model, list(lane))
+        made = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, pad_token_id=0)
+        assert found == made[0, len(ids) :].tolist(), lane
+    assert max(map(len, forwards)) == 3
+
+    async def told() -> None:
+        done = asyncio.get_running_loop().create_future()
+        asked.set(Asked(await asyncio.to_thread(batching.store.lease, "soft"), GREEDY))
+        batching.register_result_handler("one", done.set_result)
+        batching.add_request([5, 6], "one", 1)
+        output = await asyncio.wait_for(done, 30)
+        assert (output.prompt_ids, len(output.generated_tokens)) == ([5, 6], 1)
+        asked.set(Asked(batching.store.lease("soft"), GREEDY))
+        with pytest.raises(fxpeft.AdapterError, match="expected 1 to 124"):
+            batching.add_request([5] * 125, "long", 1)
+        asked.get().lease.release()
+
+    asyncio.run(told())
+    assert not batching.virtual
+
+
+def test_a_prefix_has_no_tokens_to_stand_for(run: Callable[..., AdapterBatching]) -> None:
+    batching = run(targets=["q_proj", "down_proj"], methods=("lora", "prefix_tuning"), virtual=3)
+    asked.set(Asked(batching.store.lease("prefix"), GREEDY))
+    with pytest.raises(fxpeft.AdapterError, match="batches of requests compute those of every token; use prompt"):
+        batching.add_request([5], "name", 1)
+    asked.get().lease.release()
+
+
 def test_other_adapters_compile_nothing_anew(
     run: Callable[..., AdapterBatching], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +276,9 @@ def test_other_adapters_compile_nothing_anew(
         return ContinuousBatchingConfig(varlen_compile_config=compile_config, **settings)
 
     monkeypatch.setattr(ours, "ContinuousBatchingConfig", config)
-    batching = run(targets=["q_proj", "down_proj"], compiled=True)
+    batching = run(
+        targets=["q_proj", "down_proj"], compiled=True, methods=("lora", "prompt_tuning"), virtual=3
+    )  # fmt: skip
 
     async def turn(lanes: list[str | None], prompts: list[list[int]]) -> list[list[int]]:
         return await asyncio.gather(*(ask(batching, lane, ids) for lane, ids in zip(lanes, prompts, strict=True)))
@@ -229,6 +291,13 @@ def test_other_adapters_compile_nothing_anew(
         for lane, ids, tokens in zip(lanes, prompts, found, strict=True):
             assert tokens == serving_site.alone(lane and root / "adapters" / lane, ids, 4)
         assert frames["total"] == before > 0
+    asyncio.run(turn(["soft", None, "a0"], [[5, 6], [7], [8, 9]]))  # prompts are one graph more, and no other
+    before = frames["total"]
+    for lanes in (["task", "a3", "soft", None], ["task"], ["soft", "a0"], ["a3", None]):
+        prompts = [list(range(4, 7 + 3 * number)) for number in range(len(lanes))]
+        for lane, ids, tokens in zip(lanes, prompts, asyncio.run(turn(lanes, prompts)), strict=True):
+            assert tokens == serving_site.alone(lane and root / "adapters" / lane, ids, 4)
+        assert frames["total"] == before
     torch._dynamo.reset()
 
 

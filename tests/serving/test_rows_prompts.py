@@ -176,6 +176,46 @@ def test_what_counts_from_the_beginning_is_refused() -> None:
         pass
 
 
+def test_tokens_stand_for_those_of_a_prompt(site: Site) -> None:
+    """As a batch of requests has them: each its own prompt's, or none, in rows of one length."""
+    if site.model.slot.plan.prefix:
+        with (
+            pytest.raises(AdapterError, match="tokens: p: a prompt stands before a whole row, and of keys and values"),
+            fxpeft.tokens(site.model, [["p"]], [[0]]),
+        ):
+            pass
+        return
+    names: list[Any] = ["q", {"p": 1, "l": 1}, None, "l"]
+    ids = torch.cat((torch.zeros(4, VIRTUAL, dtype=torch.long), IDS), dim=1)
+    ids[2:, :6], ids[2:, 6:] = IDS[2:], 0  # whose own tokens come first; causal, they don't see what is behind
+    places = [*range(VIRTUAL), *[-1] * 6]
+    virtual = [places, places, [-1] * 10, [-1] * 10]
+    store = fxpeft.AdapterStore(site.model, Path(site.folders["p"]).parent)
+    for named in (fxpeft.tokens(site.model, [[n] * 10 for n in names], virtual),
+                  store.tokens([[n] * 10 for n in names], virtual)):  # fmt: skip
+        with torch.no_grad(), named:
+            found = site.model(ids).logits
+        assert found.shape[1] == 10
+        for row, name in enumerate(names):
+            alone = site.alone("p" if row == 1 else name)
+            if row == 1:
+                fxpeft.load_adapter(alone, site.folders["l"], "l")
+                fxpeft.set_adapter(alone, ["default", "l"])
+            own = found[row, :6] if row > 1 else found[row, -6:]
+            torch.testing.assert_close(own, alone(IDS[row : row + 1]).logits[0, -6:], rtol=1e-5, atol=1e-5)
+    store.close()
+    wrong: list[tuple[Any, Any, str]] = [
+        ([["p", "p"]], [[0]], "virtual: expected an integer for every token"),
+        ([["p"]], [[0.5]], "virtual: expected an integer for every token"),
+        ([["p"]], [[VIRTUAL]], f"virtual: expected places from -1 to {VIRTUAL - 1}, found {VIRTUAL}"),
+        ([["p", "l"]], [[0, 0]], "a token that names l can't stand for one of a prompt"),
+        ([["p", None]], [[0, 1]], "a token that names None can't stand for one of a prompt"),
+    ]
+    for tokens, places_of, message in wrong:
+        with pytest.raises(AdapterError, match=message), fxpeft.tokens(site.model, tokens, places_of):
+            pass
+
+
 def test_a_store_hands_prompts_to_rows(site: Site) -> None:
     store = fxpeft.AdapterStore(site.model, Path(site.folders["p"]).parent)
     names: list[Any] = ["q", None, "p", "l"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -99,8 +99,9 @@ class AdapterBatching(ContinuousBatchingManager):
         self.store, self.most = store, most
         self.leases: dict[str, Lease] = {}
         self.lanes: dict[str, list[tuple[int, dict[str, float]]]] = {}  # from which token of a request on it names what
+        self.virtual: dict[str, int] = {}  # how many tokens of a soft prompt stand before those of a request
         self.prompt_tokens = self.made_tokens = 0
-        self.output_router = _Router(self._over)
+        self.output_router = _Router(self._over, self.virtual)
         self.choice = _Choice()
         self.logit_processor = _sampling(self.choice)
 
@@ -120,20 +121,24 @@ class AdapterBatching(ContinuousBatchingManager):
             AdapterError: it has no tokens, or more than there is room for. Stopping: the server stops.
         """
         request, name = asked.get(), request_id or uuid.uuid4().hex
-        room = self.most - len(input_ids)
+        virtual = self._virtual_of(request.lease)
+        room = self.most - virtual - len(input_ids)
         if not input_ids or room < 1:
-            raise AdapterError(f"a prompt of {len(input_ids)} tokens: expected 1 to {self.most - 1}")
+            raise AdapterError(f"a prompt of {len(input_ids)} tokens: expected 1 to {self.most - virtual - 1}")
         if max_new_tokens is not None and max_new_tokens < 1:
             raise AdapterError(f"expected to make at least 1 token, found {max_new_tokens}")
         if name in self.leases:
             raise AdapterError(f"request {name!r} is under way")
         self._hear(name)
-        self.leases[name], self.lanes[name] = request.lease, request.lease.acting(input_ids)
+        acting = request.lease.acting(input_ids)
+        self.leases[name], self.lanes[name] = request.lease, [(at and at + virtual, mix) for at, mix in acting]
+        self.virtual[name] = virtual
         request.taken = True
         length = min(room, max_new_tokens or room)
         try:
             sampling = {**logit_processor_kwargs, **request.sampling}
-            added = super().add_request(input_ids, name, length, streaming, record_timestamps, eos_token_id, **sampling)
+            ids = [0] * virtual + list(input_ids)  # whatever stands there, the soft prompt takes its place
+            added = super().add_request(ids, name, length, streaming, record_timestamps, eos_token_id, **sampling)
             if added is None:
                 raise Stopping("the server is stopping")
         except BaseException:
@@ -142,6 +147,21 @@ class AdapterBatching(ContinuousBatchingManager):
             raise
         self.prompt_tokens += len(input_ids)
         return name
+
+    def _virtual_of(self, lease: Lease) -> int:
+        """How many tokens of a soft prompt stand before those of a request.
+
+        Raises:
+            AdapterError: it is one of keys and values, which no token can stand for.
+        """
+        slot = serving_of(state_of(self.model)).prompts
+        if slot is None or not lease.prompted():
+            return 0
+        if slot.plan.prefix:
+            raise AdapterError(
+                "a prefix of keys and values: batches of requests compute those of every token; use prompt tuning"
+            )
+        return slot.plan.rank
 
     def _hear(self, name: str) -> None:
         """Have outputs of a request wait for its handler, which for streams is there only after it was added."""
@@ -171,6 +191,7 @@ class AdapterBatching(ContinuousBatchingManager):
     def give_back(self, request_id: str) -> None:
         """Release what a request that is over had."""
         lease, _ = self.leases.pop(request_id, None), self.lanes.pop(request_id, None)
+        self.virtual.pop(request_id, None)
         if lease is not None:
             lease.release()
 
@@ -189,14 +210,19 @@ class AdapterBatching(ContinuousBatchingManager):
         batch: Any = self.batch_processor and self.batch_processor.inputs_and_outputs
         leases: list[Lease | None] = []
         lanes: list[dict[str, float] | None] = []
+        virtual: list[int] = []
+        prompted = False
         for each in batch.requests_in_batch:
             name, count = each.state.request_id, each.query_length
             leases += [self.leases[name]] * count
             first = each.state.position_offset - count  # it has been moved on to behind these tokens
-            own = self.lanes[name]
-            lanes += [next(mix for at, mix in reversed(own) if at <= place) for place in range(first, first + count)]
+            own, before, places = self.lanes[name], self.virtual[name], range(first, first + count)
+            lanes += [next(mix for at, mix in reversed(own) if at <= place) for place in places]
+            prompted |= before > 0
+            virtual += [place if place < before else -1 for place in places]
         padding: list[None] = [None] * (batch.num_q_tokens - len(leases))
-        with self.store.batch([*leases, *padding], [*lanes, *padding]), hold(self.model):
+        soft = [*virtual, *(-1 for _ in padding)] if prompted else None
+        with self.store.batch([*leases, *padding], [*lanes, *padding], soft), hold(self.model):
             super()._generation_step()
         if self.choice.broken and self.batch_processor is not None:  # attention may have brought it to the others
             problem = "the logits of a request that ran in one batch with this one are no numbers; ask again"
@@ -207,15 +233,16 @@ class AdapterBatching(ContinuousBatchingManager):
 class _Router(OutputRouter):
     """Tells when a request is over, and keeps nothing that nobody hears."""
 
-    def __init__(self, over: Callable[[GenerationOutput], None]) -> None:
+    def __init__(self, over: Callable[[GenerationOutput], None], virtual: Mapping[str, int]) -> None:
         super().__init__()
-        self._over = over
+        self._over, self._virtual = over, virtual
 
     def deliver(self, output: GenerationOutput) -> None:
         self.deliver_batch([output])
 
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
         for output in outputs:
+            output.prompt_ids = output.prompt_ids[self._virtual.get(output.request_id, 0) :]
             if output.is_finished():
                 self._over(output)
         with self._lock:

@@ -32,7 +32,7 @@ class Settings:
 
     Args:
         model: a folder or hub id. adapters: a folder with a folder for each adapter. name: the base's, for clients.
-        lanes, max_rank, methods, targets, modules_to_save: as of :func:`fxpeft.prepare_hotswap`.
+        lanes, max_rank, methods, targets, modules_to_save, num_virtual_tokens: as of :func:`fxpeft.prepare_hotswap`.
         adapter_bytes: memory for adapters. cache_tokens: room for keys and values. batch_tokens: of one forward.
         queue: requests under way at most. timeout: seconds of a request. drain: seconds that a stop waits for them.
         compiled: run the forward through ``torch.compile``.
@@ -59,6 +59,7 @@ class Settings:
     log_level: str = "info"
     compiled: bool = False
     modules_to_save: Sequence[str] = ()
+    num_virtual_tokens: int | None = None
 
 
 @contextmanager
@@ -69,7 +70,7 @@ def open_server(settings: Settings) -> Iterator[uvicorn.Server]:
     model, processor = models._load_model(place), models._load_processor(place)
     prepare_hotswap(
         model, settings.max_rank, targets=settings.targets, methods=settings.methods, lanes=settings.lanes,
-        hold_generate=False, modules_to_save=settings.modules_to_save,
+        hold_generate=False, modules_to_save=settings.modules_to_save, num_virtual_tokens=settings.num_virtual_tokens,
     )  # fmt: skip
     with ExitStack() as stack:
         store = AdapterStore(model, settings.adapters, max_bytes=settings.adapter_bytes)
