@@ -171,6 +171,12 @@ def check_together(adapters: list[Adapter]) -> None:
     for what, names in alone.items():
         if what and len(names) > 1:
             raise AdapterError(f"only one {what} can be active at a time, found {', '.join(names)}")
+    held: dict[tuple[str, str], str] = {}
+    for adapter in adapters:
+        for site, plan in adapter.plan.sites.items():
+            other = held.setdefault((site, plan.alone), adapter.name) if plan.alone else adapter.name
+            if other != adapter.name:
+                raise AdapterError(f"{site}: only one {plan.alone} can be active, found {other} and {adapter.name}")
     check_apart(adapters)
     for attribute_name in ("saved", "tensors"):
         seen: dict[str, str] = {}

@@ -2,12 +2,15 @@
 
     y = s * (base(x R) - bias) + bias,    R = R_m ... R_2 R_1,    R_i = P_i diag(...) P_i^T
 
-R is one of blocks, each ``boft_block_size * 2^(m - 1)`` inputs wide, so that OFT's place in a slot holds it.
+R is one of blocks, each ``boft_block_size * 2^(m - 1)`` inputs wide, so that OFT's place in a slot holds it. At a
+convolution whose kernel is wider than one it mixes the kernel's positions with the inputs, which no rotation of the
+input does: there it is an update of the weight, ``[out, in * kernel]``, of full rank.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from fxpeft.errors import AdapterError
 from fxpeft.methods.base import Base, Kept, Method, SiteAdapter, SitePlan, SlotValues
 from fxpeft.methods.config import AdapterConfig
+from fxpeft.methods.lycoris import applied, full_rank
 from fxpeft.methods.oft import cayley, check_rotates
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.slots.rotation import rotated, widened
@@ -75,7 +79,16 @@ class BoftPlan(SitePlan):
 
     @property
     def block(self) -> int:
-        return int(self.size * 2 ** (self.factors - 1))
+        return 0 if is_wide(self.kind) else int(self.size * 2 ** (self.factors - 1))
+
+    @property
+    def alone(self) -> str:
+        return "BOFT adapter" if is_wide(self.kind) else ""
+
+
+def is_wide(kind: Kind) -> bool:
+    """Whether a target has a kernel of more than one position."""
+    return math.prod(kind.kernel) > 1
 
 
 def butterfly(size: int, factors: int) -> list[list[int]]:
@@ -108,6 +121,14 @@ def product(turned: Tensor, factors: int) -> Tensor:
     for each, order in zip(turned, butterfly(size, factors), strict=True):
         whole = torch.bmm(eye + widened(each, len(eye))[:, order][:, :, order], whole)
     return whole - eye
+
+
+@one_node
+def change(weight: Tensor, rotation: Tensor, gain: Tensor) -> Tensor:
+    """What is added to a weight ``[out, in, *kernel]`` that is rotated and whose outputs are multiplied, ``[out]``."""
+    flat = weight.flatten(1)
+    turned = rotated(flat, rotation.transpose(1, 2), -1)
+    return (turned * gain.unsqueeze(1) - flat).view(weight.shape)
 
 
 class Dropped(nn.Module):
@@ -154,10 +175,28 @@ def boft(
     return out.type_as(y)
 
 
+def boft_of_kernel(
+    kind: Kind,
+    base: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    boft_R: Tensor,
+    boft_s: Tensor,
+    weight: Tensor,
+    factors: int,
+    dropped: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The training subgraph at a convolution whose kernel is wider than one."""
+    turned = turns(boft_R)
+    turned = turned if dropped is None else dropped(turned)
+    rotation = product(turned, factors).type_as(boft_R)
+    return applied(kind, base, x, change(weight.detach().type_as(boft_R), rotation, boft_s.flatten()), None)
+
+
 @functools.lru_cache(maxsize=64)
-def _of(factors: int) -> Callable[..., Tensor]:
+def _of(factors: int, wide: bool) -> Callable[..., Tensor]:
     """One function for each form, by which a rewritten graph is found again."""
-    return functools.partial(boft, factors=factors)
+    return functools.partial(boft_of_kernel if wide else boft, factors=factors)
 
 
 class Boft(Method[BOFTConfig]):
@@ -170,10 +209,16 @@ class Boft(Method[BOFTConfig]):
     follows_base = True  # the shift is one of its bias
 
     def plan(self, config: BOFTConfig, site: str, kind: Kind) -> BoftPlan:
-        inputs, factors = kind.in_features, config.boft_n_butterfly_factor
+        inputs, factors = math.prod(kind.a_shape(1)), config.boft_n_butterfly_factor
         given = config.boft_block_size or config.boft_block_num
         size = config.boft_block_size or inputs // config.boft_block_num
-        check_rotates("BOFT", site, kind, size)
+        if not is_wide(kind):
+            check_rotates("BOFT", site, kind, size)
+        elif len({*kind.kernel}) > 1 or len(kind.kernel) != 2 or kind.groups > 1 or not kind.like_target:
+            raise AdapterError(
+                f"{site}: BOFT adapts linear layers and conv2d with a square kernel and without groups, as in PEFT, "
+                f"found {kind}; leave the site out"
+            )
         if inputs % given or (inputs // size) % 2 ** (factors - 1) or (factors > 1 and size % 2):
             what = f"{inputs // size} blocks of {size}" if not inputs % given else f"{given}"
             raise AdapterError(
@@ -212,15 +257,20 @@ class Boft(Method[BOFTConfig]):
 
     def rewrite(self, name: str, config: BOFTConfig, site: SiteAdapter) -> Rewrite:
         held = site.operands(name, (ROTATIONS, GAIN, "dropped"))
-        return Rewrite(f"boft:{name}", _of(config.boft_n_butterfly_factor), held, reads=("bias",))
+        wide = is_wide(site.plan.kind)
+        return Rewrite(
+            f"boft:{name}", _of(config.boft_n_butterfly_factor, wide), held, reads=("weight" if wide else "bias",)
+        )
 
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
         assert isinstance(plan, BoftPlan)
         entries, gain = (
             parameters[n].to(torch.promote_types(parameters[n].dtype, torch.float32)) for n in (ROTATIONS, GAIN)
         )
-        gain, bias = gain.flatten(), base.bias()
-        features = {"g_out": gain, "rotation": product(turns(entries), plan.factors)}
+        gain, bias, rotation = gain.flatten(), base.bias(), product(turns(entries), plan.factors)
+        if is_wide(plan.kind):
+            return full_rank(change(base.weight().to(gain), rotation, gain), 1.0)
+        features = {"g_out": gain, "rotation": rotation}
         if bias is not None:
             features["shift"] = bias.to(gain) * (1 - gain)
         return SlotValues.without_ranks(plan.kind, **features)
@@ -232,7 +282,10 @@ class Boft(Method[BOFTConfig]):
         return (config.changed(boft_n_butterfly_factor=1) if found == {1} else config), tensors
 
     def kept(self, config: BOFTConfig, plan: SitePlan) -> Kept:
-        return Kept(outputs=plan.kind.out_features)
+        return Kept() if is_wide(plan.kind) else Kept(outputs=plan.kind.out_features)
+
+    def flops(self, config: BOFTConfig, plan: SitePlan) -> int | None:
+        return 2 * plan.kind.out_features * math.prod(plan.kind.a_shape(1)) if is_wide(plan.kind) else None
 
     def scales(self, config: BOFTConfig) -> bool:
         return False

@@ -36,6 +36,11 @@ class SitePlan:
         return 0
 
     @property
+    def alone(self) -> str:
+        """What of its kind only one can be active at the site, of methods that say the same word."""
+        return ""
+
+    @property
     def factor(self) -> int:
         """By which inputs and outputs are taken apart for a Kronecker product, of a method that has one; else 0."""
         return 0

@@ -23,6 +23,8 @@ LINEAR = KindCase(lambda: nn.Linear(12, 5), lambda: torch.randn(3, 2, 12))
 BARE = KindCase(lambda: nn.Linear(12, 5, bias=False), lambda: torch.randn(3, 12))
 POINT = KindCase(lambda: nn.Conv2d(12, 5, 1, stride=2, padding=1), lambda: torch.randn(2, 12, 3, 5))
 SQUARE = KindCase(lambda: nn.Conv2d(6, 5, 3, stride=2, padding=1), lambda: torch.randn(2, 6, 5, 7))
+WIDE = KindCase(lambda: nn.Conv2d(8, 5, 3, bias=False), lambda: torch.randn(2, 8, 5, 7))
+OBLONG = KindCase(lambda: nn.Conv2d(6, 5, (2, 3)), lambda: torch.randn(2, 6, 5, 7))
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,8 @@ SQUARE = KindCase(lambda: nn.Conv2d(6, 5, 3, stride=2, padding=1), lambda: torch
         (POINT, fxpeft.BOFTConfig(boft_block_num=2, boft_block_size=0)),
         (LINEAR, fxpeft.BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=2)),
         (LINEAR, fxpeft.BOFTConfig(boft_block_num=6, boft_block_size=0, boft_n_butterfly_factor=2)),
+        (SQUARE, fxpeft.BOFTConfig(boft_block_size=6)),  # 9 of them, of positions and inputs
+        (WIDE, fxpeft.BOFTConfig(boft_block_num=12, boft_block_size=0, boft_n_butterfly_factor=2)),
         (LINEAR, fxpeft.HRAConfig(r=4, apply_GS=True)),
         (SQUARE, fxpeft.HRAConfig(r=5)),
         (SQUARE, fxpeft.HRAConfig(r=4, apply_GS=True)),
@@ -54,6 +58,10 @@ def test_every_form(kind: KindCase, config: Any, tmp_path: Path, monkeypatch: py
     fxpeft.save_adapter(net, tmp_path)
     peer = peft.PeftModel.from_pretrained(kind.net(), str(tmp_path), is_trainable=True).eval()
     assert_close(output(peer, x), wanted)
+    peer.save_pretrained(str(tmp_path / "theirs"))
+    back = kind.net()
+    fxpeft.load_adapter(back, tmp_path / "theirs")
+    assert_close(output(back, x), wanted)
     grads_of(peer, net, lambda each: each(x).square().mean())
     assert_close(output(peer.merge_and_unload(), x), wanted)
     fxpeft.fold(net, keep="delta")
@@ -179,6 +187,11 @@ def test_two_that_multiply_are_not_added() -> None:
     for names, message in ((["oft", "other"], "only one OFT adapter"), (["hra", "more"], "only one HRA adapter")):
         with pytest.raises(fxpeft.AdapterError, match=message):
             fxpeft.set_adapter(net, names)
+    square = SQUARE.net()
+    for name in ("one", "two"):
+        fxpeft.add_adapter(square, fxpeft.BOFTConfig(boft_block_size=6, target_modules=BOTH), name)
+    with pytest.raises(fxpeft.AdapterError, match="first: only one BOFT adapter can be active, found one and two"):
+        fxpeft.set_adapter(square, ["one", "two"])
     fxpeft.set_adapter(net, ["oft", "lora"])
     with pytest.raises(fxpeft.AdapterError, match=r"second: oft \(oft\) and lora"):
         fxpeft.prepare_hotswap(net, 8, methods=("oft", "lora", "hra"))
@@ -207,6 +220,8 @@ def test_sites_and_slots_that_do_not_fit_are_named() -> None:
     for kind, config, message in (
         (LINEAR, fxpeft.OFTConfig(r=12, oft_block_size=0), "first: blocks of one of its 12 inputs"),
         (SQUARE, fxpeft.OFTConfig(), "first: OFT adapts linear layers and conv2d with a kernel of 1x1"),
+        (OBLONG, fxpeft.BOFTConfig(boft_block_size=3), "first: BOFT adapts .* conv2d with a square kernel"),
+        (SQUARE, fxpeft.BOFTConfig(boft_block_size=4), "first: .* divides its 54 inputs.* found 4"),
         (LINEAR, fxpeft.BOFTConfig(boft_block_size=5), "first: boft_block_size.* divides its 12 inputs.* found 5"),
         (LINEAR, fxpeft.BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2), "first: .* found 3 blocks of 4"),
         (LINEAR, fxpeft.BOFTConfig(boft_block_size=3, boft_n_butterfly_factor=2), "first: .* even.* 4 blocks of 3"),
