@@ -34,7 +34,7 @@ class Stack:
 
     Args:
         sources: the sites' A's, ``[max_rank, in]`` each, of one dtype on one device.
-        rank: the active rank, ``None`` in static mode.
+        rank: the active rank; ``None``: all of them may be in use, as in static mode.
     """
 
     def __init__(self, sources: Sequence[Tensor], rank: ActiveRank | None) -> None:
@@ -78,7 +78,8 @@ def stack_of(sources: Sequence[Tensor], known: MutableMapping[int, Stack]) -> Te
         with _writing:
             stack = next((s for s in slot.stacks if s.of(sources)), None)
             if stack is None:
-                stack = Stack(sources, slot.rank)
+                # rows that are named read ranks behind those of the active adapters
+                stack = Stack(sources, slot.rank if slot.lanes is None else None)
                 # those of A's that no slot has any longer (``.to(device)``) go with this
                 slot.stacks = (*(s for s in slot.stacks if all(slot_of(a) for a in s.sources)), stack)
         known[first] = stack

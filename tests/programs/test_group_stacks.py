@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_files import add
 from closeness import assert_close
-from test_group import X, grouped, prepared, slots_of, stacks_of
+from test_group import TARGETS, Block, Net, X, grouped, prepared, slots_of, stacks_of
 from torch import Tensor, nn
 
 import fxpeft
@@ -43,6 +44,21 @@ def test_only_the_ranks_in_use_are_copied() -> None:
     check(model, compiled)
     assert torch.equal(stack.tensor[2:], before[2:])
     assert not torch.equal(stack.tensor[:2], before[:2])
+
+
+def test_rows_read_ranks_behind_those_of_the_active_adapter() -> None:
+    torch.manual_seed(0)
+    model = Net(Block("")).eval()
+    vars(model)["dummy_inputs"] = {"x": X}
+    fxpeft.prepare_hotswap(model, 12, targets=TARGETS, lanes=3)
+    for seed, (name, rank) in enumerate({"one": 3, "other": 4, "active": 2}.items()):
+        add(model, fxpeft.LoraConfig(r=rank, target_modules=TARGETS), name, seed)
+    compiled = grouped(model, inner="eager", fullgraph=True)
+    check(model, compiled)
+    for names in (["one", "other"], ["other", "active"], [None, "one"]):
+        with fxpeft.rows(model, names):
+            check(model, compiled)
+    check(model, compiled)
 
 
 def test_ranks_that_an_earlier_adapter_left_behind() -> None:
