@@ -52,6 +52,9 @@ from fxpeft.adapters import (
     inject as inject,
 )
 from fxpeft.adapters import (
+    invoked as invoked,
+)
+from fxpeft.adapters import (
     load_adapter as load_adapter,
 )
 from fxpeft.adapters import (

@@ -18,6 +18,7 @@ from fxpeft.adapters.contexts import active, disabled, scaled
 from fxpeft.adapters.data_starts import initialize_corda, initialize_lora_ga
 from fxpeft.adapters.eva import initialize_eva
 from fxpeft.adapters.injection import inject, load_adapter_state_dict
+from fxpeft.adapters.invocation import invoked
 from fxpeft.adapters.kv_prefix import initialize_kv_prefix_from_past_key_values, initialize_kv_prefix_from_text
 from fxpeft.adapters.parameters import lora_fa_groups, lora_plus_groups, set_requires_grad, trainable_parameters
 from fxpeft.adapters.replication import replicate_layers
@@ -41,6 +42,7 @@ __all__ = [
     "initialize_kv_prefix_from_text",
     "initialize_lora_ga",
     "inject",
+    "invoked",
     "load_adapter",
     "load_adapter_state_dict",
     "loaded_adapters",

@@ -63,6 +63,27 @@ def call_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
     return Call(None, sizes, cache, packed, {})
 
 
+def invoked(input_ids: Tensor, invocation: Sequence[int]) -> Tensor:
+    """Which tokens an activated LoRA acts on: those from the last occurrence of its invocation in their row on.
+
+    It is what a program that was rewritten for one takes as ``adapter_reach``. Of a call that goes on from a cache
+    those of its tokens are the last ones of the whole text's: ``invoked(text, invocation)[:, -input_ids.shape[1]:]``.
+
+    Args:
+        input_ids: ``[rows, tokens]``. invocation: as ``alora_invocation_tokens``; none: all tokens are acted on.
+
+    Returns:
+        ``[rows, tokens]``, of bool.
+
+    Raises:
+        AdapterError: the ids are no whole numbers of rows of tokens.
+    """
+    if input_ids.ndim != 2 or input_ids.is_floating_point():
+        raise AdapterError(f"input_ids: expected [rows, tokens], found {input_ids.dtype} {list(input_ids.shape)}")
+    call = Call(input_ids.detach(), tuple(input_ids.shape), None, False, {})
+    return mask_of(call, tuple(invocation))[0].to(input_ids.device)
+
+
 def mask_of(call: Call, tokens: Tokens) -> tuple[Tensor, Seen | None]:
     """Which tokens of a call ``[rows, tokens]`` an adapter acts on, and what a cache that it makes is marked with.
 

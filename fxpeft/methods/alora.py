@@ -24,7 +24,13 @@ from fxpeft.passes.targets.kinds import Kind
 
 
 def alora(
-    kind: Kind, base: Callable[[Tensor], Tensor], x: Tensor, *, reach: ReachAt, scaling: Tensor, **operands: Any
+    kind: Kind,
+    base: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    reach: ReachAt | Tensor,
+    scaling: Tensor,
+    **operands: Any,
 ) -> Tensor:
     """The training subgraph."""
     return lora(kind, base, x, scaling=reached(reach, x, scaling), **operands)

@@ -85,7 +85,7 @@ class SiteAdapter(Read):
 
     ``shared`` is what the adapter's sites share, where its method has such. It is a child of the first site's part, and
     no child of the others, so that it is trained, moved and listed once. ``parted``: along with the site's module.
-    ``reach``: which tokens it acts on, where it has an invocation.
+    ``reach``: which tokens it acts on, where it has an invocation; in a program the input that says so.
 
     ``scaling`` stays float32 whatever dtype the model is cast to: alpha / rank rounded to bfloat16
     would be off by up to 0.4%. ``running`` says whether the site's forward computes with it, for whoever prints it.
@@ -93,7 +93,7 @@ class SiteAdapter(Read):
 
     scaling: Tensor
     shared: SharedPart
-    reach: ReachAt
+    reach: ReachAt | Tensor
     running, parted, factor = False, False, 1.0
 
     def __init__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +20,12 @@ from fxpeft.passes.meta import LIFTED, READS
 from fxpeft.passes.pipeline import Pipeline
 from fxpeft.passes.rewrite.lift import LiftPass, drop_unused, last_placeholder, lift_bodies
 from fxpeft.passes.rewrite.subgraphs import copy_graph_module, walk
-from fxpeft.passes.slots.slot import CARRIER, LEAST
+from fxpeft.passes.slots.slot import CARRIER, LEAST, REACH
 from fxpeft.passes.torch_private import ValueRanges, fake_mode_of, pytree
 
 USER = InputKind.USER_INPUT
-KEYWORDS = ("adapters", "active_rank")
+#: what a rewritten program may take beside what it took: where the operands of the last two are, by the ends of paths
+KEYWORDS = {"adapters": "", "adapter_reach": REACH, "active_rank": CARRIER}
 _KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
@@ -58,15 +59,23 @@ def tensors_of(program: ExportedProgram) -> dict[str, Tensor]:
 
 
 def lower_to_aten(
-    program: ExportedProgram, graph_module: GraphModule, carriers: Collection[Tensor], max_rank: int
+    program: ExportedProgram,
+    graph_module: GraphModule,
+    carriers: Collection[Tensor],
+    max_rank: int,
+    sized: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> None:
-    """Turn an adapter's nodes into what the program's own nodes are, in all its graphs."""
+    """Turn an adapter's nodes into what the program's own nodes are, in all its graphs.
+
+    Args:
+        carriers: operands of any size up to ``max_rank``. sized: operands of the sizes of a value of the program's.
+    """
     mode = fake_mode_of(n.meta["val"] for n in graph_module.graph.nodes if "val" in n.meta)
     if mode is None:
         raise PassError("the program's graph has no values (meta['val']), so it can't be rewritten; export it anew")
     training = program.dialect == "TRAINING"
     decompositions: Any = None if training else torch.export.default_decompositions()
-    aten = AtenPass(mode, decompositions, symbolic=carriers, max_size=max_rank)
+    aten = AtenPass(mode, decompositions, symbolic=carriers, max_size=max_rank, sized=sized)
     with mode:
         for _, each in walk(graph_module):
             Pipeline([aten])(each)
@@ -92,10 +101,11 @@ def close_program(
     places = _Places(graph_module, specs, keyword)
     lift = LiftPass(places.before, placed=places.note)
     Pipeline([lift])(graph_module)
-    for node in [n for n in graph_module.graph.nodes if (LIFTED.get(n) or "").endswith(CARRIER)]:
-        last = last_placeholder(graph_module)
-        if last is not None and last is not node:
-            last.append(node)  # keyword arguments are flattened in this order
+    for end in (REACH, CARRIER):
+        for node in [n for n in graph_module.graph.nodes if (LIFTED.get(n) or "").endswith(end)]:
+            last = last_placeholder(graph_module)
+            if last is not None and last is not node:
+                last.append(node)  # keyword arguments are flattened in this order
     lifted = Lifted()
     for name, (path, tensor) in lift.lifted.items():
         key = keyword.get(id(tensor))
@@ -109,6 +119,7 @@ def close_program(
         else:
             lifted.inputs[key] = tensor
         specs[name] = spec
+    lifted.inputs = {key: lifted.inputs[key] for key in KEYWORDS if key in lifted.inputs}
     return _assemble(program, graph_module, specs, lifted, max_rank)
 
 
@@ -157,7 +168,10 @@ def eject_program(program: ExportedProgram, graph_module: GraphModule) -> Export
     graph_module.graph.lint()
     graph_module.recompile()
     specs = {s.arg.name: s for s in program.graph_signature.input_specs}
-    return _assemble(program, graph_module, specs, Lifted(), 0, sizes)
+    values = [n.meta.get("val") for n in graph_module.graph.nodes if n.op == "placeholder"]
+    shapes: list[Any] = [size for value in values if isinstance(value, Tensor) for size in value.shape]
+    kept = {size.node.expr for size in shapes if isinstance(size, torch.SymInt)}
+    return _assemble(program, graph_module, specs, Lifted(), 0, [size for size in sizes if size not in kept])
 
 
 def _assemble(
@@ -181,7 +195,7 @@ def _assemble(
     buffers = {k: v for k, v in lifted.attributes.items() if k not in parameters}
     ranges = {k: v for k, v in program.range_constraints.items() if k not in gone}
     for node in placeholders:
-        if LIFTED.has(node):
+        if (LIFTED.get(node) or "").endswith(CARRIER):
             for size in node.meta["val"].shape:
                 if isinstance(size, torch.SymInt):
                     ranges.setdefault(size.node.expr, ValueRanges(LEAST, max_rank))
@@ -233,6 +247,7 @@ def _remaining(kwargs: Mapping[str, Any], placeholders: list[Node]) -> dict[str,
     operands = {k: v for k, v in kwargs.get("adapters", {}).items() if k in left}
     if operands:
         kept["adapters"] = operands
-    if "active_rank" in kwargs and any(path.endswith(CARRIER) for path in paths):
-        kept["active_rank"] = kwargs["active_rank"]
+    for key, end in KEYWORDS.items():
+        if end and key in kwargs and any(path.endswith(end) for path in paths):
+            kept[key] = kwargs[key]
     return kept

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fxpeft import adapters, checkpoint, serving
 from fxpeft.adapters.change import ordinary
+from fxpeft.adapters.invocation import invoked
 from fxpeft.adapters.state import state_of
 from fxpeft.errors import AdapterError, CheckpointError
 from fxpeft.files import replace_files
@@ -29,8 +30,10 @@ from fxpeft.methods.config import AdapterConfig
 from fxpeft.model.skeleton import Outline, kind_from_json, skeleton
 from fxpeft.passes.slots.slot import FEATURES
 from fxpeft.passes.torch_private import load_package, pytree
+from fxpeft.programs.exported import KEYWORDS
 from fxpeft.programs.inputs import fit
 from fxpeft.programs.packaging import MANIFEST, VERSION, WEIGHTS, pattern_of
+from fxpeft.serving.reach import invocation_of
 from fxpeft.serving.swap import serving_of
 
 _FIELDS = frozenset(("fingerprint", "max_rank", "methods", "rank", "device", "sites", "modules", "inputs", "outputs"))
@@ -88,15 +91,22 @@ class Package:
 
         A tensor that lies in memory in another way than the example did (a transposed or an expanded one) is copied.
 
+        Args:
+            adapter_reach: of a package for ``alora``: which tokens are acted on, ``[rows, tokens]``, where its tokens
+                don't say so (:func:`fxpeft.invoked`), as those of a call that goes on from a cache.
+
         Raises:
             AdapterError: arguments of another structure, or a flag, dtype, device or shape it wasn't made for.
         """
+        given = kwargs.pop("adapter_reach", None) if "tokens" in self.manifest else None
         leaves, spec = pytree.tree_flatten((args, _ordered(kwargs, self._in_spec)))
         if spec != self._in_spec:
             raise AdapterError(f"{self.path}: expected arguments like {self._in_spec}, found {spec}")
         tensors = fit(self.manifest, leaves, str(self.path))
         rank = self._serving.rank
         with self._serving.lock.read():
+            if "tokens" in self.manifest:
+                tensors.append(self._reach(tensors, given))
             if rank is not None:
                 tensors.append(self._carrier(rank.rank))
             # a copy of the list, which it empties: a tensor that it frees while it runs needs the interpreter's lock,
@@ -105,6 +115,25 @@ class Package:
         if self._out_spec is not None:
             return pytree.tree_unflatten(outputs, self._out_spec)
         return dict(zip(self.manifest["outputs"], outputs, strict=True))
+
+    def _reach(self, tensors: Sequence[Tensor], given: Tensor | None) -> Tensor:
+        """Which tokens of a call the active adapters act on."""
+        at = next(i for i, each in enumerate(self.manifest["inputs"]) if each["name"] == self.manifest["tokens"])
+        ids, tokens = tensors[at], invocation_of(self._serving.shown)
+        if not tokens:
+            return torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
+        if given is None and self.manifest["cached"]:
+            raise AdapterError(
+                f"{self.path}: adapter_reach: expected which tokens of this call are acted on, {list(ids.shape)}: its "
+                "tokens don't say where in the cache an invocation lies; fxpeft.invoked finds it in the whole text"
+            )
+        if given is None:
+            return invoked(ids, tokens)
+        if given.shape != ids.shape or given.dtype is not torch.bool:
+            raise AdapterError(
+                f"{self.path}: adapter_reach: expected bool {list(ids.shape)}, found {given.dtype} {list(given.shape)}"
+            )
+        return given.to(ids.device).contiguous()
 
     def _carrier(self, rank: int) -> Tensor:
         if rank not in self._carriers:
@@ -300,7 +329,8 @@ def _specs(call_spec: Sequence[str]) -> tuple[Any, Any]:
     """How inputs and outputs are nested; no output's where that needs classes of the model's."""
     into = pytree.treespec_loads(call_spec[0])
     args, kwargs = pytree.tree_unflatten(list(range(into.num_leaves)), into)
-    kwargs.pop("active_rank", None)
+    for name in KEYWORDS:
+        kwargs.pop(name, None)
     out = pytree.treespec_loads(call_spec[1]) if _is_plain(json.loads(call_spec[1])[1]) else None
     return pytree.tree_structure((args, kwargs)), out
 

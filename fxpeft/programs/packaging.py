@@ -15,10 +15,12 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from fxpeft.adapters.invocation import cache_in
 from fxpeft.adapters.state import find_state
 from fxpeft.errors import AdapterError, listing
 from fxpeft.files import make_folder, replacing
 from fxpeft.methods import following
+from fxpeft.methods.alora import Alora
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.model.fingerprint import fingerprint
 from fxpeft.model.placement import placement
@@ -33,6 +35,7 @@ from fxpeft.passes.slots.slot import CARRIER
 from fxpeft.passes.torch_private import aot_compile, is_freezing, load_package, package_files, pytree
 from fxpeft.programs.exported import USER
 from fxpeft.programs.inputs import describe, without_gaps
+from fxpeft.programs.reach import tokens_of
 from fxpeft.programs.rewrites import Slots
 from fxpeft.programs.rewriting import rewrite
 from fxpeft.serving.declared import check_slots
@@ -66,7 +69,8 @@ def package(
         example_inputs: positional or keyword arguments of a forward: tensors with the devices, dtypes and order in
             memory (such as ``channels_last``) to come, and flags with the only values to come.
         targets: as in :func:`fxpeft.prepare_hotswap`, or a config whose targets are taken.
-        methods: any of those of ``prepare_hotswap`` but prompts. With ``dora`` or ``hra``, which are computed from the
+        methods: any of those of ``prepare_hotswap`` but prompts. With ``alora`` there has to be one input of tokens, or
+            one named ``input_ids``. With ``dora`` or ``hra``, which are computed from the
             base's weights, the file holds those of the sites twice: compiled, and to be read.
         rank: ``"dynamic"``: a step pays for the rank in use; ``"static"``: for ``max_rank``.
         dynamic_shapes: as in ``torch.export.export``.
@@ -97,9 +101,16 @@ def package(
         symbols += [symbol for symbol in _symbols(slotted) if symbol.ranks is not None]
         content = manifest(model, sites, max_rank, methods, rank)
         content |= {**describe(program), "outputs": _outputs(program)}
+        if Alora.name in methods:
+            content |= {"tokens": tokens_of(program, program.graph_module).name, "cached": _cached(args, kwargs)}
         weights = _weights(model, sites) if following() & {*methods} else {}
         _write(path, slotted, content, weights, symbols, dict(options or {}))
     return path
+
+
+def _cached(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call goes on from a cache, so that its tokens alone don't say where an invocation was."""
+    return cache_in([*args, *kwargs.values()]) is not None
 
 
 def _sites(model: nn.Module, targets: str | Collection[str] | AdapterConfig | None) -> list[str]:

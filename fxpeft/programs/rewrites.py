@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from fxpeft.adapters.values import fresh_values, placed
 from fxpeft.checkpoint.layouts import in_layout_of
 from fxpeft.errors import AdapterError, listing
 from fxpeft.methods import method_of
+from fxpeft.methods.alora import Alora
 from fxpeft.methods.base import SharedPart, SiteAdapter, SitePlan
 from fxpeft.methods.config import AdapterConfig
 from fxpeft.model.skeleton import skeleton
@@ -72,13 +73,18 @@ def rewrites_of(
     check_finite: bool,
     exported: bool,
     closed: Mapping[str, str],
+    reach: Callable[[], Tensor],
 ) -> tuple[Rewrites, Redirects, Tensor | None, int]:
-    """Site -> its rewrites, redirected biases, and of slots the carrier of the rank and its largest size."""
+    """Site -> its rewrites, redirected biases, and of slots the carrier of the rank and its largest size.
+
+    Args:
+        reach: gives what says which tokens of the program's input are acted on, where an adapter has an invocation.
+    """
     found, skipped = matched
     outlines = {site: nodes[0].outline for site, nodes in found.items() if site}
     model = skeleton(outlines)
     if isinstance(adapter, Slots):
-        return _slots(adapter, model, found, skipped, exported, closed)
+        return _slots(adapter, model, found, skipped, exported, closed, reach)
     values, read = None, None
     if isinstance(adapter, str | Path):
         read = in_layout_of(model, checkpoint.read(adapter))
@@ -111,10 +117,13 @@ def rewrites_of(
         not plan.config.inference_mode
     )
     frozen = {*method.frozen(plan.config), *method.untrained(plan.config)}
+    invoked = reach() if method.invocation(plan.config) else None
     for site, own in plan.sites.items():
         dropout = method.dropout(plan.config, own.kind) if training else 0.0
         part = SiteAdapter(own, values.sites[site], dropout=dropout, frozen=frozen)
         part.share(shared)
+        if invoked is not None:
+            part.reach = invoked
         for parameter in part.parameters():
             parameter.requires_grad_(not plan.config.inference_mode)
         if training and dropout and exported:
@@ -140,10 +149,6 @@ def _plan(
         raise AdapterError(
             f"{method.name}: what a site has follows from its place in the model, and this is a program: add the "
             "adapter to the live model, then capture it; or pass fxpeft.targets.sites.make_plan(model, config)"
-        )
-    if method.invocation(config):
-        raise AdapterError(
-            "alora_invocation_tokens: a program isn't told which tokens of a call follow them: use the live model"
         )
     if getattr(config, "trainable_token_indices", None) or not method.targeted:
         raise AdapterError(
@@ -282,6 +287,7 @@ def _slots(
     skipped: list[str],
     exported: bool,
     closed: Mapping[str, str],
+    reach: Callable[[], Tensor],
 ) -> tuple[Rewrites, Redirects, Tensor | None, int]:
     features = slots.features()
     _refuse_unnamed(slots.targets)
@@ -292,10 +298,11 @@ def _slots(
     if carrier is not None and not exported:
         raise AdapterError("rank='dynamic': a GraphModule has no inputs to hide; use rank='static', or export")
     rewrites: Rewrites = {}
+    invoked = reach() if Alora.name in slots.methods else None
     for site in sites:
         outline, kind = found[site][0].outline, found[site][0].target.kind
         assert outline.weight is not None
         own = () if kind.is_parameter else features
         slot = Slot(kind, slots.max_rank, None, features=own, device=outline.weight.device, dtype=outline.weight.dtype)
-        rewrites[site] = [slot.rewrite(carrier)]
+        rewrites[site] = [slot.rewrite(carrier, invoked if kind.is_linear else None)]
     return rewrites, {}, carrier, slots.max_rank

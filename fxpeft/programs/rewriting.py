@@ -28,6 +28,7 @@ from fxpeft.passes.source import check_all_names, check_path
 from fxpeft.passes.targets.names import Selection
 from fxpeft.passes.targets.reading import read_path
 from fxpeft.programs.exported import KEYWORDS, close_program, eject_program, lower_to_aten, open_program, tensors_of
+from fxpeft.programs.reach import ReachInput
 from fxpeft.programs.rewrites import Redirects, Rewrites, Slots, rewrites_of
 from fxpeft.programs.sites import Attributes, Found, closed_sites, match_sites, read_otherwise, unread_stacks
 from fxpeft.targets.sites import AdapterPlan
@@ -99,15 +100,18 @@ def _rewrite(
     annotate_bodies(graph_module)
     matched, closed = match_sites(graph_module, tensors), closed_sites(graph_module)
     found = matched[0], [*matched[1], *unread_stacks(graph_module, matched[0])]
+    reach = ReachInput(program, graph_module)
     try:
         rewrites, redirects, carrier, limit = rewrites_of(
             adapter, found, name=name, state_dict=state_dict, training=training or not exported,
-            check_finite=check_finite, exported=exported, closed=closed,
+            check_finite=check_finite, exported=exported, closed=closed, reach=reach.tensor,
         )  # fmt: skip
+        reach.check(found[0], rewrites)
         _refuse_partial(read_otherwise(graph_module, rewrites))
         if not _is_new(found, rewrites):
             return program
-        if adapters == "inputs" and isinstance(program, ExportedProgram) and set(KEYWORDS) & set(_keywords(program)):
+        taken = set(KEYWORDS) & set(_keywords(program)) if isinstance(program, ExportedProgram) else set()
+        if (adapters == "inputs" and taken) or (reach.made is not None and "adapter_reach" in taken):
             raise AdapterError("the program takes an adapter as input already; eject it first")
         redirected = set()
         for _, each in walk(graph_module):
@@ -120,12 +124,13 @@ def _rewrite(
             )
         if isinstance(program, ExportedProgram):
             carriers = [] if carrier is None else [carrier]
-            lower_to_aten(program, graph_module, carriers, limit)
+            lower_to_aten(program, graph_module, carriers, limit, reach.sized())
             share_bodies(graph_module)
             held = [t for site in rewrites.values() for r in site for t in r.operands.values()]
             held += [t for site in redirects.values() for _, t in site.values()]
-            inputs = [t for t in held if isinstance(t, Tensor) and t is not carrier] if adapters == "inputs" else []
-            as_inputs = {"adapters": inputs, "active_rank": carriers}
+            inputs = [t for t in held if isinstance(t, Tensor) and t is not carrier and t is not reach.made]
+            as_inputs = {"adapters": inputs if adapters == "inputs" else [], "active_rank": carriers}
+            as_inputs["adapter_reach"] = [] if reach.made is None else [reach.made]
             return close_program(program, graph_module, as_inputs=as_inputs, max_rank=limit)
         lift_bodies(graph_module)
         share_bodies(graph_module)

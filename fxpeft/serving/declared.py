@@ -25,7 +25,7 @@ def servable(*, at_targets: bool = False) -> dict[str, frozenset[str]]:
     served = () if at_targets else prompt_methods()
     unserved = {method.name for method in METHODS if method.unlowered and method.name not in served}
     if at_targets:
-        unserved |= {method.name for method in METHODS if not method.targeted} | {Alora.name}
+        unserved |= {method.name for method in METHODS if not method.targeted}
     return {name: needs for name, needs in slot_needs().items() if name not in unserved}
 
 

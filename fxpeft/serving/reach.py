@@ -71,7 +71,7 @@ class SlotReach:
 
     def find(self) -> None:
         """Let the slots have which tokens the active adapters act on."""
-        reach, tokens = self.calls, _invocation(self.serving.shown)
+        reach, tokens = self.calls, invocation_of(self.serving.shown)
         if reach.told is None:  # a part of the model is called by itself
             if reach.mask.shape[0] or (reach.mask.shape[1] == 1) is not bool(tokens):
                 reach.mask = nowhere() if tokens else everywhere()
@@ -113,7 +113,7 @@ class SlotReach:
 skip_frame(SlotReach.before_read, deep=True)  # Dynamo begins behind it
 
 
-def _invocation(adapters: Sequence[Adapter]) -> Tokens:
+def invocation_of(adapters: Sequence[Adapter]) -> Tokens:
     """The tokens from which on the adapters in the slots act; none: they act on all."""
     return next((tokens for a in adapters if (tokens := method_of(a.config).invocation(a.config))), ())
 

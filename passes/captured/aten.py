@@ -30,6 +30,7 @@ class AtenPass(GraphPass):
         decompositions: operator -> its decomposition, for a program in inference IR; ``None``:
             training IR, in which composite operators stay.
         symbolic: operands whose first dimension may have any size from 2 to ``max_size``.
+        sized: operands whose sizes are those of a value of the graph's.
     """
 
     name = "aten"
@@ -41,10 +42,14 @@ class AtenPass(GraphPass):
         *,
         symbolic: Collection[torch.Tensor] = (),
         max_size: int = 0,
+        sized: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
     ) -> None:
         self.fake_mode = fake_mode
         self.decompositions = None if decompositions is None else dict(decompositions)
         self.fakes = {id(tensor): _symbolic(fake_mode, tensor, max_size) for tensor in symbolic}
+        with fake_mode:
+            own = [(id(t), torch.empty(like.shape, dtype=t.dtype, device=t.device)) for t, like in sized]
+        self.fakes.update(own)
         self._traced: dict[Any, GraphModule] = {}  # what a node depends on -> its operators: sites are mostly alike
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:

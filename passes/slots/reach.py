@@ -89,8 +89,11 @@ class ReachAt:
 
 
 @one_node
-def reached(at: ReachAt, x: Tensor, scale: Tensor) -> Tensor:
+def reached(at: ReachAt | Tensor, x: Tensor, scale: Tensor) -> Tensor:
     """A scale, one or one for each rank, at the tokens of an input ``[rows, tokens, in]`` that are reached, else zero.
+
+    Args:
+        at: what knows the call's; in a program, where an input says it, ``[rows, tokens]`` of its tokens.
 
     Returns:
         ``[rows, tokens, 1 or rank]``; of an input whose rows and tokens are one dimension ``[rows * tokens, ...]``.
@@ -98,6 +101,8 @@ def reached(at: ReachAt, x: Tensor, scale: Tensor) -> Tensor:
     Raises:
         AdapterError: the site doesn't see the call's tokens.
     """
+    if isinstance(at, Tensor):
+        return _where(at.reshape(-1) if x.ndim == 2 else at, x, scale)
     mask = at.calls.mask
     if mask.shape[0] == 0:
         return scale if mask.shape[1] == 0 else torch.zeros_like(scale)
@@ -108,7 +113,11 @@ def reached(at: ReachAt, x: Tensor, scale: Tensor) -> Tensor:
         mask = mask.reshape(-1)
     elif len(leading) < 2 or leading[0] != mask.shape[0] or leading[1] != mask.shape[1]:
         raise other_tokens(at.site, mask.shape, x)
-    mask = mask.view(*mask.shape, *(1 for _ in leading[2:]), 1)
+    return _where(mask, x, scale)
+
+
+def _where(mask: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    mask = mask.view(*mask.shape, *(1 for _ in x.shape[2:-1]), 1)
     return torch.where(mask.to(x.device), scale, 0)
 
 

@@ -40,6 +40,7 @@ NEUTRAL |= {LANE + name: NEUTRAL[name] for name in FEATURES}
 # float32 whatever the model's dtype: alpha / rank in bfloat16 would be off by up to 0.4%
 EXACT = tuple(name for name in NEUTRAL if not name.endswith(("rotation", *kronecker.KRONECKER)))
 CARRIER = ".carrier"  # where a program's slots read the active rank, in the place of an ActiveRank
+REACH = ".reach"  # where sites of a program read which of its tokens they act on, in the place of a ReachAt
 LEAST = 2  # Dynamo specialises sizes 0 and 1, so ranks start at 2; rank 1 is padded
 
 
@@ -226,13 +227,16 @@ class Slot(Container):
             held = {name: self.room.span(buffer) or buffer for name, buffer in held.items()}
         return {**vars(self), "_buffers": held, "windows": {}, "stacks": (), "kept": None}
 
-    def rewrite(self, carrier: Tensor | None = None) -> Rewrite:
+    def rewrite(self, carrier: Tensor | None = None, reach: Tensor | None = None) -> Rewrite:
         """The site's rewrite in a graph that holds tensors only; they are its operands, at ``slot.<name>``.
 
         Args:
             carrier: the tensor whose size is the active rank; ``None``: all ranks are computed.
+            reach: ``[rows, tokens]``, which tokens of the program's input the ranks act on; ``None``: all.
         """
         operands: dict[str, Any] = {n: self._buffers[n] for n in ("a", "b", "d", *self.features)}
+        if reach is not None:
+            operands[REACH[1:]] = reach
         if carrier is not None:
             return Rewrite("slot", slot_of_carrier, {**operands, CARRIER[1:]: carrier}, container="slot")
         return Rewrite("slot", slot, operands, container="slot")
@@ -350,10 +354,13 @@ def slot(
     b: Tensor,
     d: Tensor,
     rank: ActiveRank | None = None,
+    reach: Tensor | None = None,
     **gains: Tensor,
 ) -> Tensor:
     """The serving subgraph."""
     a, b, d = _narrowed(a, b, d, rank)
+    if reach is not None:
+        d = reached(reach, x, d)
     return _served(kind, base, x, lambda x: kind.update_ranks(x, a, b, d, narrowed=rank is not None), **gains)
 
 

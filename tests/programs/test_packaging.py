@@ -24,7 +24,7 @@ from fxpeft import AdaLoraConfig, AdapterError, IA3Config, LoraConfig, Package
 from fxpeft.model.fingerprint import fingerprint
 from fxpeft.programs.packaging import MANIFEST, WEIGHTS, manifest
 
-METHODS = ("lora", "lora_bias", "ia3", "adalora", "dora")
+METHODS = ("lora", "lora_bias", "ia3", "adalora", "dora", "alora")
 TARGETS = ["words", "up", "down", "head"]
 
 
@@ -49,6 +49,7 @@ def net(seed: int = 0) -> Net:
 
 
 IDS = torch.randint(0, 17, (3, 4), generator=torch.Generator().manual_seed(1))
+CALL = IDS[1, 1:3].tolist()  # in the middle of a row, and in no other
 SHIFT = torch.randn(8, generator=torch.Generator().manual_seed(2))
 CONFIGS: dict[str, Any] = {
     "lora": LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, rank_pattern={"up": 6}, alpha_pattern={"head": 9}),
@@ -57,6 +58,7 @@ CONFIGS: dict[str, Any] = {
     "ia3": IA3Config(target_modules=["up", "down"], feedforward_modules=["down"]),
     "adalora": AdaLoraConfig(init_r=5, lora_alpha=7, total_step=10, target_modules=["up", "head"]),
     "dora": LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, rank_pattern={"up": 5}, use_dora=True),
+    "alora": LoraConfig(r=2, lora_alpha=5, target_modules=["up", "down", "head"], alora_invocation_tokens=CALL),
     "full": LoraConfig(r=8, lora_alpha=4, target_modules=["up", "down"]),
 }
 
@@ -98,6 +100,21 @@ def live(folder: Path | None = None, ids: Tensor = IDS) -> Tensor:
 
 def close(found: dict[str, Tensor], wanted: Tensor) -> None:
     assert_close(found["logits"], wanted)
+
+
+def test_an_invocation_is_looked_for_in_each_call(opened: Package, folders: dict[str, str]) -> None:
+    opened.load_adapter(folders["alora"])
+    for ids in (IDS.flip(0), IDS[1:2].repeat(2, 3), IDS[:1]):
+        close(opened(ids, SHIFT), live(folders["alora"], ids))
+    close(opened(IDS, SHIFT, adapter_reach=torch.zeros(3, 4, dtype=torch.bool)), live())
+    with pytest.raises(AdapterError, match=r"adapter_reach: expected bool \[3, 4\], found torch.bool \[3, 3\]"):
+        opened(IDS, SHIFT, adapter_reach=torch.zeros(3, 3, dtype=torch.bool))
+    opened.manifest["cached"] = True
+    with pytest.raises(AdapterError, match="adapter_reach: expected which tokens of this call are acted on"):
+        opened(IDS, SHIFT)
+    reach = fxpeft.invoked(torch.cat([IDS, IDS], 1), CALL)[:, -4:]
+    assert reach[0].sum() == 0 < reach[1].sum()
+    opened(IDS, SHIFT, adapter_reach=reach)
 
 
 def test_every_adapter_equals_the_live_model(opened: Package, folders: dict[str, str]) -> None:
