@@ -140,6 +140,8 @@ class LiveModel:
     lora_plus_groups = _verb(adapters.lora_plus_groups)
     initialize_corda = _verb(adapters.initialize_corda)
     initialize_eva = _verb(adapters.initialize_eva)
+    initialize_kv_prefix_from_past_key_values = _verb(adapters.initialize_kv_prefix_from_past_key_values)
+    initialize_kv_prefix_from_text = _verb(adapters.initialize_kv_prefix_from_text)
     initialize_lora_ga = _verb(adapters.initialize_lora_ga)
     replicate_layers = _verb(adapters.replicate_layers)
 

@@ -188,8 +188,9 @@ class PromptMethod(Method[P]):
             return super().cost(config, plan, torch.float32)
         with torch.device("meta"):
             encoder = self.encoder(config, plan)
-        own = 0 if encoder is None else sum(p.numel() for p in encoder.parameters())
-        count = plan.rows * self.embedding_width(config, plan) + own
+        if encoder is None:
+            return super().cost(config, plan, torch.float32)
+        count = plan.rows * self.embedding_width(config, plan) + sum(p.numel() for p in encoder.parameters())
         return count, count * torch.float32.itemsize
 
     def fresh(

@@ -21,6 +21,8 @@ NEEDED: dict[str, dict[str, Any]] = {
     "alora": {"alora_invocation_tokens": [5, 7]}, "adalora": {"total_step": 9}, "prompt_tuning": PROMPT,
     "bdlora": {"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 2, "match_strict": False}},
     "trainable_tokens": {"token_indices": [1, 2, 5]}, "p_tuning": PROMPT, "prefix_tuning": PROMPT,
+    "multitask_prompt_tuning": {**PROMPT, "num_tasks": 3, "num_ranks": 2}, "cartridge": PROMPT,
+    "cpt": {"cpt_token_ids": [1, 2, 5]},
 }  # fmt: skip
 
 

@@ -43,7 +43,7 @@ CASES: dict[str, Callable[[], AdapterConfig]] = {
     "prompt_tuning": lambda: fxpeft.PromptTuningConfig(num_virtual_tokens=VIRTUAL),
     "p_tuning": lambda: fxpeft.PromptEncoderConfig(num_virtual_tokens=VIRTUAL, encoder_hidden_size=24),
     "multitask_prompt_tuning": lambda: fxpeft.MultitaskPromptTuningConfig(num_virtual_tokens=VIRTUAL),
-    "cpt": lambda: fxpeft.CPTConfig(cpt_token_ids=list(range(VIRTUAL))),
+    "cpt": lambda: fxpeft.CPTConfig(cpt_token_ids=list(range(VIRTUAL)), opt_projection_format_epsilon=9.0),
     "prefix_tuning": lambda: fxpeft.PrefixTuningConfig(num_virtual_tokens=VIRTUAL),
     "cartridge": lambda: fxpeft.CartridgeConfig(num_virtual_tokens=VIRTUAL),
     "loha": lambda: fxpeft.LoHaConfig(r=3, alpha=5, target_modules=TARGETS),
