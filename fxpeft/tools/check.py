@@ -41,17 +41,18 @@ def check(
     found = checkpoint.read(adapter)
     bare = repeated(empty_model(model), found.config)
     answer: dict[str, Any] = {"loads": False, "swaps": False, "why_not": None, "sites": 0}
-    layers = getattr(found.config, "layer_replication", None)
+    layers, factor = getattr(found.config, "layer_replication", None), None
     try:
         modules = Modules(bare)
         named = in_layout_of(modules, found)
         made = plan_for(modules, named.config)
         values = checkpoint.assign(modules, made, named, check_finite=True, shapes_only=True)
         answer.update(loads=True, sites=len(made.sites))
+        factor = next((plan.factor for plan in made.sites.values() if plan.factor), None)
         declared = method_of(found.config).declared(found.config)
         if declared in servable():
             loaded = Adapter("checked", made, values)
-            _prepare(bare, loaded, max_rank, slots, declared)
+            _prepare(bare, loaded, max_rank, slots, declared, factor)
             lower(bare, serving_of(state_of(bare)), loaded)
             answer["swaps"] = True
         else:
@@ -59,12 +60,13 @@ def check(
     except AdapterError as error:
         answer["why_not"] = str(error)
     words = [f"loads: {'yes' if answer['loads'] else 'no'}", f"swaps: {'yes' if answer['swaps'] else 'no'}"]
+    words += [f"prepared with lokr_factor={factor}"] if factor and answer["swaps"] else []
     words += [f"on the base after fxpeft.replicate_layers(model, {layers})"] if layers else []
     show(as_json, answer, *words, *([answer["why_not"]] if answer["why_not"] else []))
     raise typer.Exit(0 if answer["swaps"] else 1)
 
 
-def _prepare(bare: Any, adapter: Adapter, max_rank: int, slots: str, declared: str) -> None:
+def _prepare(bare: Any, adapter: Adapter, max_rank: int, slots: str, declared: str, factor: int | None) -> None:
     """Slots that are declared for what the adapter is, at the targets that are asked about."""
     made = adapter.plan
     blocks = max((plan.block for plan in made.sites.values()), default=0)
@@ -79,5 +81,5 @@ def _prepare(bare: Any, adapter: Adapter, max_rank: int, slots: str, declared: s
             token_modules=list(made.tokens) or None,
             max_tokens=max((len(rows.tokens) for rows in made.tokens.values()), default=None),
             max_block=max(blocks, BLOCK) if blocks else None,
-            lokr_factor=next((plan.factor for plan in made.sites.values() if plan.factor), None),
+            lokr_factor=factor,
         )

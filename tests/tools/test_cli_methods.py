@@ -90,6 +90,9 @@ def test_every_method(name: str, base: Path, tmp_path: Path) -> None:
     assert told("diff", tmp_path / "one", tmp_path / "one")["changed"] == []
     found = told("diff", tmp_path / "one", tmp_path / "other", code=1)
     assert len(found["changed"]) == 4 if by_site else found["rest"]
+    if name == "LoKr":  # at no ranks
+        tight = CliRunner().invoke(app, ["check", str(tmp_path / "one"), "--model", str(base), "--max-rank", "2"])
+        assert "swaps: yes\nprepared with lokr_factor=2" in tight.output
     if name == "aLoRA":
         return
     converted = told("convert", tmp_path / "one", tmp_path / "lora", "--to", "lora", "--rank", 5)
