@@ -37,13 +37,15 @@ class Call(NamedTuple):
     """What is known of a call.
 
     ``ids``: its tokens ``[rows, tokens]``; ``sizes``: how many there are, if that is known. ``cache``: what it goes on
-    from. ``packed``: its rows hold several sequences each. ``found``: what it was found to have, for each invocation.
+    from. ``packed``: its rows hold several sequences each. ``kept``: how many of its tokens, the last ones, the head
+    sees; 0: all. ``found``: what it was found to have, for each invocation.
     """
 
     ids: Tensor | None
     sizes: tuple[int, ...]
     cache: Any
     packed: bool
+    kept: int
     found: dict[Tokens, Seen]
 
     def places(self) -> Tensor:
@@ -55,12 +57,13 @@ class Call(NamedTuple):
 def call_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
     """A call of a whole model: its tokens are ``input_ids``, or what comes first, if those are whole numbers."""
     ids, cache = kwargs.get("input_ids", args[0] if args else None), cache_in([*args, *kwargs.values()])
-    packed = kwargs.get("cu_seq_lens_q") is not None
+    packed, kept = kwargs.get("cu_seq_lens_q") is not None, kwargs.get("logits_to_keep")
+    kept = kept if isinstance(kept, int) else 0
     if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.ndim == 2:
-        return Call(ids.detach(), tuple(ids.shape), cache, packed, {})
+        return Call(ids.detach(), tuple(ids.shape), cache, packed, kept, {})
     given = kwargs.get("inputs_embeds", ids)
     sizes = tuple(given.shape[:2]) if isinstance(given, Tensor) and given.ndim > 2 else ()
-    return Call(None, sizes, cache, packed, {})
+    return Call(None, sizes, cache, packed, kept, {})
 
 
 def invoked(input_ids: Tensor, invocation: Sequence[int]) -> Tensor:
@@ -80,7 +83,7 @@ def invoked(input_ids: Tensor, invocation: Sequence[int]) -> Tensor:
     """
     if input_ids.ndim != 2 or input_ids.is_floating_point():
         raise AdapterError(f"input_ids: expected [rows, tokens], found {input_ids.dtype} {list(input_ids.shape)}")
-    call = Call(input_ids.detach(), tuple(input_ids.shape), None, False, {})
+    call = Call(input_ids.detach(), tuple(input_ids.shape), None, False, 0, {})
     return mask_of(call, tuple(invocation))[0].to(input_ids.device)
 
 

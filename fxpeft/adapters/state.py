@@ -254,7 +254,7 @@ class ModelState:
             self.serving.reach.enter(call)
             return
         for reach, tokens in self._invoked():
-            reach.mask, seen = mask_of(call, tokens)
+            (reach.mask, seen), reach.kept = mask_of(call, tokens), call.kept
             reach.seen = seen if call.cache is None else None
 
     def leave(self, output: Any) -> None:

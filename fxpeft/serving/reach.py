@@ -76,7 +76,7 @@ class SlotReach:
             if reach.mask.shape[0] or (reach.mask.shape[1] == 1) is not bool(tokens):
                 reach.mask = nowhere() if tokens else everywhere()
         elif tokens != reach.tokens:
-            reach.mask, _ = mask_of(reach.told, tokens)
+            (reach.mask, _), reach.kept = mask_of(reach.told, tokens), reach.told.kept
             reach.tokens = tokens
 
     def of_rows(self, begins: RowStarts, repeats: int) -> LaneReach:
@@ -97,10 +97,9 @@ class SlotReach:
         packed, own = (
             starts.gather(1, each.repeat_interleave(count // rows, 0)) for each in (begins.packed, begins.own)
         )
-        places = (
-            call.places().to(device) if known and call is not None else torch.zeros((), dtype=torch.long, device=device)
-        )
-        return LaneReach(packed, own, places)
+        if call is None or not known:
+            return LaneReach(packed, own, torch.zeros((), dtype=torch.long, device=device))
+        return LaneReach(packed, own, call.places().to(device), call.kept)
 
     def leave(self, output: Any) -> None:
         """The call has ended; a cache that it made itself is marked."""

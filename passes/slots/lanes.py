@@ -236,6 +236,8 @@ def acting(slot: Slot, x: Tensor, since: Tensor) -> Tensor | None:
         acts: Tensor = of_rows(slot, x, places >= since)
         return acts
     leading = x.shape[:-1]
+    if len(leading) == 2 and leading[1] == slot.lanes.reach.kept:
+        places = places[-leading[1] :]
     if len(leading) < 2 or leading[0] != since.shape[0] or leading[1] != places.shape[0]:
         raise other_tokens(slot.site, (since.shape[0], places.shape[0]), x)
     acts = places.unsqueeze(-1) >= since.unsqueeze(1)

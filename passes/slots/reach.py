@@ -33,10 +33,12 @@ class Reach:
     """Of an adapter's calls without slots: it is the last one's, so that the backward of that has it.
 
     ``mask``: ``[rows, tokens]``, or :func:`everywhere` or :func:`nowhere` of a call whose tokens aren't known.
-    ``rows``: which of its rows are computed now, where they are taken apart. ``seen``: what its owner is to remember.
+    ``kept``: how many of them, the last ones, a head sees, where the call says so. ``rows``: which of its rows are
+    computed now, where they are taken apart. ``seen``: what its owner is to remember.
     """
 
     rows: Tensor | None = None
+    kept = 0
 
     def __init__(self) -> None:
         self.mask, self.seen = nowhere(), None  # type: Tensor, Any
@@ -56,6 +58,7 @@ class ThreadReach(threading.local):
     def clear(self) -> None:
         """No call is under way."""
         self.mask: Tensor = everywhere()
+        self.kept = 0  # as of a Reach
         self.told: Any = None
         self.tokens: Any = None
 
@@ -68,12 +71,14 @@ class LaneReach(NamedTuple):
 
     ``packed``: ``[rows, r]``, and ``own``: ``[rows, w]``, the places of the first tokens, for the ranks of the mask and
     for a row's own; those of an adapter that acts everywhere are 0. ``places``: ``[tokens]``, of the call's; a single
-    one, ``[]``, where nobody told the tokens; none, ``[0]``, where each token has a name, and so acts.
+    one, ``[]``, where nobody told the tokens; none, ``[0]``, where each token has a name, and so acts. ``kept``: as of
+    a :class:`Reach`.
     """
 
     packed: Tensor
     own: Tensor
     places: Tensor
+    kept: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +114,8 @@ def reached(at: ReachAt | Tensor, x: Tensor, scale: Tensor) -> Tensor:
     if isinstance(at.calls, Reach) and at.calls.rows is not None:
         mask = mask.index_select(0, at.calls.rows.to(mask.device))
     leading = x.shape[:-1]
+    if len(leading) == 2 and leading[1] == at.calls.kept:
+        mask = mask[:, -leading[1] :]
     if len(leading) == 1 and leading[0] == mask.shape[0] * mask.shape[1]:
         mask = mask.reshape(-1)
     elif len(leading) < 2 or leading[0] != mask.shape[0] or leading[1] != mask.shape[1]:

@@ -346,17 +346,9 @@ def _live(
 
 
 def slot(
-    kind: Kind,
-    base: Callable[[Tensor], Tensor],
-    x: Tensor,
-    *,
-    a: Tensor,
-    b: Tensor,
-    d: Tensor,
-    rank: ActiveRank | None = None,
-    reach: Tensor | None = None,
-    **gains: Tensor,
-) -> Tensor:
+    kind: Kind, base: Callable[[Tensor], Tensor], x: Tensor, *, a: Tensor, b: Tensor, d: Tensor,
+    rank: ActiveRank | None = None, reach: Tensor | None = None, **gains: Tensor,
+) -> Tensor:  # fmt: skip
     """The serving subgraph."""
     a, b, d = _narrowed(a, b, d, rank)
     if reach is not None:

@@ -417,6 +417,22 @@ def test_compiled_without_slots(folder: str, wanted: Tensor) -> None:
         assert_close(logits(compiled, IDS.flip(0)), wanted.flip(0))
 
 
+def test_a_head_that_sees_the_last_tokens_alone(tmp_path: Path) -> None:
+    targets = ["lm_head", "q_proj"]
+    folder = save(tiny_llama(), config(target_modules=targets, rank_pattern={}), tmp_path, seed=6)
+    peer, model = peft.PeftModel.from_pretrained(tiny_llama(), folder).eval(), tiny_llama()
+    wanted = torch.cat([generated(peer, row.unsqueeze(0)) for row in IDS])
+    assert torch.equal(generated(loaded(folder)), wanted)
+    fxpeft.prepare_hotswap(model, 12, methods=("lora", "alora"), lanes=2, targets=targets)
+    fxpeft.load_adapter(model, folder)
+    assert torch.equal(generated(model), wanted)
+    assert torch.equal(generated(model, adapter_names=["default"] * 5), wanted)
+    with pytest.raises(
+        fxpeft.AdapterError, match=r"lm_head: .* some of the call's 5 x 8 tokens.*an input of \[5, 3, 32\]"
+    ):
+        model(IDS, logits_to_keep=torch.tensor([0, 2, 7]))
+
+
 def test_what_it_can_not_be_with(folder: str, tmp_path: Path) -> None:
     for fields, message in (
         ({"alora_invocation_tokens": []}, "alora_invocation_tokens: expected tokens, at least one"),
