@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -252,3 +253,16 @@ def grads_of(peer: Any, model: Any, loss: Any) -> None:
     for key, grad in held.items():
         assert theirs[key].abs().max() > 0
         assert_close(grad, theirs[key], size=float(theirs[key].abs().max()) + 0.1)
+
+
+def beside_peft(kind: KindCase, config: Any, folder: Path) -> tuple[Net, Tensor, Tensor, Any]:
+    """A net with a random adapter, an input, its output, and PEFT's net of the same file: output and gradients agree."""
+    net, x = kind.net(), kind.input()
+    add(net, config.changed(target_modules=["first", "second"]))
+    wanted = output(net, x)
+    assert (wanted - output(kind.net(), x)).abs().max() > 0.01
+    fxpeft.save_adapter(net, folder)
+    peer = peft.PeftModel.from_pretrained(kind.net(), str(folder), is_trainable=True).eval()
+    assert_close(output(peer, x), wanted)
+    grads_of(peer, net, lambda each: each(x).square().mean())
+    return net, x, wanted, peer

@@ -163,6 +163,7 @@ class Adamss(Method[AdamssConfig]):
     peft_type = "ADAMSS"
     needs: ClassVar = {"adamss": ("shift",)}
     config_class = AdamssConfig
+    found_in_base = True
     integers = (GROUPS, PLACES)
     numbered = (A, B)
 

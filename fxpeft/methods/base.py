@@ -157,6 +157,8 @@ class Method(abc.ABC, Generic[C]):
     tokens_key: ClassVar[str] = "token_adapter.trainable_tokens_delta"
     #: whether :meth:`lower` reads the base's weights, so that it is done anew where these are others
     follows_base: ClassVar[bool] = False
+    #: whether :meth:`restore` reads them, for what no file holds
+    found_in_base: ClassVar[bool] = False
     #: a site's plan follows from its place among all of them (:meth:`arranged`), so that a part of a model has others
     ordered: ClassVar[bool] = False
     #: those of :meth:`shapes` that are whole numbers: ``torch.int64``, never trained

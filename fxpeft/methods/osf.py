@@ -115,6 +115,7 @@ class Osf(Method[OSFConfig]):
     name = "osf"
     peft_type = "OSF"
     config_class = OSFConfig
+    found_in_base = True
 
     def plan(self, config: OSFConfig, site: str, kind: Kind) -> OsfPlan:
         check_linear("OSF", site, kind)

@@ -137,6 +137,7 @@ class Psoft(Method[PsoftConfig]):
     name = "psoft"
     peft_type = "PSOFT"
     config_class = PsoftConfig
+    found_in_base = True
 
     def plan(self, config: PsoftConfig, site: str, kind: Kind) -> PsoftPlan:
         check_linear("PSOFT", site, kind)

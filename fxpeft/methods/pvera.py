@@ -20,6 +20,7 @@ from fxpeft.methods.config import AdapterConfig
 from fxpeft.methods.vera import Projected
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
+from fxpeft.passes.targets.one_node import one_node
 
 
 @dataclass
@@ -88,6 +89,12 @@ class Drawn(nn.Module):
         return f"seed={self.seed}"
 
 
+@one_node
+def means(both: Tensor) -> Tensor:
+    """``[..., 2 r]`` to ``[..., r]``, as :class:`Drawn` in evaluation."""
+    return both.chunk(2, -1)[0]
+
+
 def pvera(
     kind: Kind,
     base: Callable[[Tensor], Tensor],
@@ -97,13 +104,14 @@ def pvera(
     pvera_lambda_d: Tensor,
     pvera_A: Tensor,
     pvera_B: Tensor,
-    drawn: Callable[[Tensor], Tensor],
+    drawn: Callable[[Tensor], Tensor] | None = None,
     dropout: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The training subgraph; the shared factors come to where the site is."""
+    """The training subgraph; the shared factors come to where the site is. A program has nothing that draws."""
     y = base(x)
     a, b = (cut.to(pvera_lambda_d) for cut in (pvera_A[:, : kind.in_features], pvera_B[: kind.out_features]))
-    h = drawn(kind.reduce(x if dropout is None else dropout(x.type_as(a)), a) * pvera_lambda_d)
+    both = kind.reduce(x if dropout is None else dropout(x.type_as(a)), a) * pvera_lambda_d
+    h = means(both) if drawn is None else drawn(both)
     out: Tensor = (y + kind.expand(h, b) * pvera_lambda_b).type_as(y)
     return out
 

@@ -131,5 +131,5 @@ def slot_needs() -> dict[str, frozenset[str]]:
 
 
 def following() -> frozenset[str]:
-    """Names of the methods whose slot values follow from the base's weights."""
-    return frozenset(m.name for m in METHODS if m.follows_base)
+    """Names of the methods that need the base's weights: slot values follow from them, or what no file holds."""
+    return frozenset(m.name for m in METHODS if m.follows_base or m.found_in_base)

@@ -95,6 +95,7 @@ class Supertuning(Method[SupertuningConfig]):
     name = "supertuning"
     peft_type = "SUPERTUNING"
     config_class = SupertuningConfig
+    found_in_base = True
     integers = (PLACES,)
 
     def plan(self, config: SupertuningConfig, site: str, kind: Kind) -> SupertuningPlan:

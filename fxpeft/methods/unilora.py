@@ -25,6 +25,7 @@ from fxpeft.methods.parts import check_linear
 from fxpeft.passes.base import attribute
 from fxpeft.passes.rewrite.inject import Rewrite
 from fxpeft.passes.targets.kinds import Kind
+from fxpeft.passes.targets.one_node import one_node
 
 THETA, PLACES = "unilora_theta_d", ("unilora_indices_A", "unilora_indices_B")
 SCALES = ("unilora_scales_A", "unilora_scales_B")
@@ -87,6 +88,12 @@ def order(total: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
     return found, torch.where(counts > 0, counts.rsqrt(), 0.0)
 
 
+@one_node
+def picked(theta: Tensor, places: Tensor, scales: Tensor) -> Tensor:
+    """A factor of theta, which comes to where the site is."""
+    return theta.to(scales.device)[places.to(scales.device)] * scales
+
+
 def unilora(
     kind: Kind,
     base: Callable[[Tensor], Tensor],
@@ -99,10 +106,10 @@ def unilora(
     unilora_scales_B: Tensor,
     dropout: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The training subgraph; theta comes to where the site is."""
+    """The training subgraph."""
     y = base(x)
-    theta = unilora_theta_d.to(unilora_indices_A.device)
-    a, b = theta[unilora_indices_A] * unilora_scales_A, theta[unilora_indices_B] * unilora_scales_B
+    a = picked(unilora_theta_d, unilora_indices_A, unilora_scales_A)
+    b = picked(unilora_theta_d, unilora_indices_B, unilora_scales_B)
     x = x.type_as(a)
     out: Tensor = (y + kind.expand(kind.reduce(x if dropout is None else dropout(x), a), b)).type_as(y)
     return out
@@ -184,8 +191,8 @@ class UniLora(Method[UniLoraConfig]):
         return Rewrite(f"unilora:{name}", unilora, held, shared=tuple(theta))
 
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
-        theta = base.shared[THETA].to(parameters[SCALES[0]])
-        a, b = (theta[parameters[p].to(theta.device)] * parameters[s] for p, s in zip(PLACES, SCALES, strict=True))
+        pairs = [(parameters[p], parameters[s]) for p, s in zip(PLACES, SCALES, strict=True)]
+        a, b = (picked(base.shared[THETA], places, scales) for places, scales in pairs)
         return SlotValues(a, b.t(), torch.ones(plan.rank))
 
     def scales(self, config: UniLoraConfig) -> bool:

@@ -72,33 +72,34 @@ class WaveFTConfig(AdapterConfig):
 
 
 @functools.lru_cache(maxsize=len(FAMILIES))
-def filters(moments: int) -> tuple[list[float], list[float]]:
-    """Daubechies' low and high pass of so many vanishing moments, which put a signal together again.
+def low_pass(moments: int) -> tuple[float, ...]:
+    """Daubechies' filter of so many vanishing moments, which puts a signal together again.
 
-    The low pass is what has all these moments and, of what is left, the roots within the unit circle.
+    It is what has all these moments and, of what is left, the roots within the unit circle. 0: there is none.
     """
+    if not moments:
+        return ()
     rest = [math.comb(moments - 1 + k, k) for k in reversed(range(moments))]  # in y = (2 - z - 1/z) / 4
     halves = [1 - 2 * y for y in np.roots(rest)]  # (z + 1/z) / 2
     roots = [min(half + s, half - s, key=abs) for half in halves for s in [np.sqrt(half * half - 1 + 0j)]]
     low = np.real(np.poly([*(-1.0 for _ in range(moments)), *roots]))
-    low = low * (math.sqrt(2) / low.sum())
-    high = low[::-1] * (-1.0) ** np.arange(len(low))
-    return low.tolist(), high.tolist()
+    return tuple((low * (math.sqrt(2) / low.sum())).tolist())
 
 
 @one_node
-def rebuilt(spectrum: Tensor, where: Tensor, out: int, into: int, moments: int) -> Tensor:
-    """The update ``[out, in]`` in float32, before it is scaled; 0 moments: without a transform."""
-    if not moments:
-        return scattered(spectrum.float(), where, out, into)
-    low, high = (torch.tensor(own, device=spectrum.device) for own in filters(moments))
-    length = len(low)
+def rebuilt(spectrum: Tensor, where: Tensor, out: int, into: int, taps: tuple[float, ...]) -> Tensor:
+    """The update ``[out, in]`` in float32, before it is scaled; ``taps``: the low pass, or nothing."""
+    spectrum, length = spectrum.float(), len(taps)
+    if not length:
+        return scattered(spectrum, where, out, into)
+    low = torch.cat([spectrum.new_full((1,), number) for number in taps])
+    high = torch.cat([spectrum.new_full((1,), number * (-1) ** n) for n, number in enumerate(reversed(taps))])
     # as much wider as the filters take off again, and even
-    rows, columns = ((size + length - 2 + 1) // 2 * 2 for size in (out, into))
+    rows, columns = ((size + length - 1) // 2 * 2 for size in (out, into))
     at = (where // into + (rows - out) // 2) * columns + where % into + (columns - into) // 2
-    dense = scattered(spectrum.float(), at, rows, columns)
+    dense = scattered(spectrum, at, rows, columns)
     bands = dense.view(2, rows // 2, 2, columns // 2).transpose(1, 2).flatten(0, 1)
-    # as PEFT: what is right of the low pass is high along the rows' axis
+    # as in PEFT what lies to the right is high along the rows, and what lies below along the columns
     pairs = torch.stack([torch.outer(a, b) for a, b in ((low, low), (high, low), (low, high), (high, high))])
     whole = F.conv_transpose2d(bands.unsqueeze(0), pairs.unsqueeze(1), stride=2, padding=length - 2)[0, 0]
     return whole[:out, :into]
@@ -112,17 +113,17 @@ def waveft(
     waveft_spectrum: Tensor,
     waveft_places: Tensor,
     scaling: Tensor,
-    moments: int,
+    taps: tuple[float, ...],
 ) -> Tensor:
     """The training subgraph."""
-    delta = rebuilt(waveft_spectrum, waveft_places, kind.out_features, kind.in_features, moments) * scaling
+    delta = rebuilt(waveft_spectrum, waveft_places, kind.out_features, kind.in_features, taps) * scaling
     return applied(kind, base, x, delta.type_as(waveft_spectrum), None)
 
 
 @functools.lru_cache(maxsize=len(FAMILIES) + 1)
 def _of(moments: int) -> Callable[..., Tensor]:
     """One function for each form, by which a rewritten graph is found again."""
-    return functools.partial(waveft, moments=moments)
+    return functools.partial(waveft, taps=low_pass(moments))
 
 
 @dataclass(frozen=True)
@@ -169,4 +170,4 @@ class WaveFT(Spectral[WaveFTConfig]):
     def lower(self, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> SlotValues:
         assert isinstance(plan, WavePlan)
         kind, both = plan.kind, (parameters[SPECTRUM], parameters[PLACES])
-        return full_rank(rebuilt(*both, kind.out_features, kind.in_features, plan.moments), plan.scaling)
+        return full_rank(rebuilt(*both, kind.out_features, kind.in_features, low_pass(plan.moments)), plan.scaling)

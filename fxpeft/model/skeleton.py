@@ -4,7 +4,7 @@ reads a model (plans, checkpoints, lowering, slots) works where there is only a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ class Skeleton(nn.Module):
 def skeleton(outlines: Mapping[str, Outline]) -> nn.Module:
     """A module tree with a torch module of the right kind at each name; it is never called."""
     root = Skeleton()
-    for name in sorted(outlines, key=lambda name: name.count(".")):
+    for name in _parents_first(outlines):
         owner: nn.Module = root
         *parents, leaf = name.split(".") if name else [""]
         for atom in parents:
@@ -57,6 +57,12 @@ def skeleton(outlines: Mapping[str, Outline]) -> nn.Module:
             owner.add_module(leaf, _stub(outlines[name]))
     root.parameters_at = frozenset(name for name, outline in outlines.items() if outline.kind.is_parameter)
     return root
+
+
+def _parents_first(names: Collection[str]) -> list[str]:
+    """In their order, but each after those that it is inside of."""
+    above = {name: [name[:at] for at, mark in enumerate(name) if mark == "."] for name in names}
+    return list(dict.fromkeys(part for name in names for part in (*above[name], name) if part in names))
 
 
 def _stub(outline: Outline) -> nn.Module:

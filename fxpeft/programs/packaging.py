@@ -251,7 +251,7 @@ def _write(
     args, kwargs = program.example_inputs
     files: Any = aot_compile(program.module(check_guards=False), args, kwargs, options)
     _check_symbols(symbols)
-    text = json.dumps(content, indent=1, sort_keys=True)
+    text = json.dumps(content, indent=1)  # the modules in the model's order, which some methods go by
     with replacing(path) as (unfinished,):
         package_files(str(unfinished), files, {MANIFEST: text})
         if weights:

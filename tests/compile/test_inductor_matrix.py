@@ -91,7 +91,10 @@ def test_every_swap_of_a_kind_in_one_graph(kind: str, tmp_path: Path) -> None:
         for name, (_, folder) in adapters.items():
             fxpeft.load_adapter(net, folder, name)
             assert_close(output(graph, x), wanted[name])
-        for name in pairs([*adapters, "off"]):
+        # every pair of LoRAs, and of what slots hold in other places; every adapter twice
+        apart = {slot_needs()[name.partition("-")[0]]: name for name in adapters}
+        chosen = dict.fromkeys([*apart.values(), *(name for name in adapters if name.startswith("lora-")), "off"])
+        for name in [*pairs([*chosen]), *adapters, *reversed(adapters)]:
             show(net, name)
             assert_close(output(graph, x), wanted[name], terms=1 if name == "off" else LONGEST)
         for name, (_, folder) in adapters.items():  # another method under one name

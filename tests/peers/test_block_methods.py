@@ -10,7 +10,7 @@ import pytest
 import torch
 from adapter_files import add
 from closeness import assert_close
-from method_cases import KindCase, grads_of, output
+from method_cases import KindCase, beside_peft, output
 from torch import nn
 
 import fxpeft
@@ -60,14 +60,7 @@ KIND = KindCase(lambda: nn.Linear(12, 6), lambda: torch.randn(3, 2, 12))
     ids=lambda config: config.peft_type,
 )  # fmt: skip
 def test_other_forms(config: Any, tmp_path: Path) -> None:
-    net, x = KIND.net(), KIND.input()
-    add(net, config.changed(target_modules=BOTH))
-    wanted = output(net, x)
-    assert (wanted - output(KIND.net(), x)).abs().max() > 0.01
-    fxpeft.save_adapter(net, tmp_path)
-    peer = peft.PeftModel.from_pretrained(KIND.net(), str(tmp_path), is_trainable=True).eval()
-    assert_close(output(peer, x), wanted)
-    grads_of(peer, net, lambda each: each(x).square().mean())
+    net, x, wanted, _ = beside_peft(KIND, config, tmp_path)
     fxpeft.fold(net)
     assert_close(output(net, x), wanted)
     fxpeft.unfold(net)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from adapter_files import add, spread
 from closeness import assert_close
-from method_cases import KindCase, grads_of, output
+from method_cases import KindCase, beside_peft, output
 from peft.tuners.boft import layer as boft_layer
 from torch import nn
 
@@ -51,18 +51,7 @@ def test_every_form(kind: KindCase, config: Any, tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(boft_layer, "get_fbd_cuda", lambda: True)
         blocks = staticmethod(lambda all_of: torch.stack([torch.block_diag(*each) for each in all_of]))
         monkeypatch.setattr(boft_layer, "FastBlockDiag", type("Blocks", (), {"apply": blocks}))
-    net, x = kind.net(), kind.input()
-    add(net, config.changed(target_modules=BOTH))
-    wanted = output(net, x)
-    assert (wanted - output(kind.net(), x)).abs().max() > 0.01
-    fxpeft.save_adapter(net, tmp_path)
-    peer = peft.PeftModel.from_pretrained(kind.net(), str(tmp_path), is_trainable=True).eval()
-    assert_close(output(peer, x), wanted)
-    peer.save_pretrained(str(tmp_path / "theirs"))
-    back = kind.net()
-    fxpeft.load_adapter(back, tmp_path / "theirs")
-    assert_close(output(back, x), wanted)
-    grads_of(peer, net, lambda each: each(x).square().mean())
+    net, x, wanted, peer = beside_peft(kind, config, tmp_path)
     assert_close(output(peer.merge_and_unload(), x), wanted)
     fxpeft.fold(net, keep="delta")
     assert_close(output(net, x), wanted)
