@@ -256,7 +256,10 @@ def grads_of(peer: Any, model: Any, loss: Any) -> None:
 
 
 def beside_peft(kind: KindCase, config: Any, folder: Path) -> tuple[Net, Tensor, Tensor, Any]:
-    """A net with a random adapter, an input, its output, and PEFT's net of the same file: output and gradients agree."""
+    """A net with a random adapter, an input, its output; and PEFT's net of its file.
+
+    PEFT's output and gradients are the same, and what it writes is read again.
+    """
     net, x = kind.net(), kind.input()
     add(net, config.changed(target_modules=["first", "second"]))
     wanted = output(net, x)
@@ -264,5 +267,23 @@ def beside_peft(kind: KindCase, config: Any, folder: Path) -> tuple[Net, Tensor,
     fxpeft.save_adapter(net, folder)
     peer = peft.PeftModel.from_pretrained(kind.net(), str(folder), is_trainable=True).eval()
     assert_close(output(peer, x), wanted)
+    peer.save_pretrained(str(folder / "theirs"))
+    back = kind.net()
+    fxpeft.load_adapter(back, folder / "theirs")
+    assert_close(output(back, x), wanted)
     grads_of(peer, net, lambda each: each(x).square().mean())
     return net, x, wanted, peer
+
+
+def drawn_as_in_peft(kind: KindCase, config: Any, folder: Path) -> None:
+    """What is drawn in training is drawn as in PEFT, and does something."""
+    net, x = kind.net(), kind.input()
+    add(net, config.changed(target_modules=["first", "second"]))
+    fxpeft.save_adapter(net, folder)
+    peer = peft.PeftModel.from_pretrained(kind.net(), str(folder), is_trainable=True)
+    found = []
+    for each in (net.train(), peer.train()):
+        torch.manual_seed(1)
+        found.append(output(each, x))
+    assert_close(*found)
+    assert not torch.allclose(found[0], output(net.eval(), x), atol=1e-3)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from adapter_files import add
 from closeness import assert_close
-from method_cases import KindCase, beside_peft, output
+from method_cases import KindCase, beside_peft, drawn_as_in_peft, output
 from torch import nn
 
 import fxpeft
@@ -77,16 +77,7 @@ def test_other_forms(config: Any, tmp_path: Path) -> None:
     fxpeft.TinyLoraConfig(tinylora_dropout=0.5), fxpeft.UniLoraConfig(theta_d_length=21, unilora_dropout=0.5),
 ], ids=lambda config: config.peft_type)  # fmt: skip
 def test_what_is_drawn_is_drawn_as_in_peft(config: Any, tmp_path: Path) -> None:
-    net, x = KIND.net(), KIND.input()
-    add(net, config.changed(target_modules=BOTH))
-    fxpeft.save_adapter(net, tmp_path)
-    peer = peft.PeftModel.from_pretrained(KIND.net(), str(tmp_path), is_trainable=True)
-    found = []
-    for each in (net.train(), peer.train()):
-        torch.manual_seed(1)
-        found.append(output(each, x))
-    assert_close(*found)
-    assert not torch.allclose(found[0], output(net.eval(), x), atol=1e-3)
+    drawn_as_in_peft(KIND, config, tmp_path)
 
 
 @pytest.mark.parametrize("config", [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from adapter_files import add, spread
 from closeness import assert_close
-from method_cases import KindCase, beside_peft, output
+from method_cases import KindCase, beside_peft, drawn_as_in_peft, output
 from peft.tuners.boft import layer as boft_layer
 from torch import nn
 
@@ -80,16 +80,7 @@ def test_a_bound_is_kept_while_it_trains(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.4, 0.9])
 def test_blocks_are_dropped_as_in_peft(share: float, tmp_path: Path) -> None:
-    net, x = LINEAR.net(), LINEAR.input()
-    add(net, fxpeft.BOFTConfig(boft_block_size=3, boft_dropout=share, target_modules=BOTH))
-    fxpeft.save_adapter(net, tmp_path)
-    peer = peft.PeftModel.from_pretrained(LINEAR.net(), str(tmp_path), is_trainable=True)
-    found = []
-    for each in (net.train(), peer.train()):
-        torch.manual_seed(1)
-        found.append(output(each, x))
-    assert_close(*found)
-    assert not torch.allclose(found[0], output(net.eval(), x), atol=1e-3)
+    drawn_as_in_peft(LINEAR, fxpeft.BOFTConfig(boft_block_size=3, boft_dropout=share), tmp_path)
 
 
 @pytest.mark.parametrize("r", [4, 3])
