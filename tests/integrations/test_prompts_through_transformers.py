@@ -172,3 +172,28 @@ def test_an_encoders_file_goes_with_its_encoder(tmp_path: Path) -> None:
     assert (tmp_path / "prompt_encoder.safetensors").is_file()
     prompted("prompt tuning").save_pretrained(tmp_path)
     assert not (tmp_path / "prompt_encoder.safetensors").exists()
+
+
+@pytest.mark.parametrize("column", ["task_ids", "input_type_mask"])
+def test_a_trainer_keeps_the_column_that_a_prompt_takes(column: str, tmp_path: Path) -> None:
+    """It drops what the model's forward doesn't name."""
+    model = tiny_llama()
+    if column == "task_ids":
+        fxpeft.add_adapter(model, fxpeft.MultitaskPromptTuningConfig(num_virtual_tokens=3, num_tasks=4))
+        values = [torch.tensor(row % 2 + 1) for row in range(8)]
+    else:
+        fxpeft.add_adapter(model, LLAMA["CPT"]())
+        values = [torch.tensor([1, 1, 2, 3, 4, 4])] * 8
+    train = trainer(model, tmp_path, max_steps=2)
+    for row, value in zip(train.train_dataset, values, strict=True):
+        row[column] = value
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    train.train()
+    changed = {
+        name.rpartition(".")[2]: p.detach() - before[name] for name, p in model.named_parameters() if name in before
+    }
+    if column == "task_ids":
+        moved = changed["prefix_task_rows"].abs().amax((1, 2)) > 0
+        assert moved.tolist() == [False, True, True, False]
+    else:
+        assert changed["delta"].abs().amax(1).gt(0).tolist() == [True, True, False]
