@@ -228,6 +228,9 @@ METHODS: dict[str, Any] = {
     "vera": lambda: fxpeft.VeraConfig(r=3, target_modules=["q_proj", "o_proj"]),
     "loha": lambda: fxpeft.LoHaConfig(r=2, target_modules=["q_proj", "v_proj"]),
     "hra": lambda: fxpeft.HRAConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    "tiny": lambda: fxpeft.TinyLoraConfig(r=2, u=4, target_modules=["q_proj", "v_proj"]),
+    "uni": lambda: fxpeft.UniLoraConfig(r=3, theta_d_length=50, target_modules=["q_proj", "v_proj"]),
+    "adamss": lambda: fxpeft.AdamssConfig(r=6, num_subspaces=2, target_modules=["q_proj", "v_proj"]),
     "oft": lambda: fxpeft.OFTConfig(oft_block_size=8, target_modules=["q_proj", "v_proj"]),
 }
 

@@ -214,7 +214,7 @@ def fit(
         for site, parameters in values.sites.items():
             module, leaf = site_module(model, site)
             _, dtype = placement(module, model, False, leaf)
-            values.sites[site] = {name: value.to(dtype) for name, value in parameters.items()}
+            values.sites[site] = {n: v.to(dtype) if v.is_floating_point() else v for n, v in parameters.items()}
         for name, rows in values.tokens.items():
             values.tokens[name] = rows.to(placement(submodule(model, name), model, False)[1])
         if values.shared:
