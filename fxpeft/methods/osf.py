@@ -77,8 +77,9 @@ def projected(trained: Tensor, first: Tensor, high: Tensor | None) -> Tensor:
             all that ``first`` leaves.
     """
     way = trained - trained.detach()  # zeros, and where the gradient goes
-    kept = first @ (first.t() @ way) if high is None else way - high @ (high.t() @ way)
-    return trained.detach() + kept
+    basis = (first if high is None else high).type_as(way)
+    within = basis @ (basis.t() @ way)
+    return trained.detach() + (within if high is None else way - within)
 
 
 def factors(u: Tensor, s: Tensor, v: Tensor, u0: Tensor, s0: Tensor, v0: Tensor) -> tuple[Tensor, Tensor]:
