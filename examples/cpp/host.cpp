@@ -31,7 +31,8 @@ Tensors read_safetensors(const std::string& path) {
   std::string header(length, '\0');
   file.read(header.data(), static_cast<std::streamsize>(length));
   const std::map<std::string, at::ScalarType> types = {
-      {"F32", at::kFloat}, {"BF16", at::kBFloat16}, {"F16", at::kHalf}, {"I64", at::kLong}, {"U8", at::kByte}};
+      {"F32", at::kFloat}, {"BF16", at::kBFloat16}, {"F16", at::kHalf}, {"I64", at::kLong}, {"U8", at::kByte},
+      {"BOOL", at::kBool}};
   const std::regex entry(
       R"re("([^"]+)":\{"dtype":"(\w+)","shape":\[([\d,]*)\],"data_offsets":\[(\d+),(\d+)\]\})re");
   Tensors found;

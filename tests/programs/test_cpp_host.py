@@ -11,7 +11,7 @@ import torch
 from adapter_files import save
 from closeness import assert_close
 from safetensors.torch import save_file
-from test_packaging import CONFIGS, IDS, SHIFT, live, net, packaged
+from test_packaging import CALL, CONFIGS, IDS, SHIFT, live, net, packaged
 
 import fxpeft
 
@@ -29,21 +29,26 @@ def test_the_host_computes_what_the_live_model_does(tmp_path: Path) -> None:
     done = subprocess.run(build, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     package = packaged()
-    save_file({"0": IDS, "1": SHIFT}, tmp_path / "inputs.safetensors")
+    for file, reach in {
+        "inputs": torch.ones(IDS.shape, dtype=torch.bool),
+        "invoked": fxpeft.invoked(IDS, CALL),
+    }.items():
+        save_file({"0": IDS, "1": SHIFT, "2": reach}, tmp_path / f"{file}.safetensors")
     opened = fxpeft.open_package(package)
     wanted = {}
-    for name in ("lora", "ia3", "full"):
+    for name in ("lora", "ia3", "full", "alora"):
         folder = Path(save(net(), CONFIGS[name], tmp_path / name))
         opened.hotswap(folder)
         opened.save_slots(tmp_path / f"{name}.safetensors")
         wanted[name] = live(folder)
     files = [str(tmp_path / f"{name}.safetensors") for name in wanted]
-    run = subprocess.run(
-        [str(tmp_path / "host"), str(package), str(tmp_path / "inputs.safetensors"), *files],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("tensors swapped in") == 3
+    for inputs, slots in {"inputs": files[:3], "invoked": files[3:]}.items():
+        run = subprocess.run(
+            [str(tmp_path / "host"), str(package), str(tmp_path / f"{inputs}.safetensors"), *slots],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count("tensors swapped in") == len(slots)
     for name, expected in wanted.items():
         raw = bytearray((tmp_path / f"{name}.safetensors.out").read_bytes())
         output = torch.frombuffer(raw, dtype=torch.float32).view(expected.shape)
