@@ -54,16 +54,18 @@ def parts_known() -> Parts:
 @lru_cache(maxsize=8)
 def _parts(methods: Sequence[Method[Any]]) -> Parts:
     keys = {key for method in methods if method.targeted for kind in kinds() for key in method.keys(kind).values()}
-    leafed = frozenset(
-        key.rpartition(".")[0] for key in keys if key.endswith(tuple(f".{leaf}" for leaf in _LEAVES.split("|")))
-    ) | {"ln_tuning_layers", *(part for method in methods for part in method.numbered)}
-    names = {key for key in keys if key.rpartition(".")[0] not in leafed} | leafed | {*_MORE}
+    leaves = tuple(f".{leaf}" for leaf in _LEAVES.split("|"))
+    whole = {key for key in keys if "." in key and not key.endswith(leaves)}  # of which an adapter's name is inside
+    inner = "|".join(sorted({re.escape(key.rpartition(".")[2]) for key in whole} | {r"\d+"}, key=len, reverse=True))
+    numbered = {part for method in methods for part in method.numbered}
+    leafed = frozenset({"ln_tuning_layers", *numbered} | {key.rpartition(".")[0] for key in keys if "." in key})
+    names = keys - {key for key in keys if key.endswith(leaves)} | leafed | {*_MORE}
     every = "|".join(map(re.escape, sorted(names, key=lambda name: (-len(name), name))))
-    if numbered := "|".join(sorted({part for method in methods for part in method.numbered})):
-        every = rf"(?:{numbered})\.\d+|{every}"
+    if numbered:
+        every = rf"(?:{'|'.join(sorted(numbered))})\.\d+|{every}"
     return Parts(
         re.compile(
-            rf"(?P<site>.+?)\.(?P<part>{every})(?:\.(?P<name>(?!(?:{_LEAVES})$)[^.]+))?(?:\.(?P<leaf>{_LEAVES}|\d+))?"
+            rf"(?P<site>.+?)\.(?P<part>{every})(?:\.(?P<name>(?!(?:{_LEAVES})$)[^.]+))?(?:\.(?P<leaf>{_LEAVES}|{inner}))?"
         ),
         re.compile(
             rf"\b(?:{'|'.join(INNER)})\.|^module\.base_model\.|\.{_MAGNITUDE}\.|\.(?:{every})\.(?!(?:{_LEAVES})$)",

@@ -28,6 +28,7 @@ from fxpeft.passes.targets.kinds import Kind
 
 PATHS = tuple("ABCDE")
 NAMES = tuple(f"glora_{path}_{part}" for path in PATHS for part in ("Xd", "Xu", "X"))
+ZEROS = tuple(f"glora_{path}_zeros" for path in PATHS)  # what PEFT writes for a path that there is none of
 
 
 @dataclass
@@ -135,7 +136,7 @@ class Glora(Method[GloraConfig]):
         return shapes
 
     def keys(self, kind: Kind) -> dict[str, str]:
-        return {name: f"{name[:7]}.{name[8:]}" for name in NAMES}
+        return {name: f"{name[:7]}.{name[8:]}" for name in (*NAMES, *ZEROS)}
 
     def initialise(self, config: GloraConfig, plan: SitePlan, parameters: Mapping[str, Tensor], base: Base) -> None:
         for name, value in parameters.items():
@@ -147,11 +148,10 @@ class Glora(Method[GloraConfig]):
                 nn.init.kaiming_uniform_(value.unsqueeze(0) if value.ndim == 1 else value, a=math.sqrt(5))
 
     def read(self, config: GloraConfig, tensors: dict[str, Tensor]) -> tuple[GloraConfig, dict[str, Tensor]]:
-        """PEFT writes zeros for a path that there is none of."""
-        zeros = tuple(f".glora_{path}.zeros" for path in PATHS)
-        if wrong := [key for key, tensor in tensors.items() if key.endswith(zeros) and bool(tensor.any())]:
+        zeros = [key for key in tensors if key.endswith(tuple(f".glora_{path}.zeros" for path in PATHS))]
+        if wrong := [key for key in zeros if bool(tensors[key].any())]:
             raise CheckpointError(f"{wrong[0]}: expected zeros, since its config says that there is none, found others")
-        return config, {key: tensor for key, tensor in tensors.items() if not key.endswith(zeros)}
+        return config, {key: tensor for key, tensor in tensors.items() if key not in zeros}
 
     def rewrite(self, name: str, config: GloraConfig, site: SiteAdapter) -> Rewrite:
         return Rewrite(f"glora:{name}", glora, site.operands(name, NAMES), reads=("weight", "bias"))

@@ -11,6 +11,7 @@ import torch
 from adapter_files import add
 from closeness import assert_close
 from method_cases import KindCase, beside_peft, drawn_as_in_peft, output
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fxpeft
@@ -105,6 +106,29 @@ def test_a_fresh_one_changes_nothing_and_has_pefts_tensors(config: Any) -> None:
     twice = tuple(f".{site}.randlora_{factor}" for site in BOTH for factor in "AB")  # what all sites share, once more
     wanted = {key: shape for key, shape in wanted.items() if not key.endswith((*twice, ".zeros"))}
     assert {key: tuple(value.shape) for key, value in fxpeft.adapter_state_dict(net).items()} == wanted
+
+
+@pytest.mark.parametrize("config", [
+    fxpeft.GloraConfig(r=3, config_C="none"), fxpeft.OSFConfig(), fxpeft.AdamssConfig(num_subspaces=2),
+], ids=lambda config: config.peft_type)  # fmt: skip
+def test_the_names_that_parts_have_in_pefts_memory(config: Any, tmp_path: Path) -> None:
+    _, x, wanted, peer = beside_peft(KIND, config, tmp_path)
+    other = KIND.net()
+    fxpeft.add_adapter(other, config.changed(target_modules=BOTH))
+    held = {key: tensor for key, tensor in peer.state_dict().items() if ".default" in key}
+    fxpeft.load_adapter_state_dict(other, held)
+    assert_close(output(other, x), wanted)
+
+
+def test_a_path_that_there_is_none_of_is_zero(tmp_path: Path) -> None:
+    peer = beside_peft(KIND, fxpeft.GloraConfig(r=3, config_C="none"), tmp_path)[3]
+    peer.save_pretrained(str(tmp_path / "theirs"))
+    file = tmp_path / "theirs" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.first.glora_C.zeros"] += 1
+    save_file(tensors, file)
+    with pytest.raises(fxpeft.CheckpointError, match=r"first.glora_C.zeros: expected zeros"):
+        fxpeft.load_adapter(KIND.net(), tmp_path / "theirs")
 
 
 def test_settings_and_sites_that_do_not_fit_are_named() -> None:
