@@ -62,7 +62,7 @@ CASES: dict[str, Callable[[], AdapterConfig]] = {
     "psoft": lambda: fxpeft.PsoftConfig(r=6, target_modules=TARGETS),
     "pvera": lambda: fxpeft.PveraConfig(r=12, d_initial=3.0, target_modules=TARGETS),
     "tinylora": lambda: fxpeft.TinyLoraConfig(r=4, u=9, weight_tying=0.5, target_modules=TARGETS),
-    "unilora": lambda: fxpeft.UniLoraConfig(r=6, target_modules=TARGETS),
+    "unilora": lambda: fxpeft.UniLoraConfig(r=6, theta_d_length=8192, init_theta_d_bound=0.4, target_modules=TARGETS),
     "adamss": lambda: fxpeft.AdamssConfig(r=12, subspace_rank=2, target_modules=TARGETS),
     "shira": lambda: fxpeft.ShiraConfig(r=2, target_modules=["v_proj"]),
     "supertuning": lambda: fxpeft.SupertuningConfig(sparsity=0.9, r=3, target_modules=["v_proj"]),
