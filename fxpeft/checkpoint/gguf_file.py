@@ -87,7 +87,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "Gemma2ForCausalLM": Architecture("gemma2", left=HEAD),
     "Gemma3ForCausalLM": GEMMA3, "Gemma3ForConditionalGeneration": GEMMA3,
 }  # fmt: skip
-LATENT = "kv_b_proj is taken apart into heads of keys and of values there"
+LATENT = "the product that makes keys and values is taken apart into heads there"
 LINEAR = "the rows of its linear attention are in another order there"
 SCALED = "its multipliers are multiplied into the weights there"
 #: what llama.cpp makes more of than other names, and rows ordered by pairs
