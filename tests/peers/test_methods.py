@@ -275,8 +275,7 @@ def test_the_table_in_the_guide_says_what_passed(tmp_path: Path, request: pytest
     assert found == table()
 
 
-def test_a_table_that_says_more_than_passed_is_noticed() -> None:
-    passed[next(iter(CELLS))] = ["T"]
-    text = GUIDE.read_text(encoding="utf-8")
-    assert table() not in text
-    del passed[next(iter(CELLS))]
+def test_a_table_that_says_more_than_passed_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cell in CELLS:  # whatever ran before
+        monkeypatch.setitem(passed, cell, ["T"] if cell == CELLS[0] else passed.get(cell, []))
+    assert table() not in GUIDE.read_text(encoding="utf-8")
