@@ -264,6 +264,7 @@ def test_a_prefix_has_no_tokens_to_stand_for(run: Callable[..., AdapterBatching]
     asked.get().lease.release()
 
 
+@pytest.mark.slow
 def test_other_adapters_compile_nothing_anew(
     run: Callable[..., AdapterBatching], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -422,6 +423,7 @@ def test_an_adapter_that_overflows_answers_nothing_wrong(
     assert asyncio.run(one("a0")).generated_tokens == serving_site.alone(root / "adapters" / "a0", ids, 4)
 
 
+@pytest.mark.slow
 def test_nothing_is_sorted_where_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any, **settings: Any) -> Tensor:
         raise AssertionError("sorted")

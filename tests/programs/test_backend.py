@@ -160,6 +160,7 @@ def eager_of(name: str) -> Tensor:
     return eager(model)
 
 
+@pytest.mark.slow
 def test_through_inductor_as_a_named_backend() -> None:
     entry = (Path(__file__).parents[2] / "pyproject.toml").read_text().partition("torch_dynamo_backends]\n")[2]
     module, function = entry.splitlines()[0].split('"')[1].split(":")
@@ -257,7 +258,7 @@ def gradients(model: nn.Module, call: Callable[[Tensor], Tensor]) -> dict[str, T
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_gradients_through_the_backend(inner: str) -> None:
     model = net("checkpoint" if inner == "aot_eager" else "")
     adapter(model, LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, use_dora=True), "a")

@@ -184,6 +184,7 @@ def test_one_product_per_input(rank: str, reports: Callable[[], list[str]]) -> N
     assert len(stacks_of(model)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"dynamic": True}], ids=["", "dynamic shapes"])
 def test_no_rank_recompiles_through_inductor(options: dict[str, Any]) -> None:
     """The rank of the stack, its largest one and a length that equals a rank among them."""
