@@ -48,10 +48,14 @@ class Call(NamedTuple):
     kept: int
     found: dict[Tokens, Seen]
 
+    def past(self) -> int | Tensor:
+        """How many tokens of each row its cache holds."""
+        held: int | Tensor = 0 if self.cache is None else self.cache.get_seq_length()
+        return held
+
     def places(self) -> Tensor:
         """Where its tokens are in their rows, ``[tokens]``."""
-        past = 0 if self.cache is None else self.cache.get_seq_length()
-        return past + torch.arange(self.sizes[1], device=None if self.ids is None else self.ids.device)
+        return self.past() + torch.arange(self.sizes[1], device=None if self.ids is None else self.ids.device)
 
 
 def call_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
@@ -83,8 +87,7 @@ def invoked(input_ids: Tensor, invocation: Sequence[int]) -> Tensor:
     """
     if input_ids.ndim != 2 or input_ids.is_floating_point():
         raise AdapterError(f"input_ids: expected [rows, tokens], found {input_ids.dtype} {list(input_ids.shape)}")
-    call = Call(input_ids.detach(), tuple(input_ids.shape), None, False, 0, {})
-    return mask_of(call, tuple(invocation))[0].to(input_ids.device)
+    return mask_of(call_of((input_ids,), {}), tuple(invocation))[0].to(input_ids.device)
 
 
 def mask_of(call: Call, tokens: Tokens) -> tuple[Tensor, Seen | None]:
@@ -123,7 +126,7 @@ def seen_in(call: Call, tokens: Tokens) -> Seen | None:
             stacklevel=2,
         )
         return None
-    ids, past = call.ids, 0 if call.cache is None else call.cache.get_seq_length()
+    ids, past = call.ids, call.past()
     rows, count = ids.shape
     before: Seen | None = getattr(call.cache, MARK, {}).get(tokens)
     starts, text = torch.full((rows,), FAR, device=ids.device), ids

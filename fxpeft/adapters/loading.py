@@ -26,19 +26,22 @@ def load(
     check_finite: bool = False,
     misfit: Misfit | None = None,
     partial: bool = False,
+    shapes_only: bool = False,
 ) -> tuple[AdapterPlan, Values]:
     """Give a checkpoint the names that the model has now, plan its sites, and find each tensor's place there.
 
     Args:
         plan: of an adapter that the tensors are for. Default: what the checkpoint's config says.
         key_mapping, conversions: as in :func:`~fxpeft.checkpoint.layouts.in_layout_of`.
-        check_finite, misfit, partial: as in :func:`~fxpeft.checkpoint.assigning.assign`.
+        check_finite, misfit, partial, shapes_only: as in :func:`~fxpeft.checkpoint.assigning.assign`.
 
     Raises:
         AdapterError: as the three steps; nothing is changed by any of them.
     """
     found = in_layout_of(modules, found, key_mapping=key_mapping, conversions=conversions)
-    return fit(modules, found, plan=plan, check_finite=check_finite, misfit=misfit, partial=partial)
+    return fit(
+        modules, found, plan=plan, check_finite=check_finite, misfit=misfit, partial=partial, shapes_only=shapes_only
+    )
 
 
 def fit(
@@ -49,13 +52,15 @@ def fit(
     check_finite: bool = False,
     misfit: Misfit | None = None,
     partial: bool = False,
+    shapes_only: bool = False,
 ) -> tuple[AdapterPlan, Values]:
     """:func:`load` of a checkpoint that has the model's names."""
     plan = plan or plan_for(modules, found.config)
     declared = declared_modules(modules.model)
     return plan, checkpoint.assign(
-        modules, plan, found, check_finite=check_finite, misfit=misfit, declared=declared, partial=partial
-    )
+        modules, plan, found, check_finite=check_finite, misfit=misfit, declared=declared, partial=partial,
+        shapes_only=shapes_only,
+    )  # fmt: skip
 
 
 def plan_for(modules: Modules, config: AdapterConfig) -> AdapterPlan:

@@ -228,13 +228,13 @@ def _problems(found: Checkpoint, engine: Engine) -> list[str]:
     grouped = [name for name, own in sites.items() if "lora_B" in own and own["lora_B"].shape[1] != len(own["lora_A"])]
     problems += [f"{name}: a grouped convolution's" for name in grouped]
     if not engine.rest:
-        heads = {name for key in rest for name in key.split(".")[-2:-1] if name in engine.heads}
-        headed = heads.pop() if len(heads) == 1 else None
+        owners = {key: key.rpartition(".")[0].rpartition(".")[2] for key in rest}
+        heads = engine.heads & set(owners.values())
         problems += [
             f"{key}: it reads nothing beside the sites (whole modules, biases, rows of tokens): split those off "
             "(--rest FOLDER), fold that into the base, and serve what comes out"
-            for key in rest
-            if not (headed and key.split(".")[-2:-1] == [headed])
+            for key, owner in owners.items()
+            if owner not in heads or len(heads) > 1  # one of them it reads whole
         ]
     return problems
 

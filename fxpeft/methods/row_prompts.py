@@ -66,9 +66,8 @@ class TaskPrompts(NamedTuple):
                 f"task_ids: expected a tensor of each row's task, from 0 to {count - 1}, found {short(tasks)}"
             )
         ids = tasks.reshape(-1).to(self.cols.device)
-        on_cpu = (
-            ids.device.type == "cpu" and not torch.compiler.is_compiling()
-        )  # elsewhere it would wait for the device
+        # elsewhere it would wait for the device
+        on_cpu = ids.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
             raise AdapterError(f"task_ids: expected tasks from 0 to {count - 1}, found {short(ids.tolist())}")
         own = self.shared * (self.cols.index_select(0, ids) @ self.rows.index_select(0, ids))

@@ -12,10 +12,9 @@ import torch
 import typer
 
 import fxpeft
-from fxpeft import checkpoint
-from fxpeft.adapters.loading import plan_for
+from fxpeft.adapters.loading import load
 from fxpeft.adapters.state import Adapter, state_of
-from fxpeft.checkpoint.layouts import in_layout_of
+from fxpeft.checkpoint import read
 from fxpeft.errors import AdapterError
 from fxpeft.methods import method_of
 from fxpeft.model.empty import empty_model
@@ -38,15 +37,12 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Tell whether an adapter loads on a model, and whether it swaps there without recompiling; and why not."""
-    found = checkpoint.read(adapter)
+    found = read(adapter)
     bare = repeated(empty_model(model), found.config)
     answer: dict[str, Any] = {"loads": False, "swaps": False, "why_not": None, "sites": 0}
     layers, factor = getattr(found.config, "layer_replication", None), None
     try:
-        modules = Modules(bare)
-        named = in_layout_of(modules, found)
-        made = plan_for(modules, named.config)
-        values = checkpoint.assign(modules, made, named, check_finite=True, shapes_only=True)
+        made, values = load(Modules(bare), found, check_finite=True, shapes_only=True)
         answer.update(loads=True, sites=len(made.sites))
         factor = next((plan.factor for plan in made.sites.values() if plan.factor), None)
         declared = method_of(found.config).declared(found.config)

@@ -114,7 +114,6 @@ def _factors(
     grouped = kind.groups > 1
     if not len(a):  # a shift alone, and a LoRA of rank 0 there isn't
         a, rows = a.new_zeros(kind.a_shape(1)), rows.new_zeros(1, kind.out_features)
-        lowered = lowered._replace(d=lowered.d.new_zeros(1))
     if rank is None:
         on = lowered.d != 0
         if not grouped and not on.all():  # at least one is kept: a LoRA of rank 0 there isn't

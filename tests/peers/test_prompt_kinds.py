@@ -14,17 +14,16 @@ import peft
 import pytest
 import torch
 from closeness import assert_close
+from commands import run, told
 from prompt_cases import IDS, VIRTUAL, logits, prompted
 from prompt_peers import both, gemma4, tiny_qwen, tiny_t5, tokenizer, trained
 from prompt_peers import peft_knows_the_cache as peft_knows_the_cache
 from safetensors.torch import load_file, save_file
 from tiny import randomise, tiny_bert, tiny_llama, token_ids
 from torch import Tensor
-from typer.testing import CliRunner
 
 import fxpeft
 from fxpeft import AdapterError, CartridgeConfig, CheckpointError, CPTConfig, MultitaskPromptTuningConfig
-from fxpeft.tools.cli import app
 
 EXAMPLES: dict[str, Any] = {
     "cpt_token_ids": [3, 9, 4, 11, 7, 5, 8, 2], "cpt_tokens_type_mask": [1, 2, 3, 4, 0, 5, 8, 12],
@@ -236,8 +235,7 @@ def test_one_task_is_a_plain_prompt(tmp_path: Path) -> None:
     for task in (0, 2):
         folder, wanted = tmp_path / str(task), logits(model, task_ids=torch.tensor([task]))
         if task:
-            told = CliRunner().invoke(app, ["convert", str(tmp_path / "all"), str(folder), "--task", str(task)])
-            assert told.exit_code == 0, told.output
+            run("convert", tmp_path / "all", folder, "--task", task)
         else:
             fxpeft.one_task(tmp_path / "all", folder, task)
         fxpeft.load_adapter(served, folder, f"task{task}")
@@ -466,10 +464,10 @@ def test_the_command_line_knows_them(name: str, tmp_path: Path) -> None:
     randomise(trained(model.adapters), seed=9)
     fxpeft.save_adapter(model, tmp_path / "two")
     one, two, half = (str(tmp_path / each) for each in ("one", "two", "half"))
-    said = json.loads(CliRunner().invoke(app, ["inspect", one, "--json"]).output)
+    said = told("inspect", one)
     assert fxpeft.adapter_config(model).peft_type in json.dumps(said)
-    assert "prompt_embeddings" in CliRunner().invoke(app, ["diff", one, two]).output
-    assert CliRunner().invoke(app, ["convert", one, half, "--dtype", "float16"]).exit_code == 0
+    assert "prompt_embeddings" in run("diff", one, two, code=1)
+    run("convert", one, half, "--dtype", "float16")
     again = tiny_llama()
     fxpeft.load_adapter(again, half)
     torch.testing.assert_close(logits(again), wanted, atol=0.01, rtol=0)

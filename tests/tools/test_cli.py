@@ -11,16 +11,15 @@ import peft
 import pytest
 import torch
 from closeness import assert_close
+from commands import run, told
 from peer_files import CASES, FILES
 from processes import python
 from tiny import randomise, tiny_bert, tiny_llama, token_ids
-from typer.testing import CliRunner
 
 import fxpeft
 from fxpeft import AdapterError, LoraConfig
 from fxpeft.checkpoint import Checkpoint, read
 from fxpeft.checkpoint.adapter_file import diff_files, shrink, site_scale, site_tensors
-from fxpeft.tools.cli import app
 
 TARGETS = "role:attention | role:mlp.down"
 
@@ -43,19 +42,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fxpeft.save_adapter(model, root / name)
         fxpeft.remove(model)
     return root
-
-
-def run(*arguments: object, code: int = 0) -> str:
-    """In this process; what was printed."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.stdout
-
-
-def told(*arguments: object, code: int = 0) -> Any:
-    return json.loads(run(*arguments, "--json", code=code))
 
 
 def process(*arguments: object) -> subprocess.CompletedProcess[str]:

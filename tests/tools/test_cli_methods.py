@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapter_files import add
+from commands import run, told
 from method_cases import METHODS
 from prompt_cases import CONFIGS, prompted
 from tiny import tiny_llama
-from typer.testing import CliRunner
 
 import fxpeft
 from fxpeft.checkpoint import read
-from fxpeft.tools.cli import app
 
 TARGETS = ["q_proj", "down_proj"]
 WHOLE = 48  # as many ranks as a layer has
@@ -43,14 +41,6 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     }),
     "aLoRA": (fxpeft.LoraConfig, {"r": 3, "alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"}),
 }  # fmt: skip
-
-
-def told(*arguments: object, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +81,8 @@ def test_every_method(name: str, base: Path, tmp_path: Path) -> None:
     found = told("diff", tmp_path / "one", tmp_path / "other", code=1)
     assert len(found["changed"]) == 4 if by_site else found["rest"]
     if name == "LoKr":  # at no ranks
-        tight = CliRunner().invoke(app, ["check", str(tmp_path / "one"), "--model", str(base), "--max-rank", "2"])
-        assert "swaps: yes\nprepared with lokr_factor=2" in tight.output
+        tight = run("check", tmp_path / "one", "--model", base, "--max-rank", 2)
+        assert "swaps: yes\nprepared with lokr_factor=2" in tight
     if name == "aLoRA":
         return
     converted = told("convert", tmp_path / "one", tmp_path / "lora", "--to", "lora", "--rank", 5)

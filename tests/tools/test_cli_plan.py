@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import told
 from transformers import LlamaConfig, LlamaForCausalLM
-from typer.testing import CliRunner
 
 import fxpeft
 from fxpeft.adapters.state import state_of
 from fxpeft.methods import METHODS, config_for, method_of
-from fxpeft.tools.cli import app
 
 PROMPT = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
 #: what a method needs to be given
@@ -33,14 +32,6 @@ def wide() -> LlamaForCausalLM:
         num_key_value_heads=4,
     )  # fmt: skip
     return LlamaForCausalLM(config)
-
-
-def plan(base: Path, *options: object) -> Any:
-    result = CliRunner().invoke(app, ["plan", str(base), *map(str, options), "--json"])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
 
 
 @pytest.mark.parametrize("method", [method.name for method in METHODS])
@@ -63,12 +54,12 @@ def test_any_method_on_the_command_line(tmp_path: Path) -> None:
         ("adalora", ["--rank", 6, "--alpha", 9, "--set", "total_step=9"], "AdaLoraConfig"),
         ("prefix_tuning", ["--set", "num_virtual_tokens=3", "--set", "task_type=CAUSAL_LM"], "PrefixTuningConfig"),
     ):  # fmt: skip
-        told = plan(tmp_path, "--method", method, *options)
-        made = fxpeft.Plan.from_json(json.dumps(told))
+        seen = told("plan", tmp_path, "--method", method, *options)
+        made = fxpeft.Plan.from_json(json.dumps(seen))
         assert type(made.config).__name__ == class_name
         given = config_for(method, NEEDED.get(method, {}), rank=options[1] if "--rank" in options else None)
         assert made.parameters == fxpeft.plan(wide(), given, roles=False).parameters
-    assert (made.config.num_virtual_tokens, told["config"]["task_type"]) == (3, "CAUSAL_LM")
+    assert (made.config.num_virtual_tokens, seen["config"]["task_type"]) == (3, "CAUSAL_LM")
 
 
 @pytest.mark.parametrize(
@@ -89,4 +80,4 @@ def test_any_method_on_the_command_line(tmp_path: Path) -> None:
 )
 def test_a_wrong_question(options: list[object], says: str, tmp_path: Path) -> None:
     with pytest.raises(fxpeft.AdapterError, match=says):
-        plan(tmp_path, *options)
+        told("plan", tmp_path, *options)
